@@ -1,0 +1,190 @@
+"""Functionalisation of in-place writes: every tensor remembers how it is a view of its base.
+
+A write to a view is scattered back into the base through the chain of view operators; other views of the same base are
+replayed on the new base when they are next read.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+
+class _Base:
+    """One storage: its current node, and a version that grows with every write."""
+
+    def __init__(self, node: fx.Node) -> None:
+        self.node = node
+        self.version = 0
+        self.live: list[fx.Node] = []  # nodes whose example value shares the storage
+
+    def freeze(self) -> None:
+        """Before a write: give every node that shares the storage an example value of its own."""
+        for node in self.live:
+            value = node.meta.get("val")
+            if isinstance(value, torch.Tensor):
+                node.meta["val"] = value.detach().clone()
+        self.live.clear()
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One view operator of a chain; ``args`` are node arguments without the first."""
+
+    op: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    item: int | None
+    source_value: torch.Tensor
+    value: torch.Tensor
+
+
+class Tracked:
+    """One tensor: the node that holds its value as of ``version``, and how it is a view of its base."""
+
+    def __init__(self, node: fx.Node, base: _Base | None = None, chain: tuple[_Step, ...] = ()) -> None:
+        self.node = node
+        self.base = base or _Base(node)
+        self.chain = chain
+        self.version = self.base.version
+        self.base.live.append(node)
+
+    def view(self, op: Any, args: Any, kwargs: Any, item: int | None, node: fx.Node, value: torch.Tensor) -> Tracked:
+        """The entry of a view of this tensor."""
+        step = _Step(op, tuple(args[1:]), dict(kwargs), item, self.node.meta["val"], value)
+        return Tracked(node, self.base, (*self.chain, step))
+
+
+def read(recorder: Any, tracked: Tracked) -> fx.Node:
+    """The node of a tensor's present value; replays its view chain if the base was written since."""
+    if tracked.version != tracked.base.version:
+        node = tracked.base.node
+        for step in tracked.chain:
+            node = _replay(recorder, step, node)
+        tracked.node, tracked.version = node, tracked.base.version
+        tracked.base.live.append(node)
+    return tracked.node
+
+
+def _replay(recorder: Any, step: _Step, node: fx.Node) -> fx.Node:
+    value = step.value.detach()
+    if step.item is None:
+        return recorder.emit(step.op, (node, *step.args), step.kwargs, value)
+    whole = recorder.emit(step.op, (node, *step.args), step.kwargs, None)
+    return recorder.emit(operator.getitem, (whole, step.item), {}, value)
+
+
+def write(recorder: Any, func: Any, args: Any, kwargs: Any, node_args: Any, node_kwargs: Any) -> Any:
+    """Run an in-place or ``out=`` operator, and record its functional form written to what it mutates."""
+    targets = written(func, args, kwargs)
+    for target in targets:
+        recorder._lookup(target).base.freeze()
+    out = func(*args, **kwargs)
+    functional, drop = functional_of(func)
+    plain_kwargs = {k: v for k, v in node_kwargs.items() if k not in drop}
+    values = [t.detach() for t in targets]
+    if functional is None:
+        nodes = [recorder.emit(func, node_args, node_kwargs, v) for v in values]
+    elif len(targets) == 1:
+        nodes = [recorder.emit(functional, node_args, plain_kwargs, values[0].clone())]
+    else:
+        whole = recorder.emit(functional, node_args, plain_kwargs, None)
+        nodes = [recorder.emit(operator.getitem, (whole, i), {}, v) for i, v in enumerate(values)]
+    for target, node in zip(targets, nodes, strict=True):
+        assign(recorder, recorder._lookup(target), node, target)
+    returned = out if isinstance(out, list | tuple) else [out]
+    for value in returned:
+        if isinstance(value, torch.Tensor) and id(value) not in recorder.tracked:
+            recorder._register(value, recorder._lookup(value))
+    return out
+
+
+def written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """The tensors that a mutating operator writes to."""
+    targets: list[torch.Tensor] = []
+    for i, a in enumerate(func._schema.arguments):
+        if a.alias_info is not None and a.alias_info.is_write:
+            value = args[i] if i < len(args) else kwargs.get(a.name)
+            targets += [t for t in (value if isinstance(value, list | tuple) else [value]) if isinstance(t, torch.Tensor)]
+    return targets
+
+
+def functional_of(func: Any) -> tuple[Any, set[str]]:
+    """The operator without side effects that computes what an in-place or ``out=`` operator writes."""
+    name = func._schema.name.split("::")[1]
+    packet = getattr(getattr(torch.ops, func.namespace), name)
+    outs = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write and a.kwarg_only}
+    if name.endswith("_") and not name.endswith("__"):
+        plain = getattr(getattr(torch.ops, func.namespace), name[:-1], None)
+        if plain is not None and func._overloadname in plain.overloads():
+            return getattr(plain, func._overloadname), set()
+        if name == "zero_":
+            return aten.zeros_like.default, set()
+        return None, set()
+    wanted = [a.name for a in func._schema.arguments if a.name not in outs]
+    for overload in packet.overloads():
+        candidate = getattr(packet, overload)
+        if not candidate._schema.is_mutable and [a.name for a in candidate._schema.arguments] == wanted:
+            return candidate, outs
+    return None, set()
+
+
+def assign(recorder: Any, tracked: Tracked, node: fx.Node, tensor: torch.Tensor) -> None:
+    """Make ``node`` the present value of a tensor and of everything that shares its memory."""
+    base = tracked.base
+    sources: list[fx.Node] = []
+    for i in range(len(tracked.chain)):
+        sources.append(base.node if i == 0 else _replay(recorder, tracked.chain[i - 1], sources[-1]))
+    new = node
+    for step, source in zip(reversed(tracked.chain), reversed(sources), strict=True):
+        new = _scatter(recorder, step, source, new)
+    base.node = new
+    base.version += 1
+    base.live += [base.node, node]
+    tracked.node, tracked.version = node, base.version
+
+
+def _scatter(recorder: Any, step: _Step, source: fx.Node, new: fx.Node) -> fx.Node:
+    """``source`` with the part that ``step`` views replaced by ``new``."""
+    value = step.source_value
+    shape = list(value.shape)
+    op, args = step.op.overloadpacket, step.args
+    if op is aten.slice:
+        return recorder.emit(aten.slice_scatter.default, (source, new, *args), step.kwargs, value)
+    if op is aten.select:
+        return recorder.emit(aten.select_scatter.default, (source, new, *args), step.kwargs, value)
+    if op is aten.diagonal:
+        return recorder.emit(aten.diagonal_scatter.default, (source, new, *args), step.kwargs, value)
+    if op in (aten.view, aten._unsafe_view, aten.squeeze, aten.unsqueeze, aten.alias, aten.detach, aten._reshape_alias):
+        return recorder.emit(aten.reshape.default, (new, shape), {}, value)
+    if op in (aten.t, aten.transpose, aten.permute):
+        order = _order(op, args, len(shape))
+        back = [order.index(k) for k in range(len(shape))]
+        return recorder.emit(aten.permute.default, (new, back), {}, value)
+    if op is aten.unbind:
+        dim = args[0] if args else 0
+        return recorder.emit(aten.select_scatter.default, (source, new, dim, step.item), {}, value)
+    view = step.value
+    if op in (aten.split, aten.split_with_sizes) and step.item is not None:
+        dim = (args[1] if len(args) > 1 else 0) % len(shape)
+        start = (view.storage_offset() - value.storage_offset()) // max(value.stride(dim), 1)
+        return recorder.emit(aten.slice_scatter.default, (source, new, dim, start, start + view.shape[dim]), {}, value)
+    offset = view.storage_offset() - value.storage_offset()
+    where = (list(view.shape), list(view.stride()), offset)
+    return recorder.emit(aten.as_strided_scatter.default, (source, new, *where), {}, value)
+
+
+def _order(op: Any, args: tuple[Any, ...], ndim: int) -> list[int]:
+    if op is aten.permute:
+        return [d % ndim for d in args[0]]
+    order = list(range(ndim))
+    a, b = (0, ndim - 1) if op is aten.t else (args[0] % ndim, args[1] % ndim)
+    if ndim > 1:
+        order[a], order[b] = order[b], order[a]
+    return order

@@ -1,0 +1,147 @@
+"""From sets of vertices to generators over parameters, and from marks to reasons."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from automerge._search import Structure, UnitSet
+from automerge.rules._axes import Axes, Family
+from automerge.symmetry import Generator, Pin, Slot
+
+
+class Assembler:
+    """Turns unit sets into generators over parameter axes.
+
+    Args:
+        axes: what the rules built.
+        structure: its united vertices.
+    """
+
+    def __init__(self, axes: Axes, structure: Structure) -> None:
+        self.axes = axes
+        self.structure = structure
+        self.members: dict[int, list[tuple[Family, np.ndarray]]] = {}
+        for number, klass in enumerate(axes.classes):
+            families = [axes.families[i] for i in axes.classes[klass] if axes.families[i].param is not None]
+            self.members[klass] = [(f, structure.index[f.start : f.start + f.size]) for f in families]
+            del number
+        self.class_of_vertex = np.empty(structure.n, np.int64)
+        self.local: dict[int, np.ndarray] = {}
+        class_of = np.array(axes.class_of, np.int64)
+        self.class_of_vertex[structure.index] = class_of[axes.family_of[: axes.count]]
+
+    def wanted(self) -> np.ndarray:
+        """Which united vertices stand for a position of a parameter."""
+        mask = np.zeros(self.structure.n, bool)
+        for members in self.members.values():
+            for _, vertices in members:
+                mask[vertices] = True
+        return mask
+
+    def generator(self, units: UnitSet) -> Generator | None:
+        """The generator of one unit set; None if its action on some parameter is not a permutation of slices."""
+        table = units.table
+        by_class: dict[int, list[int]] = defaultdict(list)
+        for column, vertex in enumerate(table[0].tolist()):
+            by_class[int(self.class_of_vertex[vertex])].append(column)
+        slots: list[Slot] = []
+        for klass, columns in by_class.items():
+            for family, vertices in self.members[klass]:
+                made = self._slots(family, vertices, table[:, columns])
+                if made is None:
+                    return None
+                slots += made
+        if not slots:
+            return None
+        slots.sort(key=lambda s: (self._order(s.param), s.axis, s.within))
+        return Generator(table.shape[0], tuple(slots), f"{slots[0].param}[{slots[0].axis}]")
+
+    def _order(self, param: str) -> int:
+        if not hasattr(self, "_rank"):
+            names = dict.fromkeys(f.param for f in self.axes.families if f.param is not None)
+            self._rank = {name: i for i, name in enumerate(names)}
+        return self._rank[param]
+
+    def _slots(self, family: Family, vertices: np.ndarray, table: np.ndarray) -> list[Slot] | None:
+        order = np.argsort(vertices)
+        positions = order[np.searchsorted(vertices, table, sorter=order)]
+        if not family.by:
+            return [Slot(family.param or "", family.axis, positions)]
+        *classes, place = np.unravel_index(positions, family.shape)
+        slots: list[Slot] = []
+        groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for column in range(table.shape[1]):
+            keys = [c[:, column] for c in classes]
+            if all((k == k[0]).all() for k in keys):
+                groups[tuple(int(k[0]) for k in keys)].append(column)
+            elif not (place[:, column] == place[0, column]).all():
+                return None  # the units' slices would have to be reordered while they move
+        for key, columns in groups.items():
+            index = place[:, columns]
+            for within in _windows(family.by, key):
+                slots.append(Slot(family.param or "", family.axis, index, within))
+        return slots
+
+    # ------------------------------------------------------------ reasons
+    def pins(self, generators: Sequence[Generator], shapes: dict[str, tuple[int, ...]], unused: Sequence[str]) -> list[Pin]:
+        """Why each position that no generator moves stays where it is."""
+        free: dict[tuple[str, int], np.ndarray] = {}
+        for g in generators:
+            for s in g.slots:
+                mask = free.setdefault((s.param, s.axis), np.zeros(shapes[s.param][s.axis], bool))
+                mask[s.index.reshape(-1)] = True
+        reason, texts = self._reasons()
+        out: list[Pin] = []
+        for family in self.axes.families:
+            if family.param is None:
+                continue
+            n = shapes[family.param][family.axis]
+            stuck = ~free.get((family.param, family.axis), np.zeros(n, bool))
+            vertices = self.structure.index[family.start : family.start + family.size].reshape(-1, n)[0]
+            numbers, counts = np.unique(reason[vertices[stuck]], return_counts=True)
+            for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+                out.append(Pin(family.param, family.axis, count, *texts[number]))
+        for name in unused:
+            for axis, n in enumerate(shapes[name]):
+                if n > 1:
+                    out.append(Pin(name, axis, n, "the output does not depend on it in the traced pass"))
+        return out
+
+    def _reasons(self) -> tuple[np.ndarray, list[tuple[str, str]]]:
+        structure = self.structure
+        texts: list[tuple[str, str]] = [("no two of its positions can be exchanged", "")]
+        number: dict[tuple[str, str], int] = {}
+        reason = np.zeros(structure.n, np.int64)
+        for labels, why, where in self.axes.reasons:
+            at = structure.index[labels]
+            key = (why, where)
+            if key not in number:
+                number[key] = len(texts)
+                texts.append(key)
+            reason[at[reason[at] == 0]] = number[key]
+        for _ in range(64):
+            before = int(np.count_nonzero(reason))
+            for a, b in ((structure.source, structure.target), (structure.target, structure.source)):
+                new = (reason[a] == 0) & (reason[b] != 0)
+                reason[a[new]] = reason[b[new]]
+            if int(np.count_nonzero(reason)) == before:
+                break
+        return reason, texts
+
+
+def _windows(by: Sequence[tuple[int, np.ndarray]], key: tuple[int, ...]) -> list[tuple[tuple[int, int, int], ...]]:
+    """The slices of the other axes that make up one class: contiguous runs, and every combination of them."""
+    options: list[list[tuple[int, int, int]]] = []
+    for (axis, classes), number in zip(by, key, strict=True):
+        at = np.flatnonzero(classes == number)
+        breaks = np.flatnonzero(np.diff(at) > 1)
+        starts = [int(at[0]), *(int(at[i + 1]) for i in breaks)]
+        stops = [*(int(at[i]) + 1 for i in breaks), int(at[-1]) + 1]
+        options.append([(axis, a, b) for a, b in zip(starts, stops, strict=True)])
+    out: list[tuple[tuple[int, int, int], ...]] = [()]
+    for choice in options:
+        out = [(*o, c) for o in out for c in choice]
+    return out

@@ -1,0 +1,99 @@
+"""What the command line shows while it works: progress on a terminal, plain lines elsewhere, tables in both."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+Advance = Callable[[int, int], None]
+
+
+class Console:
+    """Progress and results of one command.
+
+    Progress goes to standard error and results to standard output, so that a result can be piped.
+
+    Args:
+        prefix: put before the name of every stage where it is shown.
+
+    Attributes:
+        seconds: the wall time of every stage, by its name, in order.
+    """
+
+    def __init__(self, prefix: str = "") -> None:
+        self._prefix = prefix
+        self._error = RichConsole(stderr=True)
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Advance]:
+        """Show that ``name`` is going on, and note its seconds.
+
+        Yields:
+            A function to call with (done, all), which moves the bar; calling it is optional.
+        """
+        start = time.perf_counter()
+        if self._error.is_terminal:
+            with self._bar(self._prefix + name) as advance:
+                yield advance
+        else:
+            yield lambda done, of: None
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.note(f"{self._prefix}{name}: {time.perf_counter() - start:.1f} s")
+
+    @contextmanager
+    def _bar(self, name: str) -> Iterator[Advance]:
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self._error, transient=True) as progress:
+            task = progress.add_task(name, total=None)
+            yield lambda done, of: progress.update(task, completed=done, total=of)
+
+    def note(self, text: str) -> None:
+        """One line of progress."""
+        print(text, file=sys.stderr, flush=True)
+
+    def show(self, text: str) -> None:
+        """A result."""
+        print(text, flush=True)
+
+    def table(
+        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()
+    ) -> None:
+        """A table: drawn by rich on a terminal, aligned with blanks elsewhere; numbers after the first column."""
+        if sys.stdout.isatty():
+            table = Table(title=title, title_justify="left", caption="\n".join(notes) or None, caption_justify="left")
+            for number, column in enumerate(columns):
+                table.add_column(column, justify="right" if number else "left")
+            for row in rows:
+                table.add_row(*row)
+            RichConsole().print(table)
+        else:
+            self.show(plain_table(title, columns, rows, notes))
+
+
+def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
+    """A table in plain text.
+
+    >>> print(plain_table("T", ["name", "n"], [["a", "10"], ["bcdef", "2"]]))
+    T
+      name    n
+      a      10
+      bcdef   2
+    """
+    cells = [list(columns), *[list(row) for row in rows]]
+    widths = [max(len(row[k]) for row in cells) for k in range(len(columns))]
+    lines = [
+        "  "
+        + "  ".join(
+            cell.rjust(width) if k else cell.ljust(width)
+            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    ]
+    return "\n".join([title, *(line.rstrip() for line in lines), *(f"  {note}" for note in notes)])

@@ -1,0 +1,182 @@
+"""Batches of data, and running a model on them without changing it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import Dataset, IterableDataset
+
+from automerge._errors import AutomergeError
+from automerge.io import tied_names
+
+_LABEL_KEYS = ("labels", "label", "targets", "target")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch: positional inputs, keyword inputs, and labels (None if there are none)."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    labels: Any = None
+
+
+class Batches:
+    """Any iterable of batches, made re-iterable and moved to a device.
+
+    Batches of batches keep what they know about their inputs. A batch is a tensor, a list or tuple whose first
+    ``arity`` items are the positional inputs (what follows are labels), or a dict of keyword inputs (an entry
+    ``labels`` or ``targets`` is taken as labels). A bare tensor is one batch. An iterator that can be consumed only
+    once is listed once; anything else is iterated afresh every time.
+
+    Args:
+        data: the batches.
+        arity: the number of positional inputs.
+        kwargs: keyword inputs for every batch; tensors among them belong to one example and are dropped.
+        device: where tensors are moved to; None leaves them.
+
+    Raises:
+        AutomergeError: if the data are no iterable of batches; on iteration, if they are empty.
+
+    Examples:
+        >>> [b.labels for b in Batches(iter([(torch.ones(2, 3), torch.zeros(2))]))]
+        [tensor([0., 0.])]
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        arity: int = 1,
+        kwargs: Mapping[str, Any] | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        if isinstance(data, torch.Tensor):
+            data = [data]
+        if isinstance(data, Batches):
+            known: Batches = data
+            data, arity, kwargs, device = known._data, known._arity, known._kwargs, device or known._device
+        if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+            raise AutomergeError(
+                f"data is a {type(data).__name__} of single samples, not of batches; "
+                "wrap it: torch.utils.data.DataLoader(dataset, batch_size=256)"
+            )
+        if not isinstance(data, Iterable) or isinstance(data, (str, bytes, Mapping)):
+            raise AutomergeError(
+                f"data is a {type(data).__name__}; give an iterable of batches, such as a list or a DataLoader"
+            )
+        self._data: Iterable[Any] = list(data) if iter(data) is data else data
+        self._arity: int = arity
+        self._kwargs: dict[str, Any] = {k: v for k, v in (kwargs or {}).items() if not isinstance(v, torch.Tensor)}
+        self._device: torch.device | None = device
+
+    def __iter__(self) -> Iterator[Batch]:
+        empty = True
+        for number, item in enumerate(self._data):
+            empty = False
+            yield self._batch(item, number)
+        if empty:
+            raise AutomergeError("data gave no batch; give at least one (is the DataLoader or the generator empty?)")
+
+    def _batch(self, item: Any, number: int) -> Batch:
+        if self._device is not None:
+            device = self._device
+            item = tree_map_only(torch.Tensor, lambda t: t.to(device), item)
+        if isinstance(item, torch.Tensor):
+            item = (item,)
+        if isinstance(item, Mapping):
+            label = next((k for k in _LABEL_KEYS if k in item), None)
+            inputs = {k: v for k, v in item.items() if k != label}
+            return Batch((), {**self._kwargs, **inputs}, item[label] if label else None)
+        if not isinstance(item, (list, tuple)):
+            raise AutomergeError(
+                f"batch {number} of the data is a {type(item).__name__}; "
+                "give a tensor, a tuple (inputs, labels) or a dict of keyword inputs"
+            )
+        if len(item) < self._arity:
+            raise AutomergeError(
+                f"batch {number} of the data has {len(item)} items, but the model takes {self._arity} positional inputs"
+            )
+        rest = tuple(item[self._arity :])
+        labels = rest[0] if len(rest) == 1 else (rest or None)
+        return Batch(tuple(item[: self._arity]), self._kwargs, labels)
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """The device of the model's first parameter or buffer; None if it has none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return None
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside; every module's own mode flag is restored on the way out.
+
+    The fused fast path of multi-head attention is off inside, so that its parts are visible to observers and every pass
+    computes the same numbers.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, training in flags:
+            module.training = training
+
+
+def run_batch(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None, batch: Batch) -> Any:
+    """The model's output on a batch, with its own weights or with those of a state dict."""
+    if state_dict is None:
+        return model(*batch.args, **batch.kwargs)
+    return torch.func.functional_call(model, dict(state_dict), batch.args, dict(batch.kwargs))
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    """The tensor that holds the scores: the output itself, its ``logits``, or its first tensor.
+
+    Raises:
+        AutomergeError: if there is none.
+    """
+    if isinstance(output, torch.Tensor):
+        return output
+    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(named, torch.Tensor):
+        return named
+    items = output.values() if isinstance(output, Mapping) else output
+    if isinstance(items, Iterable):
+        for item in items:
+            if isinstance(item, torch.Tensor):
+                return item
+    raise AutomergeError(
+        f"the model returns a {type(output).__name__} without a tensor of scores; wrap it so that it returns its logits"
+    )
+
+
+def bind(model: nn.Module, state_dict: Mapping[str, torch.Tensor], *, copy: bool = False) -> dict[str, torch.Tensor]:
+    """A state dict as `run_batch` wants it: names that the model ties map to one tensor.
+
+    Args:
+        model: the architecture.
+        state_dict: its weights; on any device, they are moved to the model's.
+        copy: whether every tensor gets memory of its own.
+    """
+    ties = tied_names(model.state_dict())
+    device = device_of(model)
+    out: dict[str, torch.Tensor] = {}
+    for name, value in state_dict.items():
+        if ties.get(name) in out:
+            out[name] = out[ties[name]]
+            continue
+        value = value.detach().to(device)
+        out[name] = value.clone(memory_format=torch.contiguous_format) if copy else value
+    return out

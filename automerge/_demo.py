@@ -1,0 +1,246 @@
+"""``automerge demo``: train, infer, verify, match, merge, repair and measure, on real handwritten digits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from automerge._console import Console
+from automerge._factory import UsageError, add_current_directory
+from automerge._files import make_directory, write_text
+from automerge._version import __version__
+from automerge.evaluate import barrier, cycle_error, evaluate
+from automerge.infer import infer
+from automerge.io import StateDict
+from automerge.matchers import FrankWolfe, Identity, Matcher, Matching, match
+from automerge.merge import MergeResult, merge
+from automerge.plot import plot_barrier
+from automerge.symmetry import Symmetry
+
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the demo runs.
+
+    Attributes:
+        out: where results go.
+        models: networks per architecture.
+        seed: decides weights, order of images and everything else.
+        quick: few images and epochs.
+    """
+
+    out: Path
+    models: int = 5
+    seed: int = 0
+    quick: bool = False
+
+
+@dataclass(frozen=True)
+class Room:
+    """One architecture on its data.
+
+    Attributes:
+        name: of files.
+        title: of the table.
+        factory: builds a network.
+        train_batches: labelled batches for the repair, whose labels are not used.
+        test_batches: labelled, held out.
+    """
+
+    name: str
+    title: str
+    factory: Callable[[], nn.Module]
+    train_batches: list[tuple[torch.Tensor, torch.Tensor]]
+    test_batches: list[tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class _Known(Matcher):
+    """Gives a matching that was found before, so that merging again does not search again."""
+
+    matching: Matching
+
+    def match(self, models: Sequence[Mapping[str, torch.Tensor]], symmetry: Symmetry, **_: Any) -> Matching:
+        """The known matching."""
+        return self.matching
+
+
+def run(settings: Settings, console: Console) -> dict[str, Any]:
+    """Run the demo and write its files.
+
+    Args:
+        settings: what to run.
+        console: where progress and tables go.
+
+    Returns:
+        What ``report.json`` holds: ``result`` is the same for the same seed, ``seconds`` is not.
+
+    Raises:
+        UsageError: for fewer than two models, or without ``zoo/``.
+        OutputError: if the directory cannot be written.
+    """
+    if settings.models < 2:
+        raise UsageError(f"--models {settings.models}: merging needs at least two models")
+    data, train_module, models = _zoo()
+    make_directory(settings.out)
+    digits = data.digits()
+    if settings.quick:
+        digits = digits.head(512, 256)
+    train_batches = list(zip(digits.x_train.split(_BATCH), digits.y_train.split(_BATCH), strict=True))
+    test_batches = list(zip(digits.x_test.split(_BATCH), digits.y_test.split(_BATCH), strict=True))
+    rooms = [
+        (Room("mlp", "ReLU MLP, three hidden layers of 512", models.mlp.build, train_batches, test_batches), 15),
+        (Room("resnet", "Residual CNN with BatchNorm", models.resnet.build, train_batches, test_batches), 10),
+    ]
+    result: dict[str, Any] = {}
+    seconds: dict[str, Any] = {}
+    for room, epochs in rooms:
+        recipe = train_module.Recipe(epochs=2 if settings.quick else epochs)
+        stages = Console(prefix=f"{room.name}: ")
+        result[room.name] = _room(room, settings, stages, lambda *a, **k: train_module.train(*a, **k), digits, recipe)
+        seconds[room.name] = {name: round(value, 2) for name, value in stages.seconds.items()}
+        _show(room, result[room.name], seconds[room.name], console)
+    report = {"result": {"seed": settings.seed, "models": settings.models, "networks": result}, "seconds": seconds}
+    report["versions"] = {"automerge": __version__, "torch": str(torch.__version__)}
+    write_text(settings.out / "report.json", json.dumps(report, indent=2) + "\n", force=True)
+    console.show(f"checkpoints, merged networks, pictures and report.json are in {settings.out}")
+    return report
+
+
+def _zoo() -> tuple[Any, Any, Any]:
+    """The data, the trainer and the models; they are no part of the wheel."""
+    add_current_directory()
+    try:
+        from zoo import data, models, train
+    except ImportError as error:
+        raise UsageError(
+            "the demo's networks live in zoo/, which is in the repository and not in the installed package "
+            f"({error}); run it from a checkout, installed with: pip install -e '.[plot]'"
+        ) from error
+    return data, train, models
+
+
+def _room(
+    room: Room, settings: Settings, console: Console, train: Callable[..., Any], digits: Any, recipe: Any
+) -> dict[str, Any]:
+    """Everything for one architecture; plain data that is the same for the same seed."""
+    folder = settings.out
+    states: list[StateDict] = []
+    for k in range(settings.models):
+        seed = settings.seed * 1000 + k
+        path = folder / f"{room.name}-{seed}.safetensors"
+        with console.stage("train") as advance:
+            states.append(train(room.factory, digits, recipe, seed, path=path, report=advance).state_dict)
+    network = room.factory().eval()
+    example = room.test_batches[0][0][:4]
+    network.load_state_dict(states[0])
+    with console.stage("infer and verify"):
+        symmetry = infer(network, example)
+    with console.stage("match"):
+        matching = match(states, symmetry, FrankWolfe())
+    merged = _merge_all(room, network, states, symmetry, matching, console)
+    merged["universe, repaired"].save(folder / f"{room.name}-merged.safetensors", force=True)
+    with console.stage("evaluate"):
+        rows = _rows(room, network, states, merged)
+    with console.stage("path"):
+        path_data = _path(room, network, states, symmetry, matching, folder)
+    return {
+        "title": room.title,
+        "groups": [generator.size for generator in symmetry.sets],
+        "free_share": symmetry.free_share,
+        "rows": rows,
+        "cycle_error": cycle_error(matching).value,
+        "path": path_data,
+    }
+
+
+def _merge_all(
+    room: Room,
+    network: nn.Module,
+    states: Sequence[StateDict],
+    symmetry: Symmetry,
+    matching: Matching,
+    console: Console,
+) -> dict[str, MergeResult]:
+    """The naive and the universe average, as they are and repaired."""
+    out: dict[str, MergeResult] = {}
+    for name, matcher in (("naive", Identity()), ("universe", _Known(matching))):
+        for suffix, data in (("", None), (", repaired", room.train_batches)):
+            with console.stage("repair" if data else "merge"):
+                out[name + suffix] = merge(
+                    states,
+                    room.test_batches[0][0][:4],
+                    architecture=network,
+                    symmetry=symmetry,
+                    matcher=matcher,
+                    data=data,
+                )
+    return out
+
+
+def _rows(
+    room: Room, network: nn.Module, states: Sequence[StateDict], merged: Mapping[str, MergeResult]
+) -> list[dict[str, Any]]:
+    """Accuracy and loss on held-out digits, one row per way of having one network (or all)."""
+    data = room.test_batches
+    singles = [evaluate((network, state), data) for state in states]
+    count = len(singles)
+    rows = [
+        _row(
+            f"single models (mean of {count})",
+            sum(e.accuracy or 0.0 for e in singles) / count,
+            sum(e.loss or 0.0 for e in singles) / count,
+        )
+    ]
+    ensemble = evaluate([(network, state) for state in states], data)
+    rows.append(_row(f"ensemble of {count}", ensemble.accuracy, ensemble.loss))
+    repair = {"reset": "BatchNorm reset", "repair": "REPAIR", "both": "reset and REPAIR", "none": ""}
+    for name, label in (("naive", "naive average"), ("universe", "universe merge")):
+        for suffix in ("", ", repaired"):
+            result = merged[name + suffix]
+            measured = evaluate((network, result.state_dict), data)
+            how = f", {repair[result.repair.mode]}" if suffix else ""
+            rows.append(_row(label + how, measured.accuracy, measured.loss))
+    return rows
+
+
+def _row(name: str, accuracy: float | None, loss: float | None) -> dict[str, Any]:
+    return {"name": name, "accuracy": accuracy, "loss": loss}
+
+
+def _path(
+    room: Room, network: nn.Module, states: Sequence[StateDict], symmetry: Symmetry, matching: Matching, folder: Path
+) -> dict[str, Any]:
+    """The loss along the line between the first two models before and after matching; also a picture."""
+    moved = [symmetry.apply(states[k], matching.to_universe[k]) for k in range(2)]
+    before = barrier(network, states[0], states[1], room.test_batches)
+    after = barrier(network, moved[0], moved[1], room.test_batches)
+    others = {}
+    if any(name.endswith("running_mean") for name in states[0]):
+        data = room.train_batches
+        others["after, BatchNorm reset"] = barrier(
+            network, moved[0], moved[1], room.test_batches, repair="reset", repair_data=data
+        )
+    plot_barrier(before, after, folder / f"{room.name}-path.png", others=others, title=room.title, force=True)
+    return {"before": before.to_dict(), "after": after.to_dict(), **{k: b.to_dict() for k, b in others.items()}}
+
+
+def _show(room: Room, result: Mapping[str, Any], seconds: Mapping[str, float], console: Console) -> None:
+    rows = [[row["name"], f"{100 * row['accuracy']:.2f}", f"{row['loss']:.4f}"] for row in result["rows"]]
+    sizes = ", ".join(str(size) for size in sorted(result["groups"], reverse=True))
+    before, after = (result["path"][key]["loss_barrier"] for key in ("before", "after"))
+    notes = [
+        f"permutation groups: {sizes} units; {result['free_share']:.1%} of the axes' positions are free",
+        f"cycle error of the universe's pairwise maps: {result['cycle_error']:g}",
+        f"loss barrier between two models: {before:.4f} before matching, {after:.4f} after",
+    ]
+    console.table(room.title, ["held-out digits", "accuracy %", "loss"], rows, notes)
+    console.show("  seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()) + "\n")

@@ -1,0 +1,171 @@
+"""What the command line's arguments stand for: a model, a source of batches, example inputs."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from automerge._errors import AutomergeError
+
+_DTYPES = {
+    "float": torch.float32,
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "int": torch.int64,
+    "int64": torch.int64,
+    "long": torch.int64,
+    "int32": torch.int32,
+    "bool": torch.bool,
+}
+_INPUT = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?:(?P<dtype>[a-z]+\d*):)?(?P<shape>\d+(?:,\d+)*)(?:<(?P<high>\d+))?")
+_HIGH = 10
+
+
+class UsageError(AutomergeError):
+    """An argument of the command line does not say what it should; the message is one sentence."""
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One example input.
+
+    Attributes:
+        shape: of the tensor.
+        dtype: of the tensor.
+        high: integers are drawn below this.
+        name: the keyword to pass it by; positional if empty.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    high: int = _HIGH
+    name: str = ""
+
+    def draw(self, generator: torch.Generator) -> torch.Tensor:
+        """A random tensor: normal for floats, uniform below ``high`` for integers."""
+        if self.dtype.is_floating_point:
+            return torch.randn(self.shape, dtype=self.dtype, generator=generator)
+        high = 2 if self.dtype == torch.bool else self.high
+        return torch.randint(0, high, self.shape, generator=generator).to(self.dtype)
+
+
+def parse_input(text: str) -> InputSpec:
+    """Read ``[NAME=][DTYPE:]SHAPE[<HIGH]``.
+
+    >>> parse_input("1,3,32,32").shape
+    (1, 3, 32, 32)
+    >>> parse_input("int64:2,16<100").high
+    100
+
+    Raises:
+        UsageError: if the text has another form.
+    """
+    match = _INPUT.fullmatch(text.replace(" ", ""))
+    if match is None:
+        raise UsageError(
+            f"--input {text!r} is not a shape: write sizes with commas, such as 1,3,32,32, "
+            "or 'int:2,16<100' for integers below 100, or NAME=1,3,32,32 for a keyword input"
+        )
+    dtype = match["dtype"] or "float"
+    if dtype not in _DTYPES:
+        raise UsageError(f"--input {text!r} names the type {dtype!r}, which is not one of {', '.join(_DTYPES)}")
+    shape = tuple(int(n) for n in match["shape"].split(","))
+    high = int(match["high"]) if match["high"] else _HIGH
+    if 0 in shape or high < 1:
+        raise UsageError(f"--input {text!r} has a size of zero: every size must be at least one")
+    if match["high"] and _DTYPES[dtype].is_floating_point:
+        raise UsageError(
+            f"--input {text!r} bounds a float input: '<{high}' belongs to integers, as in 'int:2,16<{high}'"
+        )
+    return InputSpec(shape, _DTYPES[dtype], high, match["name"] or "")
+
+
+def draw_inputs(specs: Iterable[InputSpec], seed: int) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+    """Random positional and keyword inputs.
+
+    Args:
+        specs: what to draw, in order.
+        seed: of the draw.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [(spec.name, spec.draw(generator)) for spec in specs]
+    return tuple(value for name, value in drawn if not name), {name: value for name, value in drawn if name}
+
+
+def add_current_directory() -> None:
+    """Let modules be imported from the current directory."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+
+
+def _call(text: str, option: str) -> Any:
+    """Import ``package.module:callable`` and call it.
+
+    Raises:
+        UsageError: with one sentence that says which of the steps failed.
+    """
+    module_name, colon, attribute = text.partition(":")
+    if not colon or not module_name or not attribute:
+        raise UsageError(f"{option} {text!r} is not of the form package.module:callable")
+    add_current_directory()
+    try:
+        target: Any = importlib.import_module(module_name)
+    except Exception as error:
+        raise UsageError(f"{option} {text!r}: the module {module_name!r} does not import ({_brief(error)})") from error
+    for part in attribute.split("."):
+        if not hasattr(target, part):
+            raise UsageError(f"{option} {text!r}: the module {module_name!r} has no {attribute!r}")
+        target = getattr(target, part)
+    if not callable(target):
+        raise UsageError(f"{option} {text!r} is a {type(target).__name__}, not a callable without arguments")
+    try:
+        return target()
+    except Exception as error:
+        raise UsageError(f"{option} {text!r} failed when called without arguments ({_brief(error)})") from error
+
+
+def build_model(text: str, seed: int) -> nn.Module:
+    """The model that a factory builds, in evaluation mode and on the CPU.
+
+    Args:
+        text: ``package.module:callable``.
+        seed: of torch's random state while the factory runs.
+
+    Raises:
+        UsageError: if it does not import, cannot be called, or returns no module.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _call(text, "FACTORY")
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"FACTORY {text!r} returned a {type(model).__name__}, not a torch.nn.Module")
+    return model.eval()
+
+
+def load_batches(text: str) -> Iterable[Any]:
+    """The batches that a ``--data`` factory gives; an iterator is listed, so that they can be read more than once.
+
+    Raises:
+        UsageError: if it does not import, cannot be called, or gives no iterable.
+    """
+    source = _call(text, "--data")
+    if isinstance(source, torch.Tensor | str | dict) or not isinstance(source, Iterable):
+        raise UsageError(f"--data {text!r} returned a {type(source).__name__}, not an iterable of batches")
+    try:
+        return list(source) if iter(source) is source else source
+    except Exception as error:
+        raise UsageError(f"--data {text!r} failed while giving its batches ({_brief(error)})") from error
+
+
+def _brief(error: BaseException) -> str:
+    """The error's type and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

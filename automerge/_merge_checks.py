@@ -1,0 +1,132 @@
+"""What `automerge.merge` checks before any long work, so that bad input fails early and with one clear sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from automerge._data import Batches, device_of, evaluating, run_batch
+from automerge._errors import AutomergeError, CheckpointError, MatchingError
+from automerge.io import check_state_dict, tied_names
+from automerge.renormalise import batchnorm_names
+
+Model = nn.Module | Mapping[str, torch.Tensor]
+_MODES = ("auto", "none", "reset", "repair", "both")
+
+
+def check_models(
+    models: Sequence[Model], architecture: nn.Module | None
+) -> tuple[nn.Module, list[Mapping[str, torch.Tensor]], list[str]]:
+    """The network, one state dict per model, and notes."""
+    if len(models) < 2:
+        raise MatchingError(f"merging needs at least two models, got {len(models)}")
+    network = architecture
+    dicts: list[Mapping[str, torch.Tensor]] = []
+    for number, model in enumerate(models):
+        if isinstance(model, nn.Module):
+            network = network or model
+            dicts.append(model.state_dict())
+        elif isinstance(model, Mapping):
+            dicts.append(model)
+        else:
+            raise CheckpointError(f"model {number} is a {type(model).__name__}; give a module or a state dict")
+    if network is None:
+        raise CheckpointError("state dicts alone do not say what they compute; give architecture=, a module of theirs")
+    expected: Mapping[str, torch.Tensor] = network.state_dict() if architecture is not None else dicts[0]
+    notes = [n for k, d in enumerate(dicts) for n in check_state_dict(d, expected, f"model {k}")]
+    check_ties(network, dicts)
+    for name, first in dicts[0].items():
+        if not (first.is_floating_point() or first.is_complex()):
+            merge_integers(name, [d[name].to(first.device) for d in dicts])
+    return network, dicts, notes
+
+
+def check_ties(network: nn.Module, dicts: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    """Names that the architecture ties must hold equal values."""
+    for alias, name in tied_names(network.state_dict()).items():
+        for number, state in enumerate(dicts):
+            if state[alias] is not state[name] and not torch.equal(state[alias], state[name]):
+                raise CheckpointError(
+                    f"model {number}: {alias} and {name} are one tensor in the architecture, but differ here"
+                )
+
+
+def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    """The models' weights, normalised to the sum one."""
+    if weights is None:
+        return [1.0 / count] * count
+    values = [float(w) for w in weights]
+    if len(values) != count:
+        raise MatchingError(f"got {len(values)} weights for {count} models; give one for each")
+    for number, value in enumerate(values):
+        if not np.isfinite(value) or value < 0:
+            raise MatchingError(f"weight {number} is {value:g}; weights must be finite and not negative")
+    total = sum(values)
+    if total <= 0:
+        raise MatchingError("the weights sum to zero; at least one must be positive")
+    return [value / total for value in values]
+
+
+def check_coordinates(coordinates: object, count: int) -> None:
+    """The universe, or the number of a model."""
+    if coordinates == "universe":
+        return
+    if isinstance(coordinates, bool) or not isinstance(coordinates, int) or not 0 <= coordinates < count:
+        raise MatchingError(
+            f"coordinates must be 'universe' or a model number from 0 to {count - 1}, got {coordinates!r}"
+        )
+
+
+def choose_repair(repair: str, network: nn.Module, data: Any) -> str:
+    """The mode that is carried out."""
+    if repair not in _MODES:
+        raise AutomergeError(f"repair must be one of {', '.join(_MODES)}, got {repair!r}")
+    if repair == "none":
+        return repair
+    norms = batchnorm_names(network)
+    if data is None:
+        if repair == "auto":
+            return "none"
+        raise AutomergeError(f"repair={repair!r} measures activations; give data=, batches of inputs")
+    if repair == "auto":
+        return "reset" if norms else "repair"
+    if repair == "reset" and not norms:
+        raise AutomergeError("repair='reset' needs BatchNorm statistics, and this model has none; use repair='repair'")
+    return repair
+
+
+def check_data(network: nn.Module, data: Any, args: Any, kwargs: Mapping[str, Any] | None) -> Batches:
+    """The batches, re-iterable; the model has run on the first of them.
+
+    Raises:
+        AutomergeError: if the data are empty or no batches, or the model does not run on the first.
+    """
+    inputs = len(args) if isinstance(args, (tuple, list)) else 1
+    batches = Batches(data, inputs, kwargs, device_of(network))
+    first = next(iter(batches))
+    try:
+        with evaluating(network):
+            run_batch(network, None, first)
+    except Exception as error:
+        raise AutomergeError(
+            f"the model does not run on the first batch of data: {type(error).__name__}: {error}; "
+            f"the first {inputs} items of a batch must be the model's inputs"
+        ) from error
+    return batches
+
+
+def merge_integers(name: str, values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The common value of an integer or boolean buffer; the largest for ``num_batches_tracked``."""
+    if name.rpartition(".")[2] == "num_batches_tracked":
+        return torch.stack(list(values)).amax(0)
+    for number, value in enumerate(values):
+        if not torch.equal(value, values[0]):
+            raise CheckpointError(
+                f"the {values[0].dtype} buffer {name} of model {number} differs from model 0's; it cannot be averaged, "
+                "so the models are not of one architecture"
+            )
+    return values[0].clone()

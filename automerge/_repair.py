@@ -1,0 +1,400 @@
+"""The parts of REPAIR: channel moments, the plan of what can be folded, and folding.
+
+`automerge.renormalise.Repair` is the public face.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from automerge._data import Batch, Batches, run_batch
+from automerge._observe import Event, Key, Observer, View
+from automerge.symmetry import Symmetry
+
+Tensors = dict[str, torch.Tensor]
+_DEAD = 1e-6
+
+
+class Moments:
+    """Streaming per-channel count, mean and centred square sum in float64; exact for parts of any size.
+
+    Chan, Golub, LeVeque (1979), the pairwise update.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = torch.zeros(())
+        self.square = torch.zeros(())
+
+    def update(self, value: torch.Tensor, channel: int) -> None:
+        """Add every position of ``value`` except along ``channel`` as one sample."""
+        flat = value.detach().movedim(channel, -1)
+        flat = flat.reshape(-1, flat.shape[-1]).double()
+        count = flat.shape[0]
+        if count == 0:
+            return
+        mean = flat.mean(0)
+        square = (flat - mean).square().sum(0)
+        if self.count == 0:
+            self.count, self.mean, self.square = count, mean, square
+            return
+        total = self.count + count
+        delta = mean - self.mean
+        self.mean = self.mean + delta * (count / total)
+        self.square = self.square + square + delta.square() * (self.count * count / total)
+        self.count = total
+
+    def variance(self, *, unbiased: bool = False) -> torch.Tensor:
+        """The variance of all samples; with ``unbiased`` divided by count - 1 as BatchNorm's running variance is."""
+        return self.square / max(self.count - 1 if unbiased else self.count, 1)
+
+    def std(self) -> torch.Tensor:
+        """The standard deviation of all samples."""
+        return self.variance().sqrt()
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A linear map or convolution whose output channels can be rescaled by its own weight and bias.
+
+    Attributes:
+        key: the call of the linear map.
+        weight: its output channels.
+        bias: the bias vector, if there is one.
+        channels: the number of output channels.
+        groups: groups of a transposed convolution; 1 otherwise.
+        free: bool, ``(channels,)``: which of them may be corrected.
+    """
+
+    key: Key
+    weight: View
+    bias: View | None
+    channels: int
+    groups: int
+    free: torch.Tensor
+
+    def sees(self, event: Event) -> bool:
+        """Whether the event's value is this site's complete output, bias included.
+
+        One and the same layer may add its bias in the call or after it, depending on the batch's memory layout.
+        """
+        if self.bias is None:
+            return event.key == self.key
+        return (event.key == self.key and event.bias is not None) or event.key in self.bias_key()
+
+    def bias_key(self) -> tuple[Key, ...]:
+        """The key of an addition of this site's bias; empty without one."""
+        return (("bias", self.bias.name, self.bias.axis, self.bias.start),) if self.bias else ()
+
+    @property
+    def name(self) -> str:
+        """The weight's name, with the rows where an earlier block of rows belongs to another call."""
+        view = self.weight
+        return f"{view.name}[{view.start}:{view.stop}]" if view.start else view.name
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """A batch normalisation whose statistics are measured again: its call, and the names of mean and variance."""
+
+    key: Key
+    names: tuple[str, str]
+
+    def sees(self, event: Event) -> bool:
+        """Whether the event is this call."""
+        return event.key == self.key
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a pass corrects, in the order of execution, and what it leaves alone and why."""
+
+    steps: tuple[Site | Norm, ...]
+    skipped: Mapping[str, str]
+
+    def find(self, event: Event) -> Site | Norm | None:
+        """The step that observes an event."""
+        return next((step for step in self.steps if step.sees(event)), None)
+
+
+# -------------------------------------------------------------------- planning
+class _Record:
+    """Everything one run showed."""
+
+    def __init__(self) -> None:
+        self.sites: dict[Key, Site] = {}
+        self.norms: dict[Key, Norm] = {}
+        self.order: list[Key] = []
+        self.reasons: dict[Key, str] = {}
+        self.normalised: dict[Key, str] = {}
+
+    def __call__(self, event: Event) -> None:
+        if event.names is not None:
+            self._norm(event, event.names)
+        elif event.weight is not None:
+            channels = event.value.shape[event.channel]
+            free = torch.ones(channels, dtype=torch.bool)
+            site = Site(event.key, event.weight, event.bias, channels, event.groups, free)
+            if not event.foldable:
+                self.reasons[event.key] = "what is added to its output is not a parameter of one value per channel"
+            self.sites[event.key] = site
+            self.order.append(event.key)
+        elif event.bias is not None:
+            for key in event.follows:
+                site_ = self.sites.get(key)
+                if site_ is not None and site_.bias is None and event.bias.stop - event.bias.start == site_.channels:
+                    self.sites[key] = replace(site_, bias=event.bias)
+
+    def _norm(self, event: Event, names: tuple[str, str]) -> None:
+        if event.key in self.norms:
+            self.reasons[event.key] = "the normalisation is used more than once"
+        self.norms[event.key] = Norm(event.key, names)
+        self.order.append(event.key)
+        for key, site in self.sites.items():
+            if not {key, *site.bias_key()}.isdisjoint(event.follows):
+                self.normalised[key] = names[0]
+
+
+def make_plan(model: nn.Module, tensors: Tensors, batch: Batch, symmetry: Symmetry | None, reset: bool) -> Plan:
+    """Run the model once and decide what can be corrected.
+
+    Args:
+        model: in eval mode, without gradients.
+        tensors: its weights, each tensor with memory of its own.
+        batch: one batch.
+        symmetry: restricts the correction to channels that are free; None: all but the final output's.
+        reset: whether normalisation statistics are measured again on the way.
+    """
+    record = _Record()
+    observer = Observer(tensors, record)
+    with observer:
+        output = run_batch(model, tensors, batch)
+    reasons = record.reasons
+    _mark_shared(record, observer)
+    if symmetry is None:
+        _mark_final(record, observer, output)
+    names = _names_by_tensor(tensors)
+    steps: list[Site | Norm] = []
+    for key in dict.fromkeys(record.order):
+        if key in record.norms:
+            if reset and key not in reasons:
+                steps.append(record.norms[key])
+            continue
+        site = record.sites[key]
+        if symmetry is not None:
+            site = replace(site, free=free_channels(site, symmetry, names[site.weight.name]))
+        if key not in reasons and not bool(site.free.any()):
+            reasons[key] = "the symmetry pins its output channels"
+        if key not in reasons and reset and key in record.normalised:
+            reasons[key] = f"its output is normalised by {record.normalised[key]}, whose reset does the same"
+        if key not in reasons:
+            steps.append(site)
+    skipped = {record.sites[k].name: r for k, r in reasons.items() if k in record.sites}
+    return Plan(tuple(steps), {**skipped, **_unseen(record, observer, tensors, names)})
+
+
+def _mark_shared(record: _Record, observer: Observer) -> None:
+    """Give the reason for every site whose weight or bias something else reads as well."""
+    by_tensor: dict[str, list[tuple[Site, View]]] = {}
+    for site in record.sites.values():
+        by_tensor.setdefault(site.weight.name, []).append((site, site.weight))
+        if site.bias is not None:
+            by_tensor.setdefault(site.bias.name, []).append((site, site.bias))
+    for name, uses in by_tensor.items():
+        spans = sorted((view.start, view.stop) for _, view in uses)
+        apart = all(a[1] <= b[0] for a, b in pairwise(spans))
+        one_axis = len({view.axis for _, view in uses}) == 1
+        if observer.uses.count.get(name, 0) != len(uses) or not apart or not one_axis:
+            by = ", ".join(dict.fromkeys(observer.uses.operators.get(name, ())))
+            for site, view in uses:
+                what = "it" if view is site.weight else f"its bias {name}"
+                record.reasons.setdefault(
+                    site.key, f"{what} is used more than once (by {by}), so no single correction fits every use"
+                )
+
+
+def _mark_final(record: _Record, observer: Observer, output: object) -> None:
+    """Give the reason for the sites that make the model's output: the last one, and any whose output is returned."""
+    points = {own: key for key, site in record.sites.items() for own in (key, *site.bias_key())}
+    final = [key for key in record.order if key in record.sites][-1:]
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided:
+            final += [points[key] for key in observer.made(leaf) if key in points]
+    for key in final:
+        record.reasons.setdefault(key, "it makes the model's final output")
+
+
+def _unseen(record: _Record, observer: Observer, tensors: Tensors, names: Mapping[str, list[str]]) -> dict[str, str]:
+    """Matrices and kernels that no watched call used."""
+    seen = {name for site in record.sites.values() for name in names[site.weight.name]}
+    out = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim > 1 and tensor.is_floating_point() and name not in seen and names[name][0] == name:
+            by = ", ".join(dict.fromkeys(observer.uses.operators.get(name, ())))
+            out[name] = f"it is no plain linear or convolution weight (used by {by or 'nothing'})"
+    return out
+
+
+def _names_by_tensor(tensors: Tensors) -> dict[str, list[str]]:
+    groups: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        groups.setdefault(id(tensor), []).append(name)
+    return {name: groups[id(tensor)] for name, tensor in tensors.items()}
+
+
+def free_channels(site: Site, symmetry: Symmetry, names: list[str]) -> torch.Tensor:
+    """Which output channels of a site belong to a set of interchangeable units.
+
+    Returns:
+        bool, ``(channels,)``.
+    """
+    view = site.weight
+    wanted = {symmetry.aliases.get(name, name) for name in names}
+    axes: dict[int, np.ndarray] = {}
+    for generator in symmetry.sets:
+        for slot in generator.slots:
+            if slot.param in wanted:
+                mask = axes.setdefault(slot.axis, np.zeros(symmetry.shapes[slot.param][slot.axis], dtype=bool))
+                mask[slot.index.reshape(-1)] = True
+    own = axes.get(view.axis)
+    free = torch.zeros(view.stop - view.start, dtype=torch.bool)
+    if own is not None:
+        free = torch.from_numpy(own[view.start : view.stop])
+    return free.repeat(site.groups) if site.groups > 1 else free
+
+
+# -------------------------------------------------------------------- measuring
+class _Reached(BaseException):
+    """Ends a forward pass early; no `Exception`, so that a model's own handlers let it through."""
+
+
+def measure(model: nn.Module, tensors: Tensors, batches: Batches, plan: Plan) -> dict[Key, Moments]:
+    """The moments at every site of a plan, in one pass over the data."""
+    moments = {step.key: Moments() for step in plan.steps if isinstance(step, Site)}
+
+    def listen(event: Event) -> None:
+        step = plan.find(event)
+        if isinstance(step, Site):
+            moments[step.key].update(event.value, event.channel)
+
+    for batch in batches:
+        with Observer(tensors, listen):
+            run_batch(model, tensors, batch)
+    return moments
+
+
+Correction = Callable[[Site | Norm, Moments], tuple[torch.Tensor, torch.Tensor] | None]
+
+
+def correct(model: nn.Module, tensors: Tensors, batches: Batches, plan: Plan, correction: Correction) -> None:
+    """Correct the steps of a plan one after the other, each measured with everything before it already corrected.
+
+    One batch needs one forward pass: the running output is corrected along with the weights. With several batches,
+    every step runs the model up to itself on all of them.
+
+    Args:
+        model: in eval mode, without gradients.
+        tensors: its weights; written in place.
+        batches: the data.
+        plan: the steps.
+        correction: gets a step and its moments, writes the weights, and returns scale and shift of the output, or None.
+    """
+    if _single(batches):
+
+        def listen(event: Event) -> None:
+            step = plan.find(event)
+            if step is not None:
+                moments = Moments()
+                moments.update(event.value, event.channel)
+                change = correction(step, moments)
+                if change is not None:
+                    view = [1] * event.value.ndim
+                    view[event.channel] = -1
+                    scale, shift = (c.to(event.value.dtype).view(view) for c in change)
+                    event.value.mul_(scale).add_(shift)
+
+        for batch in batches:
+            with Observer(tensors, listen):
+                run_batch(model, tensors, batch)
+        return
+    for step in plan.steps:
+        correction(step, _measure_one(model, tensors, batches, step))
+
+
+def _measure_one(model: nn.Module, tensors: Tensors, batches: Batches, step: Site | Norm) -> Moments:
+    moments = Moments()
+
+    def listen(event: Event) -> None:
+        if step.sees(event):
+            moments.update(event.value, event.channel)
+            raise _Reached
+
+    for batch in batches:
+        try:
+            with Observer(tensors, listen):
+                run_batch(model, tensors, batch)
+        except _Reached:
+            pass
+    return moments
+
+
+def _single(batches: Batches) -> bool:
+    iterator: Iterator[Batch] = iter(batches)
+    next(iterator)
+    return next(iterator, None) is None
+
+
+# -------------------------------------------------------------------- folding
+def channel_change(
+    measured: Moments, mean: torch.Tensor, std: torch.Tensor, site: Site, *, shift: bool, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scale and shift that give a site's output the wanted mean and standard deviation, ``y' = scale * y + shift``.
+
+    Args:
+        measured: the moments of the present output.
+        mean: float64, ``(channels,)``: the wanted mean.
+        std: float64, ``(channels,)``: the wanted standard deviation.
+        site: where; without a bias there is only the scale.
+        shift: whether the mean is corrected; if not, it is kept.
+        eps: machine epsilon of the weights; a channel whose deviation is rounding of its mean is dead.
+
+    Returns:
+        Scale and shift, float64 ``(channels,)``, identity on channels that are dead or not free; and which are dead.
+    """
+    now = measured.std()
+    dead = _flat(now, measured.mean, eps) | _flat(std, mean, eps)
+    active = site.free.to(now.device) & ~dead
+    scale = torch.where(active, std / torch.where(dead, torch.ones_like(now), now), torch.ones_like(now))
+    offset = (mean - scale * measured.mean) if shift else measured.mean * (1 - scale)
+    if site.bias is None:
+        offset = torch.zeros_like(offset)
+    return scale, torch.where(active, offset, torch.zeros_like(offset)), dead
+
+
+def _flat(std: torch.Tensor, mean: torch.Tensor, eps: float) -> torch.Tensor:
+    biggest = std.max() if std.numel() else std.new_zeros(())
+    return (std <= _DEAD * biggest) | (std <= 8 * eps * mean.abs()) | ~torch.isfinite(std)
+
+
+def fold(tensors: Tensors, site: Site, scale: torch.Tensor, shift: torch.Tensor) -> None:
+    """Write ``y' = scale * y + shift`` into the site's weight and bias, in place."""
+    view, weight = site.weight, tensors[site.weight.name]
+    if site.groups > 1:
+        part = weight.view(site.groups, -1, *weight.shape[1:])
+        shape = [site.groups, 1, weight.shape[1]] + [1] * (weight.ndim - 2)
+    else:
+        part = weight.narrow(view.axis, view.start, view.stop - view.start)
+        shape = [1] * weight.ndim
+        shape[view.axis] = -1
+    part.copy_(part.double() * scale.view(shape))
+    if site.bias is not None:
+        bias = site.bias
+        own = tensors[bias.name].narrow(bias.axis, bias.start, bias.stop - bias.start)
+        own.copy_(own.double() * scale.view(own.shape) + shift.view(own.shape))

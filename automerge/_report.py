@@ -1,0 +1,56 @@
+"""How a `Symmetry` prints."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from automerge.symmetry import Generator, Symmetry
+
+_MEMBERS = 6
+
+
+def _members(generator: Generator) -> str:
+    names = []
+    for slot in generator.slots:
+        width = slot.index.shape[1]
+        text = f"{slot.param}[{slot.axis}]" + (f"x{width}" if width > 1 else "")
+        if slot.within:
+            text += "{" + ",".join(f"{a}:{b}-{c}" for a, b, c in slot.within) + "}"
+        names.append(text)
+    unique = list(dict.fromkeys(names))
+    more = f", and {len(unique) - _MEMBERS} more" if len(unique) > _MEMBERS else ""
+    return ", ".join(unique[:_MEMBERS]) + more
+
+
+def symmetry_report(symmetry: Symmetry, *, limit: int = 40) -> str:
+    """The report a person reads: groups with size and members, what is pinned and why, the free share."""
+    sets = sorted(symmetry.sets, key=lambda g: -len(g.slots))
+    lines = [
+        f"Symmetry: {len(sets)} groups over {len(symmetry.shapes)} parameters; "
+        f"{symmetry.free_share:.1%} of the parameter axes' positions are free"
+    ]
+    for number, generator in enumerate(sets[:limit]):
+        lines.append(f"  group {number}: {generator.size} units, {len(generator.slots)} slots: {_members(generator)}")
+    if len(sets) > limit:
+        lines.append(f"  ... and {len(sets) - limit} more groups")
+    if symmetry.pins:
+        lines.append("Pinned:")
+        pins: Counter[tuple[str, str]] = Counter()
+        who: dict[tuple[str, str], list[str]] = {}
+        for pin in symmetry.pins:
+            pins[pin.reason, pin.where] += pin.count
+            who.setdefault((pin.reason, pin.where), []).append(f"{pin.param}[{pin.axis}]")
+        for (reason, where), count in list(pins.items())[:limit]:
+            names = who[reason, where]
+            more = f", and {len(names) - _MEMBERS} more" if len(names) > _MEMBERS else ""
+            at = f" ({where})" if where else ""
+            lines.append(f"  {reason}{at}: {count} positions of {', '.join(names[:_MEMBERS])}{more}")
+        if len(pins) > limit:
+            lines.append(f"  ... and {len(pins) - limit} more reasons")
+    if symmetry.unruled:
+        lines.append("Operators without a rule (what they touch is pinned; automerge.register_rule adds one):")
+        lines += [f"  {name}" for name in symmetry.unruled]
+    lines += [f"Note: {note}" for note in symmetry.notes]
+    return "\n".join(lines)

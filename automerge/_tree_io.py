@@ -1,0 +1,67 @@
+"""Nested inputs and outputs: lists, tuples, dicts, dataclasses and anything torch's pytree knows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+
+def map_tensors(fn: Callable[[str, torch.Tensor], Any], tree: Any, path: str = "") -> Any:
+    """Rebuild ``tree`` with ``fn(path, tensor)`` in place of every tensor; other leaves stay.
+
+    A container that cannot be rebuilt from its parts (an opaque object) is returned as it is, its tensors unvisited.
+    """
+    if isinstance(tree, torch.Tensor):
+        return fn(path, tree)
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(map_tensors(fn, v, f"{path}.{k}") for k, v in zip(tree._fields, tree, strict=True)))
+    if isinstance(tree, list | tuple):
+        return type(tree)(map_tensors(fn, v, f"{path}[{i}]") for i, v in enumerate(tree))
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        values = {f.name: map_tensors(fn, getattr(tree, f.name), f"{path}.{f.name}") for f in dataclasses.fields(tree) if f.init}
+        return dataclasses.replace(tree, **values)
+    if isinstance(tree, Mapping):
+        items = {k: map_tensors(fn, v, f"{path}[{k!r}]") for k, v in tree.items()}
+        return type(tree)(items) if type(tree) in (dict,) else _rebuild_mapping(tree, items)
+    return tree
+
+
+def _rebuild_mapping(tree: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    try:
+        return type(tree)(**items) if all(isinstance(k, str) for k in items) else type(tree)(items)  # type: ignore[call-arg]
+    except TypeError:
+        return items
+
+
+def tensors_of(tree: Any) -> list[torch.Tensor]:
+    """Every tensor in a nested structure, depth first; opaque objects are searched through pytree, then attributes."""
+    found: list[torch.Tensor] = []
+    _collect(tree, found, set())
+    return found
+
+
+def _collect(tree: Any, found: list[torch.Tensor], seen: set[int]) -> None:
+    if isinstance(tree, torch.Tensor):
+        found.append(tree)
+        return
+    if tree is None or isinstance(tree, bool | int | float | complex | str | bytes | torch.dtype | torch.device | torch.Size):
+        return
+    if id(tree) in seen:
+        return
+    seen.add(id(tree))
+    if isinstance(tree, Mapping):
+        children: Any = list(tree.values())
+    elif isinstance(tree, list | tuple | set | frozenset):
+        children = list(tree)
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        children = [getattr(tree, f.name, None) for f in dataclasses.fields(tree)]
+    else:
+        leaves = pytree.tree_leaves(tree)
+        attributes = getattr(tree, "__dict__", {}) if not isinstance(tree, torch.nn.Module | type) else {}
+        children = list(attributes.values()) if len(leaves) == 1 and leaves[0] is tree else leaves
+    for child in children:
+        _collect(child, found, seen)

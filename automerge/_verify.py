@@ -1,0 +1,300 @@
+"""Verification: random group elements on a float64 copy with randomised weights and statistics."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from automerge._errors import InvarianceError, TraceError
+from automerge._tree_io import map_tensors, tensors_of
+from automerge.symmetry import Symmetry
+from automerge.trace import normalise_args, prepared, trace
+
+_LOW = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` measured.
+
+    Attributes:
+        error: the largest difference of outputs, relative to the largest output.
+        elements: how many random elements were tried, each on every input.
+        inputs: how many inputs.
+        randomised: False if the model gave no finite output with randomised weights, so that its own were used.
+        seconds: wall time.
+    """
+
+    error: float
+    elements: int
+    inputs: int
+    randomised: bool
+    seconds: float
+
+    def __str__(self) -> str:
+        own = "" if self.randomised else ", with the model's own weights"
+        return (
+            f"verified: {self.elements} random elements on {self.inputs} inputs change the float64 output by at most "
+            f"{self.error:.1e} (relative){own}, in {self.seconds:.1f} s"
+        )
+
+
+class _Double(TorchDispatchMode):
+    """Computes in float64 whatever a model casts to lower precision."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") in _LOW:
+            kwargs["dtype"] = torch.float64
+        elif kwargs.get("dtype") is torch.complex64:
+            kwargs["dtype"] = torch.complex128
+        if not func._schema.is_mutable:
+            args, kwargs = map_tensors(_widen, tuple(args)), map_tensors(_widen, kwargs)
+        elif any(a.dtype is torch.float64 for a in tensors_of(args)):
+            args = (args[0], *map_tensors(_widen, tuple(args[1:])))
+        return func(*args, **kwargs)
+
+
+def _widen(_: str, tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.dtype in _LOW:
+        return tensor.to(torch.float64)
+    return tensor.to(torch.complex128) if tensor.dtype is torch.complex64 else tensor
+
+
+@contextlib.contextmanager
+def double_precision() -> Iterator[None]:
+    """Everything inside is computed in float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.no_grad(), _Double():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def randomised(state: Mapping[str, torch.Tensor], statistics: frozenset[str], seed: int) -> dict[str, torch.Tensor]:
+    """Float64 weights without coincidences: zeros, ones and tiny scales of a fresh initialisation are replaced.
+
+    Signs are kept where a tensor has only one, so that variances stay positive.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    out: dict[str, torch.Tensor] = {}
+    for name, value in state.items():
+        if not value.is_floating_point() or value.numel() == 0:
+            out[name] = value
+            continue
+        w = value.detach().to("cpu", torch.float64)
+        noise = torch.randn(w.shape, generator=rng, dtype=torch.float64)
+        if name in statistics:
+            positive = bool((w > 0).all())
+            out[name] = w.abs().clamp(min=0.1) * torch.exp(0.3 * noise) if positive else w + 0.3 * noise
+        elif w.numel() > 1 and float(w.abs().max()) < 1e-3:
+            out[name] = 0.2 * noise if bool((w == 0).any()) else 0.2 * torch.exp(0.3 * noise) * torch.sign(w)
+        else:
+            out[name] = torch.where(w == 0, 0.1 * noise, w * torch.exp(0.2 * noise))
+        out[name] = out[name].to(value.device)
+    return out
+
+
+def fresh_inputs(args: Any, kwargs: Any, seed: int) -> tuple[Any, Any]:
+    """Other inputs of the same kind: new float values, flipped integer ones; masks stay."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def change(_: str, x: torch.Tensor) -> torch.Tensor:
+        if x.is_floating_point():
+            finite = torch.isfinite(x)
+            if not bool(finite.all()) or (x.numel() > 2 and bool(((x == 0) | (x == 1)).all()) and x.unique().numel() == 2):
+                return x
+            scale = float(x.std()) if x.numel() > 1 else 0.0
+            noise = torch.randn(x.shape, generator=rng, dtype=torch.float64).to(x.device, x.dtype)
+            return float(x.mean()) + (scale if scale > 1e-6 else 1.0) * noise
+        if x.dtype in (torch.int64, torch.int32, torch.int16, torch.int8) and x.dim():
+            return x.flip(x.dim() - 1)
+        return x
+
+    return map_tensors(change, args), map_tensors(change, kwargs)
+
+
+class _Subject:
+    """A float64 copy of the model whose weights can be set."""
+
+    def __init__(self, model: nn.Module) -> None:
+        try:
+            self.model = copy.deepcopy(model).double().eval()
+        except Exception as error:
+            raise TraceError(
+                f"{type(model).__name__} cannot be copied for verification ({type(error).__name__}: {error}); "
+                "pass verify=False to skip it"
+            ) from error
+        self.tensors = dict(self.model.named_parameters(remove_duplicate=False)) | dict(
+            self.model.named_buffers(remove_duplicate=False)
+        )
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in state.items():
+                if name in self.tensors and self.tensors[name].shape == value.shape:
+                    self.tensors[name].copy_(value)
+
+    def outputs(self, args: Any, kwargs: Any) -> list[torch.Tensor]:
+        with prepared(self.model), double_precision():
+            result = self.model(*map_tensors(_widen, args), **map_tensors(_widen, kwargs))
+            return [t.detach().clone() for t in tensors_of(result)]
+
+
+def _difference(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
+    """The largest relative difference; infinite where shapes, integers or non-finite entries disagree."""
+    worst = 0.0
+    if len(a) != len(b):
+        return float("inf")
+    for x, y in zip(a, b, strict=True):
+        if x.shape != y.shape:
+            return float("inf")
+        if not (x.is_floating_point() or x.is_complex()):
+            worst = max(worst, 0.0 if torch.equal(x, y) else float("inf"))
+            continue
+        if x.numel() == 0:
+            continue
+        finite = torch.isfinite(x)
+        if not torch.equal(finite, torch.isfinite(y)):
+            return float("inf")
+        x, y = torch.where(finite, x, 0), torch.where(finite, y, 0)
+        worst = max(worst, float((x - y).abs().max()) / max(float(x.abs().max()), 1e-30))
+    return worst
+
+
+def _finite(outputs: Sequence[torch.Tensor]) -> bool:
+    floats = [t for t in outputs if t.is_floating_point() and t.numel()]
+    return all(bool(torch.isfinite(t).any()) and float(t[torch.isfinite(t)].abs().max()) < 1e100 for t in floats)
+
+
+def verify(
+    model: nn.Module,
+    args: Any,
+    symmetry: Symmetry,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    elements: int = 3,
+    seed: int = 0,
+    tolerance: float = 1e-9,
+) -> Verification:
+    """Check a symmetry on the model: random group elements must leave the float64 output unchanged.
+
+    The weights and normalisation statistics are randomised first, because a fresh initialisation (zeros, ones, layer
+    scales of 1e-6) hides mistakes. Each element is tried on the example and on a fresh input.
+
+    Args:
+        model: the model; it is copied, not changed.
+        args: the example inputs, as for `infer`.
+        symmetry: what to check.
+        kwargs: keyword inputs.
+        elements: how many random elements.
+        seed: of weights, inputs and elements.
+        tolerance: the largest relative difference that passes.
+
+    Raises:
+        InvarianceError: naming the first operator whose value differs.
+    """
+    start = time.perf_counter()
+    positional, keywords = normalise_args(args, kwargs)
+    subject = _Subject(model)
+    own = {n: t.detach().clone() for n, t in subject.tensors.items()}
+    inputs = [(positional, keywords), fresh_inputs(positional, keywords, seed)]
+    base = _alias(randomised(own, symmetry.statistics, seed), symmetry)
+    subject.load(base)
+    try:
+        before = [subject.outputs(*i) for i in inputs]
+        ok = all(_finite(o) for o in before)
+    except Exception:
+        ok = False
+    if not ok:
+        base = own
+        subject.load(base)
+        inputs = inputs[:1]
+        before = [subject.outputs(*i) for i in inputs]
+    rng = np.random.default_rng(seed)
+    worst = 0.0
+    for _ in range(elements if symmetry.sets else 0):
+        element = symmetry.random_element(rng)
+        moved = symmetry.apply(base, element)
+        subject.load(moved)
+        for values, given in zip(before, inputs, strict=True):
+            error = _difference(values, subject.outputs(*given))
+            worst = max(worst, error)
+            if not error <= tolerance:
+                raise InvarianceError(_failure(subject, base, moved, given, error))
+    return Verification(worst, elements if symmetry.sets else 0, len(inputs), ok, time.perf_counter() - start)
+
+
+def _alias(state: dict[str, torch.Tensor], symmetry: Symmetry) -> dict[str, torch.Tensor]:
+    return {n: state[symmetry.aliases.get(n, n)] for n in state}
+
+
+def _failure(subject: _Subject, base: Any, moved: Any, given: tuple[Any, Any], error: float) -> str:
+    where = "the output"
+    graphs = []
+    for state in (base, moved):
+        subject.load(state)
+        with double_precision():
+            graphs.append(trace(subject.model, map_tensors(_widen, given[0]), map_tensors(_widen, given[1])))
+    for a, b in zip(graphs[0].graph.nodes, graphs[1].graph.nodes, strict=False):
+        x, y = a.meta.get("val"), b.meta.get("val")
+        if a.op != "call_function" or not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
+            continue
+        if _multiset_differs(x, y):
+            module = f" in module {a.meta['module']!r}" if a.meta.get("module") else ""
+            where = f"{a.target}{module} at {a.meta.get('source', '?')}"
+            break
+    return (
+        f"a random element of the inferred group changes the output by {error:.1e} (relative); the first operator whose values "
+        f"differ is {where}. This is a defect of the rule for that operator or one before it: please report it, and pin "
+        "the operator with automerge.register_rule meanwhile"
+    )
+
+
+def _multiset_differs(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether two tensors differ by more than a permutation of their entries."""
+    if x.shape != y.shape:
+        return True
+    if x.is_complex():
+        x, y = torch.view_as_real(x), torch.view_as_real(y)
+    a, b = x.double().flatten().sort().values, y.double().flatten().sort().values
+    a, b = torch.nan_to_num(a, posinf=0.0, neginf=0.0), torch.nan_to_num(b, posinf=0.0, neginf=0.0)
+    return bool((a - b).abs().max() > 1e-8 * (a.abs().max() + 1e-30)) if a.numel() else False
+
+
+def check_replay(model: nn.Module, args: Any, kwargs: Any, graph: fx.GraphModule) -> str | None:
+    """A note if the recorded graph and the model disagree on fresh inputs: the path depended on data."""
+    positional, keywords = normalise_args(args, kwargs)
+    given = fresh_inputs(positional, keywords, 1)
+    info = graph.meta["trace"]
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    try:
+        with torch.no_grad(), prepared(model):
+            fed = [t.clone() for t in tensors_of_in_order(given)]
+            replayed = graph(*(tensors[n].detach().clone() for n in info.names.values()), *fed)
+            expected = tensors_of(model(*given[0], **given[1]))
+        same = _difference([t.double() for t in expected], [t.double() for t in replayed]) < 1e-2
+    except Exception as error:
+        return f"the recorded graph could not be replayed on other inputs ({type(error).__name__}); the groups hold for the recorded path"
+    if same:
+        return None
+    return "on other inputs the model takes another path than the recorded one; the groups hold for the recorded path"
+
+
+def tensors_of_in_order(given: tuple[Any, Any]) -> list[torch.Tensor]:
+    """The input tensors in the order in which `trace` makes placeholders."""
+    found: list[torch.Tensor] = []
+    map_tensors(lambda _, t: found.append(t) or t, given[0])  # type: ignore[func-returns-value]
+    map_tensors(lambda _, t: found.append(t) or t, given[1])  # type: ignore[func-returns-value]
+    return found

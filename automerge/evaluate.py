@@ -1,0 +1,355 @@
+"""Measure networks: accuracy and loss, ensembles, agreement, barriers, cycle errors, weight similarity.
+
+Every function returns a frozen object with ``to_dict()``; `automerge.plot` draws them. No model is changed, and every
+module's mode flag is as it was afterwards. A *source* is a module, a pair ``(module, state_dict)``, or a list of those:
+an ensemble.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from copy import deepcopy
+from math import log
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from automerge._data import Batch, Batches, bind, device_of, evaluating, logits_of, run_batch
+from automerge._errors import AutomergeError, CheckpointError
+from automerge._measures import Agreement, Barrier, CycleError, Evaluation, Similarity
+from automerge.renormalise import Repair, reset_batchnorm
+
+Network = nn.Module | tuple[nn.Module, Mapping[str, torch.Tensor]]
+Source = Network | list[Network]
+Metric = Callable[[Any, Any], float | torch.Tensor]
+_IGNORED = -100
+
+
+# -------------------------------------------------------------------- running sources
+class _Runner:
+    """A source with its weights bound, in eval mode between ``enter`` and ``exit``."""
+
+    def __init__(self, source: Source) -> None:
+        parts = source if isinstance(source, list) else [source]
+        if not parts:
+            raise AutomergeError("an ensemble needs at least one network")
+        self.networks = [_network(part) for part in parts]
+        self._stack = ExitStack()
+
+    def __enter__(self) -> _Runner:
+        for model, _ in self.networks:
+            self._stack.enter_context(evaluating(model))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def outputs(self, batch: Batch) -> list[Any]:
+        return [run_batch(model, weights, batch) for model, weights in self.networks]
+
+
+def _network(part: Network) -> tuple[nn.Module, dict[str, torch.Tensor] | None]:
+    if isinstance(part, nn.Module):
+        return part, None
+    if isinstance(part, tuple) and len(part) == 2 and isinstance(part[0], nn.Module):
+        model, state_dict = part
+        missing = [n for n in state_dict if n not in model.state_dict()]
+        missing += [n for n in model.state_dict() if n not in state_dict]
+        if missing:
+            raise CheckpointError(f"the state dict and the model differ in the key {missing[0]!r}")
+        return model, bind(model, state_dict)
+    raise AutomergeError(
+        f"expected a module, a pair (module, state_dict) or a list of those, got a {type(part).__name__}"
+    )
+
+
+def _class_axis(scores: torch.Tensor, labels: torch.Tensor) -> int | None:
+    """The axis of the classes, if the labels are class indices that fit the scores."""
+    if labels.is_floating_point() or scores.ndim != labels.ndim + 1:
+        return None
+    for axis in (1, scores.ndim - 1):
+        if (*scores.shape[:axis], *scores.shape[axis + 1 :]) == tuple(labels.shape):
+            return axis
+    return None
+
+
+def _combine(outputs: list[Any], average: str, axis: int) -> torch.Tensor:
+    """Log-probabilities, classes last, of one network or of the mean of several."""
+    scores = [logits_of(o).movedim(axis, -1).double() for o in outputs]
+    if average == "logits":
+        return torch.stack(scores).mean(0).log_softmax(-1)
+    return torch.stack([s.log_softmax(-1) for s in scores]).logsumexp(0) - log(len(scores))
+
+
+__all__ = [
+    "Agreement",
+    "Barrier",
+    "CycleError",
+    "Evaluation",
+    "Similarity",
+    "agreement",
+    "barrier",
+    "cycle_error",
+    "evaluate",
+    "interpolate",
+    "similarity",
+]
+
+
+# -------------------------------------------------------------------- functions
+def evaluate(
+    source: Source,
+    data: Any,
+    metrics: Mapping[str, Metric] | Sequence[Metric] | Metric | None = None,
+    *,
+    average: Literal["probabilities", "logits"] = "probabilities",
+    inputs: int = 1,
+    kwargs: Mapping[str, Any] | None = None,
+) -> Evaluation:
+    """Accuracy, mean cross-entropy and any further metric of a network or an ensemble.
+
+    Args:
+        source: a module, a pair ``(module, state_dict)``, or a list of those (an ensemble).
+        data: batches with labels, ``(inputs, labels)``; integer labels of shape ``(batch, ...)`` with scores ``(batch,
+            classes, ...)`` or ``(batch, ..., classes)``. Labels of -100 do not count, as in torch.
+        metrics: callables ``(output, labels) -> float``, as a mapping from names, a sequence or one; for an ensemble
+            the output is the mean of the probabilities or logits.
+        average: what an ensemble averages.
+        inputs: how many of a batch's items are positional inputs.
+        kwargs: keyword inputs for every batch.
+
+    Raises:
+        AutomergeError: if the data are empty, have no labels, or the labels are no classes and no metric is given.
+
+    Examples:
+        >>> model = nn.Linear(2, 2)
+        >>> x = torch.eye(2)
+        >>> with torch.no_grad():
+        ...     _ = model.weight.copy_(torch.eye(2) * 50), model.bias.zero_()
+        >>> evaluate(model, [(x, torch.tensor([0, 1]))]).accuracy
+        1.0
+    """
+    if average not in ("probabilities", "logits"):
+        raise AutomergeError(f"average must be 'probabilities' or 'logits', got {average!r}")
+    named = _named(metrics)
+    tally = _Tally()
+    with _Runner(source) as runner:
+        for number, batch in enumerate(_batches(runner, data, inputs, kwargs)):
+            if batch.labels is None:
+                raise AutomergeError(
+                    f"batch {number} carries no labels; give (inputs, labels), or use agreement(), which needs none"
+                )
+            outputs = runner.outputs(batch)
+            tally.add(outputs, batch.labels, named, average, number)
+        return tally.result(average if len(runner.networks) > 1 else None, len(runner.networks))
+
+
+class _Tally:
+    """Sums over batches."""
+
+    def __init__(self) -> None:
+        self.correct = self.loss = 0.0
+        self.samples = self.weight = 0
+        self.classes = True
+        self.metrics: dict[str, float] = {}
+
+    def add(self, outputs: list[Any], labels: Any, metrics: Mapping[str, Metric], average: str, number: int) -> None:
+        scores = logits_of(outputs[0])
+        axis = _class_axis(scores, labels) if isinstance(labels, torch.Tensor) else None
+        size = int(labels.shape[0]) if isinstance(labels, torch.Tensor) and labels.ndim else 1
+        if axis is None:
+            if not metrics:
+                shape = tuple(labels.shape) if isinstance(labels, torch.Tensor) else type(labels).__name__
+                raise AutomergeError(
+                    f"batch {number}: labels {shape} are no class indices for scores {tuple(scores.shape)}; "
+                    "give metrics={'name': callable}"
+                )
+            self.classes = False
+            self.samples += size
+        else:
+            log_probabilities = _combine(outputs, average, axis)
+            flat, wanted = log_probabilities.flatten(0, -2), labels.flatten().long()
+            valid = wanted != _IGNORED
+            self.samples += int(valid.sum())
+            self.correct += float((flat.argmax(-1) == wanted)[valid].sum())
+            self.loss += float(F.nll_loss(flat[valid], wanted[valid], reduction="sum")) if valid.any() else 0.0
+        self.weight += size
+        if metrics:
+            output = outputs[0] if len(outputs) == 1 else _mean_output(outputs, average, axis)
+            for name, metric in metrics.items():
+                self.metrics[name] = self.metrics.get(name, 0.0) + size * float(metric(output, labels))
+
+    def result(self, average: str | None, members: int) -> Evaluation:
+        count = max(self.samples, 1)
+        means = {name: value / max(self.weight, 1) for name, value in self.metrics.items()}
+        if not self.classes:
+            return Evaluation(None, None, self.samples, means, average, members)
+        return Evaluation(self.correct / count, self.loss / count, self.samples, means, average, members)
+
+
+def _mean_output(outputs: list[Any], average: str, axis: int | None) -> torch.Tensor:
+    """The mean output of an ensemble: of the logits, or log-probabilities where there are classes."""
+    if average == "logits" or axis is None:
+        return torch.stack([logits_of(o) for o in outputs]).mean(0)
+    return _combine(outputs, average, axis).movedim(-1, axis)
+
+
+def _named(metrics: Mapping[str, Metric] | Sequence[Metric] | Metric | None) -> dict[str, Metric]:
+    if metrics is None:
+        return {}
+    if isinstance(metrics, Mapping):
+        return dict(metrics)
+    every = [metrics] if callable(metrics) else list(metrics)
+    return {getattr(m, "__name__", type(m).__name__): m for m in every}
+
+
+def _batches(runner: _Runner, data: Any, inputs: int, kwargs: Mapping[str, Any] | None) -> Iterator[Batch]:
+    return iter(Batches(data, inputs, kwargs, device_of(runner.networks[0][0])))
+
+
+def agreement(
+    a: Source, b: Source, data: Any, *, inputs: int = 1, kwargs: Mapping[str, Any] | None = None, class_axis: int = -1
+) -> Agreement:
+    """The share of predictions (largest score) on which two sources agree; labels are ignored.
+
+    Args:
+        a: a module, a pair ``(module, state_dict)``, or a list of those (an ensemble: the mean of probabilities).
+        b: the same.
+        data: batches.
+        inputs: how many of a batch's items are positional inputs.
+        kwargs: keyword inputs for every batch.
+        class_axis: the axis of the classes in the scores.
+
+    Raises:
+        AutomergeError: if the data are empty.
+    """
+    same = total = 0
+    with _Runner(a) as first, _Runner(b) as second:
+        for batch in _batches(first, data, inputs, kwargs):
+            left, right = (_combine(r.outputs(batch), "probabilities", class_axis).argmax(-1) for r in (first, second))
+            same += int((left == right).sum())
+            total += left.numel()
+    return Agreement(same / max(total, 1), total)
+
+
+def interpolate(
+    sd_a: Mapping[str, torch.Tensor], sd_b: Mapping[str, torch.Tensor], position: float
+) -> dict[str, torch.Tensor]:
+    """``(1 - t) a + t b`` for every float tensor, in float64 and cast back; anything else is taken from ``a``.
+
+    Examples:
+        >>> interpolate({"w": torch.zeros(2)}, {"w": torch.ones(2)}, 0.25)["w"]
+        tensor([0.2500, 0.2500])
+    """
+    out = {}
+    for name, a in sd_a.items():
+        if name not in sd_b or sd_b[name].shape != a.shape:
+            raise CheckpointError(f"the two state dicts differ in {name!r}; they must be of one architecture")
+        if a.is_floating_point():
+            mixed = (1 - position) * a.detach().double() + position * sd_b[name].detach().to(a.device).double()
+            out[name] = mixed.to(a.dtype)
+        else:
+            out[name] = a.detach().clone()
+    return out
+
+
+def barrier(
+    model: nn.Module,
+    sd_a: Mapping[str, torch.Tensor],
+    sd_b: Mapping[str, torch.Tensor],
+    data: Any,
+    points: int = 11,
+    repair: Repair | Literal["reset"] | None = None,
+    *,
+    repair_data: Any = None,
+    inputs: int = 1,
+    kwargs: Mapping[str, Any] | None = None,
+) -> Barrier:
+    """Loss and accuracy along the straight line from ``sd_a`` to ``sd_b``.
+
+    Args:
+        model: the architecture; not changed.
+        sd_a: the weights at 0.
+        sd_b: the weights at 1, already aligned to ``sd_a`` if they are to be.
+        data: labelled batches.
+        points: how many points, end points included.
+        repair: repair every inner point: ``"reset"`` for the BatchNorm statistics, or a `Repair`. The end points stay.
+        repair_data: batches for the repair; by default ``data``, whose labels it does not use.
+        inputs: how many of a batch's items are positional inputs.
+        kwargs: keyword inputs for every batch.
+
+    Raises:
+        AutomergeError: for fewer than two points, empty data, or labels that are no classes.
+    """
+    if points < 2:
+        raise AutomergeError(f"a path needs at least two points, got {points}")
+    batches = Batches(data, inputs, kwargs)
+    source = batches if repair_data is None else Batches(repair_data, inputs, kwargs)
+    positions = tuple(k / (points - 1) for k in range(points))
+    values = []
+    for t in positions:
+        weights = interpolate(sd_a, sd_b, t)
+        if repair is not None and 0 < t < 1:
+            weights = _repaired(model, weights, sd_a, sd_b, t, source, repair, inputs, kwargs)
+        values.append(evaluate((model, weights), batches, inputs=inputs, kwargs=kwargs))
+    losses, accuracies = [v.loss for v in values], [v.accuracy for v in values]
+    known_losses = tuple(v for v in losses if v is not None)
+    known = tuple(v for v in accuracies if v is not None)
+    return Barrier(positions, known_losses, known, None if repair is None else str(repair), values[0].samples)
+
+
+def _repaired(
+    model: nn.Module,
+    weights: dict[str, torch.Tensor],
+    sd_a: Mapping[str, torch.Tensor],
+    sd_b: Mapping[str, torch.Tensor],
+    position: float,
+    data: Any,
+    repair: Repair | str,
+    inputs: int,
+    kwargs: Mapping[str, Any] | None,
+) -> dict[str, torch.Tensor]:
+    if isinstance(repair, Repair):
+        share = (1 - position, position)
+        return repair(model, weights, (sd_a, sd_b), data, weights=share, inputs=inputs, kwargs=kwargs)[0]
+    if repair != "reset":
+        raise AutomergeError(f"repair must be None, 'reset' or a Repair, got {repair!r}")
+    own = deepcopy(model)
+    own.load_state_dict(weights)
+    reset_batchnorm(own, data, inputs=inputs, kwargs=kwargs)
+    return {n: v.detach() for n, v in own.state_dict().items()}
+
+
+def cycle_error(matching: Any) -> CycleError:
+    """The cycle error of a matching's composed pairwise maps; 0 when they go through one universe."""
+    return CycleError(float(matching.cycle_error()), len(matching.to_universe))
+
+
+def similarity(sd_a: Mapping[str, torch.Tensor], sd_b: Mapping[str, torch.Tensor]) -> Similarity:
+    """Cosine similarity of the float tensors of two state dicts, in float64.
+
+    Raises:
+        CheckpointError: if a tensor is missing or has another shape.
+
+    Examples:
+        >>> similarity({"w": torch.tensor([1., 0.])}, {"w": torch.tensor([1., 1.])}).cosine
+        0.7071067811865475
+    """
+    dots, first, second, per = 0.0, 0.0, 0.0, {}
+    for name, a in sd_a.items():
+        if not a.is_floating_point():
+            continue
+        if name not in sd_b or sd_b[name].shape != a.shape:
+            raise CheckpointError(f"the two state dicts differ in {name!r}; they must be of one architecture")
+        x, y = a.detach().double().flatten(), sd_b[name].detach().to(a.device).double().flatten()
+        dot, xx, yy = float(x @ y), float(x @ x), float(y @ y)
+        per[name] = _cosine(dot, xx, yy)
+        dots, first, second = dots + dot, first + xx, second + yy
+    return Similarity(_cosine(dots, first, second), per)
+
+
+def _cosine(dot: float, xx: float, yy: float) -> float:
+    return dot / float((xx**0.5) * (yy**0.5)) if xx > 0 and yy > 0 else 0.0

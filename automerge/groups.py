@@ -1,0 +1,161 @@
+"""Group elements: what moves a state dict, exactly and in integer arithmetic.
+
+An element holds, for every parameter that it moves, one integer array per axis. The action is numpy's advanced
+indexing, ``new = old[idx_0, idx_1, ...]``, where each ``idx_k`` broadcasts to the parameter's shape: a plain axis
+permutation has the shape ``(1, n, 1)``; the inner permutations of a wreath product, which depend on the position along
+another axis, have extent there too. Composition and inversion stay in this form, so cycles compose to the identity
+exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+IndexArrays = tuple[np.ndarray, ...]
+ArrayLike = TypeVar("ArrayLike", np.ndarray, torch.Tensor)
+
+
+def axis_index(shape: tuple[int, ...], axis: int) -> np.ndarray:
+    """The identity index of one axis, shaped to broadcast against the others.
+
+    >>> axis_index((2, 3), 1).shape
+    (1, 3)
+    """
+    view = [1] * len(shape)
+    view[axis] = shape[axis]
+    return np.arange(shape[axis], dtype=np.int64).reshape(view)
+
+
+def identity_index(shape: tuple[int, ...]) -> IndexArrays:
+    """The identity of one parameter: `axis_index` for each axis."""
+    return tuple(axis_index(shape, k) for k in range(len(shape)))
+
+
+def _shrink(index: np.ndarray, axis: int) -> np.ndarray:
+    """Drop the extent of every other axis along which the index is constant."""
+    for other in range(index.ndim):
+        if other != axis and index.shape[other] > 1:
+            first = index.take([0], axis=other)
+            if np.array_equal(np.broadcast_to(first, index.shape), index):
+                index = first
+    return np.ascontiguousarray(index)
+
+
+def _evaluate(index: np.ndarray, at: IndexArrays) -> np.ndarray:
+    """``index`` read at the positions ``at``; axes where it has extent one are broadcast."""
+    return index[tuple(a if index.shape[k] > 1 else 0 for k, a in enumerate(at))]
+
+
+def compose_index(first: IndexArrays, second: IndexArrays) -> IndexArrays:
+    """The index that acts like ``first`` and then ``second``: ``new[j] = old[first(second(j))]``."""
+    ndim = len(first)
+    out = []
+    for axis in range(ndim):
+        value = _evaluate(first[axis], second)
+        out.append(_shrink(value.reshape((1,) * (ndim - value.ndim) + value.shape), axis))
+    return tuple(out)
+
+
+def inverse_index(index: IndexArrays) -> IndexArrays:
+    """The inverse of `compose_index`. Axes are inverted from those that depend on nothing inwards.
+
+    Raises:
+        ValueError: if two axes depend on each other, so that no order exists.
+    """
+    ndim = len(index)
+    done: dict[int, np.ndarray] = {}
+    while len(done) < ndim:
+        before = len(done)
+        for axis in range(ndim):
+            others = [k for k in range(ndim) if k != axis and index[axis].shape[k] > 1]
+            if axis in done or any(k not in done for k in others):
+                continue
+            extent = tuple(index[axis].shape)
+            at = tuple(done[k] if k in others else axis_index(extent, k) for k in range(ndim))
+            done[axis] = _shrink(np.argsort(_evaluate(index[axis], at), axis=axis), axis)
+        if len(done) == before:
+            raise ValueError("the axes of this element depend on each other in a cycle")
+    return tuple(done[k] for k in range(ndim))
+
+
+def apply_index(index: IndexArrays, tensor: ArrayLike) -> ArrayLike:
+    """Move one tensor: ``tensor[idx_0, idx_1, ...]``, one gather per axis where the axes are independent."""
+    plain = all(a.size == a.shape[k] for k, a in enumerate(index))
+    if isinstance(tensor, torch.Tensor):
+        if plain:
+            for k, a in enumerate(index):
+                if not _is_identity_axis(a):
+                    tensor = tensor.index_select(k, torch.from_numpy(a.reshape(-1)).to(tensor.device))
+            return tensor
+        return tensor[tuple(torch.from_numpy(a).to(tensor.device) for a in index)]
+    return tensor[index]
+
+
+def _is_identity_axis(index: np.ndarray) -> bool:
+    flat = index.reshape(-1)
+    return bool(np.array_equal(flat, np.arange(flat.size)))
+
+
+@dataclass(frozen=True, eq=False)
+class Element:
+    """One element of a model's permutation group.
+
+    Attributes:
+        maps: for each moved parameter one int64 array per axis (see the module's docstring); parameters that are
+            not named stay as they are.
+        shapes: the shape of each parameter that may move.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    maps: Mapping[str, IndexArrays] = field(default_factory=dict)
+
+    def then(self, other: Element) -> Element:
+        """The element that acts like ``self`` first and ``other`` second."""
+        names = set(self.maps) | set(other.maps)
+        shapes = {**self.shapes, **other.shapes}
+        return Element(shapes, {n: compose_index(self._of(n), other._of(n)) for n in sorted(names)})
+
+    def inverse(self) -> Element:
+        """The element with ``e.then(e.inverse())`` the identity."""
+        return Element(self.shapes, {n: inverse_index(m) for n, m in self.maps.items()})
+
+    def is_identity(self) -> bool:
+        """Whether nothing moves; exact, no tolerance."""
+        return self.moved() == 0
+
+    def moved(self) -> int:
+        """The number of axis positions that do not stay where they are."""
+        return sum(
+            int(np.count_nonzero(a != axis_index(self.shapes[n], k))) for n, m in self.maps.items() for k, a in enumerate(m)
+        )
+
+    def apply_to(self, name: str, tensor: ArrayLike) -> ArrayLike:
+        """Move one tensor (a parameter's value, its gradient, ...) by its name."""
+        return apply_index(self.maps[name], tensor) if name in self.maps else tensor
+
+    def _of(self, name: str) -> IndexArrays:
+        if name in self.maps:
+            return self.maps[name]
+        return identity_index(self.shapes[name])
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Element):
+            return NotImplemented
+        names = set(self.maps) | set(other.maps)
+        return all(
+            all(np.array_equal(_shrink(a, k), _shrink(b, k)) for k, (a, b) in enumerate(zip(self._of(n), other._of(n), strict=True)))
+            if n in self.shapes and n in other.shapes
+            else False
+            for n in names
+        )
+
+    def __hash__(self) -> int:
+        return hash(tuple(sorted(self.maps)))
+
+    def __repr__(self) -> str:
+        return f"Element(moves {self.moved()} positions in {len(self.maps)} parameters)"

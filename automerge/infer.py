@@ -1,0 +1,136 @@
+"""Inference: from a model and example inputs to its `Symmetry`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import fx, nn
+
+from automerge._assemble import Assembler
+from automerge._errors import UnknownOperatorError
+from automerge._search import Structure, search
+from automerge._verify import check_replay
+from automerge._verify import verify as check_symmetry
+from automerge.rules import Analysis, analyse
+from automerge.symmetry import Generator, Symmetry
+from automerge.trace import TraceInfo, trace
+
+_MAX_PASSES = 8
+
+
+def infer(
+    model: nn.Module,
+    args: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    verify: bool = True,
+    strict: bool = False,
+) -> Symmetry:
+    """Derive which axes of which parameters may be permuted together.
+
+    Args:
+        model: any module that runs forward on the inputs; it is not changed.
+        args: a tensor, or a tuple or list of positional inputs.
+        kwargs: keyword inputs.
+        verify: check the answer with random group elements in float64 before returning it.
+        strict: raise on an operator without a rule instead of pinning what it touches.
+
+    Returns:
+        The `Symmetry`; ``print`` it for a report.
+
+    Raises:
+        TraceError: if the model does not run on the inputs.
+        UnknownOperatorError: with ``strict``, at the first operator without a rule.
+        InvarianceError: if verification finds that a group is no symmetry (a defect of a rule; please report it).
+
+    Examples:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> [g.size for g in infer(net, torch.ones(1, 3)).generators()]
+        [8]
+    """
+    start = time.perf_counter()
+    graph = trace(model, args, kwargs)
+    traced = time.perf_counter()
+    symmetry, _ = infer_graph(graph)
+    if strict and symmetry.unruled:
+        raise UnknownOperatorError(
+            f"no rule for {symmetry.unruled[0]}; register one with automerge.register_rule, or pass strict=False to pin "
+            "what it touches"
+        )
+    done = time.perf_counter()
+    symmetry.stats.update(trace_seconds=traced - start, infer_seconds=done - traced)  # type: ignore[attr-defined]
+    if verify:
+        outcome = check_symmetry(model, args, symmetry, kwargs)
+        note = check_replay(model, args, kwargs, graph)
+        symmetry.stats.update(verify_seconds=time.perf_counter() - done, verified=outcome.error)  # type: ignore[attr-defined]
+        if note:
+            object.__setattr__(symmetry, "notes", (*symmetry.notes, note))
+    return symmetry
+
+
+def infer_graph(graph: fx.GraphModule) -> tuple[Symmetry, Analysis]:
+    """The symmetry of a traced graph, unverified, and the analysis it rests on."""
+    clock = time.perf_counter()
+    splits: dict[tuple[str, int, int], np.ndarray] = {}
+    passes = 0
+    while True:
+        analysis = analyse(graph, splits)
+        passes += 1
+        if set(analysis.engine.requests) == set(splits) or passes >= _MAX_PASSES:
+            break
+        splits = dict(analysis.engine.requests)
+    ruled = time.perf_counter()
+    axes = analysis.engine.axes
+    structure = Structure(axes)
+    assembler = Assembler(axes, structure)
+    info: TraceInfo = graph.meta["trace"]
+    shapes = _shapes(graph)
+    generators: list[Generator] = []
+    dropped = 0
+    for units in search(structure, assembler.wanted()):
+        made = assembler.generator(units)
+        if made is None:
+            dropped += 1
+        else:
+            generators.append(made)
+    unused = [n for n in shapes if n not in analysis.states]
+    symmetry = Symmetry(
+        shapes=shapes,
+        sets=tuple(generators),
+        statistics=frozenset(analysis.statistics),
+        aliases={a: n for a, n in info.aliases.items() if n in shapes},
+        pins=tuple(assembler.pins(generators, shapes, unused)),
+        unruled=tuple(analysis.unruled),
+        notes=tuple(_notes(info)),
+        stats={
+            "passes": passes,
+            "rules_seconds": ruled - clock,
+            "search_seconds": time.perf_counter() - ruled,
+            "vertices": int(axes.count),
+            "edges": int(structure.source.size),
+            "unrepresentable": dropped,
+        },
+    )
+    return symmetry, analysis
+
+
+def _shapes(graph: fx.GraphModule) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for node in graph.graph.nodes:
+        if node.op == "placeholder" and node.meta["kind"] == "state" and node.meta["val"].is_floating_point():
+            shapes[node.meta["name"]] = tuple(node.meta["val"].shape)
+    return shapes
+
+
+def _notes(info: TraceInfo) -> list[str]:
+    notes = []
+    if info.data_dependent:
+        places = ", ".join(dict.fromkeys(info.data_dependent[:3]))
+        notes.append(
+            f"python read values that depend on the data ({places}); the groups hold for the path that these inputs took"
+        )
+    return notes

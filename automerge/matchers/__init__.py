@@ -1,0 +1,50 @@
+"""Matchers: one map per model to a common universe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from automerge.matchers._base import Matcher, Matching, Model, Progress, check_models
+from automerge.matchers._frank_wolfe import FrankWolfe
+from automerge.matchers._identity import Identity
+from automerge.symmetry import Symmetry
+
+__all__ = ["FrankWolfe", "Identity", "Matcher", "Matching", "check_models", "match"]
+
+
+def match(
+    models: Sequence[Model],
+    symmetry: Symmetry,
+    matcher: Matcher | None = None,
+    *,
+    progress: Progress | None = None,
+    data: Any = None,
+) -> Matching:
+    """Match N models of one architecture in a common universe.
+
+    Args:
+        models: state dicts or modules, at least two; they are not changed.
+        symmetry: of the architecture.
+        matcher: `FrankWolfe` with its defaults if None.
+        progress: called with a dict of numbers as the work goes on.
+        data: batches, for matchers that look at activations.
+
+    Returns:
+        One map per model to the universe.
+
+    Raises:
+        MatchingError: for fewer than two models.
+        CheckpointError: if a model does not fit the others, or holds NaN or infinite values.
+        SymmetryError: if the symmetry is of another architecture.
+
+    Examples:
+        >>> import numpy as np, torch
+        >>> from automerge.symmetry import Generator, Slot
+        >>> unit = np.arange(3)[:, None]
+        >>> s = Symmetry({"a": (3, 2), "b": (2, 3)}, (Generator(3, (Slot("a", 0, unit), Slot("b", 1, unit))),))
+        >>> model = {"a": torch.randn(3, 2), "b": torch.randn(2, 3)}
+        >>> match([model, model], s).between(0, 1).is_identity()
+        True
+    """
+    return (matcher or FrankWolfe()).match(models, symmetry, progress=progress, data=data)

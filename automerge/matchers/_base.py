@@ -1,0 +1,207 @@
+"""What every matcher shares: the abstract class, its answer, and the checks of its input."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from automerge._errors import CheckpointError, MatchingError, SymmetryError
+from automerge.groups import Element
+from automerge.io import check_state_dict, save_state_dict
+from automerge.symmetry import Symmetry
+
+Model = Mapping[str, torch.Tensor] | nn.Module
+Progress = Callable[[dict[str, Any]], None]
+
+_FORMAT = "automerge.matching/1"
+
+
+class Matcher(ABC):
+    """Finds one map per model to a common universe. Implementations are frozen dataclasses of their options."""
+
+    @abstractmethod
+    def match(
+        self, models: Sequence[Model], symmetry: Symmetry, *, progress: Progress | None = None, data: Any = None
+    ) -> Matching:
+        """Match N models.
+
+        Args:
+            models: state dicts or modules of one architecture, at least two.
+            symmetry: of that architecture.
+            progress: called with a dict of numbers (``iteration``, ``objective``, ...) as the work goes on.
+            data: batches, for matchers that look at activations.
+
+        Raises:
+            MatchingError: for fewer than two models, or missing data.
+            CheckpointError: if a model does not fit the others, or holds NaN or infinite values.
+            SymmetryError: if the symmetry is of another architecture.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Matching:
+    """One map per model to a common universe.
+
+    Attributes:
+        to_universe: the map of each model; for permutation matchers an exact group `Element`.
+        symmetry: the group they come from.
+        matcher: which matcher, with its options.
+        stats: what it measured (objective per iteration, seconds, ...).
+
+    Examples:
+        >>> from automerge.symmetry import Generator, Slot
+        >>> import numpy as np
+        >>> unit = np.arange(3)[:, None]
+        >>> s = Symmetry({"a": (3,), "b": (3,)}, (Generator(3, (Slot("a", 0, unit), Slot("b", 0, unit))),))
+        >>> m = Matching((s.element([[1, 2, 0]]), s.identity()), s)
+        >>> s.apply({"a": torch.arange(3.0), "b": torch.zeros(3)}, m.between(0, 1))["a"]
+        tensor([1., 2., 0.])
+        >>> m.cycle_error()
+        0.0
+    """
+
+    to_universe: tuple[Element, ...]
+    symmetry: Symmetry
+    matcher: str = ""
+    stats: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.to_universe)
+
+    def between(self, a: int, b: int) -> Element:
+        """The map from model a's coordinates to model b's, through the universe.
+
+        Raises:
+            MatchingError: for an index that is no model's.
+        """
+        for i in (a, b):
+            if not 0 <= i < len(self):
+                raise MatchingError(f"there is no model {i}; this matching has the models 0 to {len(self) - 1}")
+        return self.to_universe[a].then(self.to_universe[b].inverse())
+
+    def cycle_error(self) -> float:
+        """The largest share of positions that a composition around a pair or a triangle of models displaces.
+
+        Exactly 0 for maps through a universe; measured, not assumed.
+        """
+        total = max(1, sum(sum(self.symmetry.shapes[n]) for e in self.to_universe for n in e.maps))
+        maps = {(a, b): self.between(a, b) for a, b in itertools.permutations(range(len(self)), 2)}
+        worst = 0
+        for a, b in itertools.combinations(range(len(self)), 2):
+            worst = max(worst, maps[a, b].then(maps[b, a]).moved())
+        for a, b, c in itertools.combinations(range(len(self)), 3):
+            worst = max(worst, maps[a, b].then(maps[b, c]).then(maps[c, a]).moved())
+        return worst / total
+
+    def apply(self, models: Sequence[Model]) -> list[dict[str, torch.Tensor]]:
+        """The models in the universe's coordinates.
+
+        Raises:
+            MatchingError: if their number is another one.
+        """
+        if len(models) != len(self):
+            raise MatchingError(f"this matching is of {len(self)} models, got {len(models)}")
+        return [self.symmetry.apply(state_dict(m), e) for m, e in zip(models, self.to_universe, strict=True)]
+
+    def __str__(self) -> str:
+        lines = [f"Matching of {len(self)} models by {self.matcher or 'hand'}"]
+        for key, label in (("objective", "objective"), ("start_objective", "  before matching")):
+            if key in self.stats:
+                lines.append(f"  {label:<22} {self.stats[key]:.6g}")
+        for key, label in (("iterations", "iterations"), ("converged", "converged"), ("interrupted", "interrupted")):
+            if key in self.stats:
+                lines.append(f"  {label:<22} {self.stats[key]}")
+        if isinstance(seconds := self.stats.get("seconds"), Mapping):
+            lines.append(f"  {'seconds':<22} " + ", ".join(f"{k} {v:.2f}" for k, v in seconds.items()))
+        lines += [f"  model {i:<16} {e.moved()} positions moved" for i, e in enumerate(self.to_universe)]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    # ---------------------------------------------------------------- files
+    def save(self, path: str | os.PathLike[str], force: bool = False) -> None:
+        """Write to a safetensors file (integer maps; the rest as JSON in the header), all at once or not at all.
+
+        Raises:
+            OutputError: if the path exists (without ``force``) or cannot be written.
+        """
+        tensors = {
+            f"{m}/{axis}/{name}": torch.from_numpy(index.copy())
+            for m, element in enumerate(self.to_universe)
+            for name, maps in element.maps.items()
+            for axis, index in enumerate(maps)
+        }
+        header = {"automerge.matching": _FORMAT, "models": str(len(self)), "matcher": self.matcher}
+        header |= {"symmetry": self.symmetry.to_json(), "stats": json.dumps(dict(self.stats))}
+        save_state_dict(path, tensors or {"empty": torch.zeros(0)}, header, force)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Matching:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: if the file is missing, damaged or something else.
+        """
+        try:
+            with safe_open(str(Path(path)), framework="pt") as handle:
+                header = handle.metadata() or {}
+                tensors = {key: handle.get_tensor(key).numpy() for key in handle.keys()}  # noqa: SIM118
+            if header.get("automerge.matching") != _FORMAT:
+                raise CheckpointError(f"{path} is not a matching: expected the format {_FORMAT!r} in its header")
+            symmetry = Symmetry.from_json(header["symmetry"])
+            maps: list[dict[str, dict[int, Any]]] = [{} for _ in range(int(header["models"]))]
+            for key, index in tensors.items():
+                if key != "empty":
+                    m, axis, name = key.split("/", 2)
+                    maps[int(m)].setdefault(name, {})[int(axis)] = index
+            elements = tuple(
+                Element(symmetry.shapes, {n: tuple(i[k] for k in range(len(i))) for n, i in sorted(one.items())})
+                for one in maps
+            )
+            return Matching(elements, symmetry, header.get("matcher", ""), json.loads(header["stats"]))
+        except (OSError, SafetensorError, SymmetryError, KeyError, ValueError, IndexError) as error:
+            raise CheckpointError(f"{path} cannot be read as a matching: {error}") from error
+
+
+def state_dict(model: Model) -> dict[str, torch.Tensor]:
+    """The tensors of a model, detached."""
+    values = model.state_dict() if isinstance(model, nn.Module) else model
+    return {n: v.detach() if isinstance(v, torch.Tensor) else v for n, v in values.items()}
+
+
+def check_models(models: Sequence[Model], symmetry: Symmetry | None = None) -> list[dict[str, torch.Tensor]]:
+    """The state dicts of some models, after checking that they belong together.
+
+    Args:
+        models: state dicts or modules.
+        symmetry: if given, its parameters must be there with their shapes.
+
+    Raises:
+        MatchingError: for fewer than two models.
+        CheckpointError: for a missing or an extra key, another shape or kind, NaN or infinite values, naming the tensor
+            and the model.
+        SymmetryError: if the symmetry is of another architecture.
+    """
+    if isinstance(models, Mapping | nn.Module) or len(models) < 2:
+        raise MatchingError("matching needs at least 2 models; give a list of state dicts or modules")
+    values = [state_dict(m) for m in models]
+    for i, value in enumerate(values):
+        check_state_dict(value, values[0], f"model {i}")
+    if symmetry is not None:
+        for name, shape in symmetry.shapes.items():
+            if name not in values[0] or tuple(values[0][name].shape) != tuple(shape):
+                found = tuple(values[0][name].shape) if name in values[0] else "nothing"
+                raise SymmetryError(
+                    f"the symmetry has {name} of shape {tuple(shape)}, the models have {found}; infer it again"
+                )
+    return values

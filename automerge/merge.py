@@ -1,0 +1,320 @@
+"""Merge independently trained networks of one architecture: match, average, repair.
+
+The models are moved to one common *universe* of coordinates by a matcher, averaged there, and, if data are given,
+repaired (`automerge.renormalise`). Universe averaging: Crisostomi et al., *C2M3: Cycle-Consistent Multi-Model Merging*,
+NeurIPS 2024 (arXiv 2405.17897), section 3.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from automerge._data import Batches
+from automerge._merge_checks import (
+    Model,
+    check_coordinates,
+    check_data,
+    check_models,
+    check_weights,
+    choose_repair,
+    merge_integers,
+)
+from automerge._version import __version__
+from automerge.groups import Element
+from automerge.infer import infer
+from automerge.io import check_state_dict, hash_state_dict, save_state_dict, tied_names
+from automerge.matchers import FrankWolfe, Matcher, Matching, match
+from automerge.renormalise import Repair, RepairReport, batchnorm_names, reset_batchnorm
+from automerge.symmetry import Symmetry
+
+StateDict = dict[str, torch.Tensor]
+RepairMode = Literal["auto", "none", "reset", "repair", "both"]
+
+
+# -------------------------------------------------------------------- result
+@dataclass(frozen=True, eq=False)
+class MergeResult:
+    """A merged network, and where it came from.
+
+    Attributes:
+        state_dict: the merged weights, with the names, shapes and dtypes of the first model.
+        matching: how the models were moved.
+        symmetry: the symmetry that was used.
+        provenance: inputs (SHA-256, number of parameters), versions, options, matcher, time; plain data for JSON.
+        stats: seconds per stage: ``check``, ``infer``, ``match``, ``average``, ``repair``, ``total``.
+        repair: what was done to the statistics.
+        notes: what a reader must know.
+    """
+
+    state_dict: StateDict
+    matching: Matching
+    symmetry: Symmetry
+    provenance: Mapping[str, Any]
+    stats: Mapping[str, float] = field(default_factory=dict)
+    repair: RepairReport = field(default_factory=RepairReport)
+    notes: tuple[str, ...] = ()
+
+    def load_into(self, model: nn.Module) -> nn.Module:
+        """Write the merged weights into a model of the architecture, in place.
+
+        Returns:
+            The model.
+
+        Raises:
+            CheckpointError: if its keys or shapes differ.
+        """
+        check_state_dict(self.state_dict, model.state_dict(), "the merged state dict")
+        model.load_state_dict(self.state_dict)
+        return model
+
+    def save(self, path: str | os.PathLike[str], force: bool = False) -> None:
+        """Write the merged weights as safetensors, with the provenance and the repair in the metadata.
+
+        Raises:
+            OutputError: if the path exists (without ``force``) or cannot be written.
+        """
+        metadata = {"automerge.provenance": self.provenance, "automerge.repair": self.repair.to_dict()}
+        save_state_dict(path, self.state_dict, {k: json.dumps(v) for k, v in metadata.items()}, force)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data for JSON, without the weights."""
+        return {
+            "provenance": dict(self.provenance),
+            "seconds": dict(self.stats),
+            "repair": self.repair.to_dict(),
+            "notes": list(self.notes),
+        }
+
+    def report(self) -> str:
+        """What was merged, how, how long it took, and what was repaired, for a person."""
+        options = self.provenance["options"]
+        inputs = self.provenance["inputs"]
+        where = options["coordinates"]
+        frame = "the universe" if where == "universe" else f"model {where}"
+        lines = [f"Merged {len(inputs)} models of {inputs[0]['parameters']:,} parameters in the coordinates of {frame}"]
+        for number, (item, weight) in enumerate(zip(inputs, options["weights"], strict=True)):
+            lines.append(f"  model {number}: weight {weight:.4g}, sha256 {item['sha256'][:16]}")
+        lines.append(f"Matcher: {self.provenance['matcher']}")
+        groups, share = len(self.symmetry.sets), self.symmetry.free_share
+        lines.append(f"Symmetry: {groups} groups, {share:.1%} of the axes' positions free")
+        lines.append(str(self.repair))
+        lines.append("Seconds: " + ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in self.stats.items()))
+        return "\n".join(lines + [f"Note: {note}" for note in self.notes])
+
+    __str__ = report
+    __repr__ = report
+
+
+# -------------------------------------------------------------------- merge
+def merge(
+    models: Sequence[Model],
+    args: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    matcher: Matcher = FrankWolfe(),  # noqa: B008
+    weights: Sequence[float] | None = None,
+    data: Any = None,
+    symmetry: Symmetry | None = None,
+    architecture: nn.Module | None = None,
+    coordinates: Literal["universe"] | int = "universe",
+    repair: RepairMode = "auto",
+    verify: bool = True,
+    progress: Any = None,
+) -> MergeResult:
+    """Merge N >= 2 networks of one architecture into one.
+
+    Floating-point entries are averaged in float64 and cast back to the dtype of the first model. BatchNorm's running
+    means and running variances are averaged like weights: the plain weighted mean of the variances, which is what naive
+    averaging does too; it is not the merged network's own variance, so give ``data`` to measure that. Integer and
+    boolean entries must be equal, except ``num_batches_tracked``, of which the largest is taken. Tied tensors stay
+    tied.
+
+    Args:
+        models: modules of one architecture, or, with ``architecture``, state dicts of it. None of them is changed.
+        args: example inputs of the model, a tensor or a tuple; their number says how many items of a batch are inputs.
+        kwargs: example keyword inputs.
+        matcher: how the models are aligned; ``Identity()`` for naive averaging.
+        weights: one non-negative number per model; normalised to sum one; uniform by default.
+        data: unlabelled or labelled batches for the repair: any iterable or DataLoader. A batch is a tensor, a list or
+            tuple whose first ``len(args)`` items are the inputs, or a dict of keyword inputs. A one-shot generator is
+            listed.
+        symmetry: skip inference and use this one.
+        architecture: the module that the state dicts belong to; not changed.
+        coordinates: ``"universe"``, or the number of the model whose order of neurons the result takes.
+        repair: ``"none"``; ``"reset"`` BatchNorm statistics; ``"repair"`` activations (see `Repair`); ``"both"``:
+            reset, then repair the layers that no BatchNorm follows; ``"auto"``: with data, reset where the model has
+            BatchNorm and repair where it has none; without data, none.
+        verify: check the inferred symmetry numerically.
+        progress: handed to the matcher.
+
+    Raises:
+        MatchingError: for fewer than two models, unsuitable weights or a model number out of range.
+        CheckpointError: for models whose keys, shapes or integer buffers differ, or that hold NaN or Inf.
+        AutomergeError: for an unknown ``repair``, one that needs data, or empty data.
+
+    Examples:
+        >>> _ = torch.manual_seed(0)
+        >>> nets = [nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 2)) for _ in range(2)]
+        >>> result = merge(nets, torch.randn(4, 2))
+        >>> result.state_dict["0.weight"].shape
+        torch.Size([8, 2])
+    """
+    clock = _Clock()
+    given = models if isinstance(models, Sequence) else list(models)
+    network, dicts, notes = check_models(given, architecture)
+    share = check_weights(weights, len(dicts))
+    check_coordinates(coordinates, len(dicts))
+    mode = choose_repair(repair, network, data)
+    batches = None if mode == "none" else check_data(network, data, args, kwargs)
+    clock.lap("check")
+    if symmetry is None:
+        symmetry = infer(_with_weights(network, dicts[0], given), args, kwargs, verify=verify)
+    clock.lap("infer")
+    matching = match(dicts, symmetry, matcher, progress=progress)
+    clock.lap("match")
+    moved = [symmetry.apply(d, e) for d, e in zip(dicts, _elements(matching, coordinates), strict=True)]
+    merged = average(moved, share, aliases={**symmetry.aliases, **tied_names(network.state_dict())})
+    clock.lap("average")
+    merged, report = _repair(mode, network, merged, moved, share, batches, symmetry)
+    clock.lap("repair")
+    if mode == "none" and batchnorm_names(network):
+        notes.append(
+            "the BatchNorm statistics are averages of the models' own; give data to measure the merged network's"
+        )
+    options = {"weights": share, "coordinates": coordinates, "repair": mode, "verify": verify}
+    return MergeResult(
+        merged, matching, symmetry, _provenance(network, dicts, options, matcher), clock.seconds(), report, tuple(notes)
+    )
+
+
+def average(
+    state_dicts: Sequence[Mapping[str, torch.Tensor]],
+    weights: Sequence[float],
+    *,
+    aliases: Mapping[str, str] | None = None,
+) -> StateDict:
+    """The weighted mean of aligned state dicts.
+
+    Args:
+        state_dicts: of equal keys and shapes.
+        weights: one per state dict, with the sum one.
+        aliases: names that share the tensor of another name.
+
+    Returns:
+        New tensors with the dtypes and devices of the first state dict.
+
+    Raises:
+        CheckpointError: if integer or boolean entries differ.
+
+    Examples:
+        >>> average([{"w": torch.zeros(2)}, {"w": torch.ones(2)}], [0.25, 0.75])
+        {'w': tensor([0.7500, 0.7500])}
+    """
+    out: StateDict = {}
+    for name, first in state_dicts[0].items():
+        values = [s[name].detach().to(first.device) for s in state_dicts]
+        if first.is_floating_point() or first.is_complex():
+            wide = torch.complex128 if first.is_complex() else torch.float64
+            total = torch.zeros(first.shape, dtype=wide, device=first.device)
+            for value, weight in zip(values, weights, strict=True):
+                total.add_(value.to(wide), alpha=weight)
+            out[name] = total.to(first.dtype)
+        else:
+            out[name] = merge_integers(name, values)
+    for alias, name in (aliases or {}).items():
+        if alias in out and name in out:
+            out[alias] = out[name]
+    return out
+
+
+# -------------------------------------------------------------------- stages
+def _with_weights(network: nn.Module, weights: Mapping[str, torch.Tensor], models: Sequence[Model]) -> nn.Module:
+    """A module that carries the first model's weights."""
+    if isinstance(models[0], nn.Module):
+        return models[0]
+    own = deepcopy(network)
+    own.load_state_dict(dict(weights))
+    return own
+
+
+def _elements(matching: Matching, coordinates: str | int) -> list[Element]:
+    to_universe: Sequence[Element] = matching.to_universe
+    if not isinstance(coordinates, int):
+        return list(to_universe)
+    back = to_universe[coordinates].inverse()
+    return [element.then(back) for element in to_universe]
+
+
+def _repair(
+    mode: str,
+    network: nn.Module,
+    merged: StateDict,
+    moved: Sequence[Mapping[str, torch.Tensor]],
+    share: Sequence[float],
+    batches: Batches | None,
+    symmetry: Symmetry,
+) -> tuple[StateDict, RepairReport]:
+    if batches is None:
+        return merged, RepairReport()
+    report = RepairReport(mode)
+    if mode in ("reset", "both"):
+        own = deepcopy(network)
+        own.load_state_dict(merged)
+        report = RepairReport(mode, reset=reset_batchnorm(own, batches))
+        fresh = own.state_dict()
+        ties = tied_names(fresh)
+        merged = {n: fresh[n].detach().to(merged[n].dtype).to(merged[n].device) for n in merged}
+        merged.update({alias: merged[name] for alias, name in ties.items()})
+    if mode in ("repair", "both"):
+        repair = Repair(reset=mode == "both")
+        merged, report = repair(network, merged, moved, batches, symmetry=symmetry, weights=share)
+    return merged, report
+
+
+def _provenance(
+    network: nn.Module, dicts: Sequence[Mapping[str, torch.Tensor]], options: Mapping[str, Any], matcher: Matcher
+) -> dict[str, Any]:
+    count = sum(p.numel() for p in network.parameters())
+    inputs = [{"sha256": hash_state_dict(state), "parameters": count} for state in dicts]
+    versions = {
+        "automerge": __version__,
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+    return {
+        "inputs": inputs,
+        "versions": versions,
+        "options": dict(options),
+        "matcher": repr(matcher),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+class _Clock:
+    """Seconds per stage."""
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+        self._start = self._last = now()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        current = self._now()
+        self._laps[name] = current - self._last
+        self._last = current
+
+    def seconds(self) -> dict[str, float]:
+        return {**self._laps, "total": self._now() - self._start}

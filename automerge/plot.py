@@ -1,0 +1,150 @@
+"""Pictures of what `automerge.evaluate` and the matchers measured; needs the extra ``plot`` (matplotlib).
+
+Everything is drawn on `matplotlib.figure.Figure` objects, never through pyplot, so no display and no global state is
+touched.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from automerge._errors import AutomergeError, OutputError
+from automerge.evaluate import Barrier, Similarity
+from automerge.io import check_writable, temporary_name
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_BEFORE, _AFTER, _EXTRA = "#8c8c8c", "#1f6fb4", ("#d1495b", "#3a7d44", "#8e5ea2", "#c98b27")
+
+
+def _figure(columns: int = 1, width: float = 5.0, height: float = 3.6) -> tuple[Figure, list[Axes]]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise AutomergeError("drawing needs matplotlib; install it with: pip install 'automerge[plot]'") from error
+    figure = Figure(figsize=(width * columns, height), layout="constrained")
+    return figure, [figure.add_subplot(1, columns, k + 1) for k in range(columns)]
+
+
+def _style(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3, linewidth=0.6)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str], force: bool = False) -> Path:
+    """Write a figure under a temporary name and rename it; the format follows the suffix (png, pdf, svg).
+
+    Raises:
+        OutputError: if the path exists (without ``force``), cannot be written, or has an unknown suffix.
+    """
+    file = Path(path)
+    check_writable(file, force)
+    known = figure.canvas.get_supported_filetypes()
+    if file.suffix[1:].lower() not in known:
+        raise OutputError(f"{file}: unknown picture format {file.suffix!r}; use one of {', '.join(sorted(known))}")
+    temporary = temporary_name(file)
+    try:
+        figure.savefig(temporary, dpi=150)
+        os.replace(temporary, file)
+    except OSError as error:
+        raise OutputError(f"{file} cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return file
+
+
+def plot_barrier(
+    before: Barrier,
+    after: Barrier,
+    path: str | os.PathLike[str],
+    *,
+    others: Mapping[str, Barrier] | None = None,
+    title: str = "",
+    force: bool = False,
+) -> Path:
+    """Loss and accuracy along the path between two models, before and after matching.
+
+    Args:
+        before: the path between the models as trained.
+        after: the path after matching.
+        path: where to write the picture.
+        others: further paths by label, e.g. ``{"after matching, repaired": ...}``.
+        title: above the picture.
+        force: replace an existing file.
+
+    Returns:
+        The path written.
+
+    Raises:
+        AutomergeError: if matplotlib is not installed.
+        OutputError: if the picture cannot be written.
+    """
+    figure, (left, right) = _figure(2)
+    curves: list[tuple[str, Barrier, str]] = [("before matching", before, _BEFORE), ("after matching", after, _AFTER)]
+    curves += [(n, b, _EXTRA[k % len(_EXTRA)]) for k, (n, b) in enumerate((others or {}).items())]
+    for name, value, colour in curves:
+        label = f"{name} (barrier {value.loss_barrier:.3f})"
+        left.plot(value.positions, value.losses, "o-", color=colour, label=label, markersize=3.5)
+        label = f"{name} (barrier {value.accuracy_barrier:.1%})"
+        accuracies = [100 * v for v in value.accuracies]
+        right.plot(value.positions, accuracies, "o-", color=colour, label=label, markersize=3.5)
+    _style(left, "position between the two models", "loss (nats)")
+    _style(right, "position between the two models", "accuracy (%)")
+    for axes in (left, right):
+        axes.legend(fontsize=8, frameon=False)
+    if title:
+        figure.suptitle(title, fontsize=10)
+    return save_figure(figure, path, force)
+
+
+def plot_similarity(
+    before: Similarity, after: Similarity, path: str | os.PathLike[str], *, force: bool = False
+) -> Path:
+    """The cosine similarity of every tensor before and after matching, as bars.
+
+    Raises:
+        AutomergeError: if matplotlib is not installed.
+        OutputError: if the picture cannot be written.
+    """
+    names = list(before.per_tensor)
+    figure, (axes,) = _figure(1, 7.0, max(2.4, 0.32 * len(names) + 1.0))
+    places = list(range(len(names)))
+    curves = [
+        (before, f"before (all: {before.cosine:.3f})", _BEFORE),
+        (after, f"after (all: {after.cosine:.3f})", _AFTER),
+    ]
+    for offset, (value, label, colour) in zip((-0.2, 0.2), curves, strict=True):
+        heights = [value.per_tensor.get(n, 0.0) for n in names]
+        axes.barh([p + offset for p in places], heights, height=0.38, color=colour, label=label)
+    axes.set_yticks(places, names, fontsize=7)
+    axes.invert_yaxis()
+    _style(axes, "cosine similarity", "")
+    axes.legend(fontsize=8, frameon=False)
+    return save_figure(figure, path, force)
+
+
+def plot_objective(
+    values: Sequence[float] | Mapping[str, Sequence[float]], path: str | os.PathLike[str], *, force: bool = False
+) -> Path:
+    """The matching objective over the iterations, one curve or several by label.
+
+    Raises:
+        AutomergeError: if matplotlib is not installed.
+        OutputError: if the picture cannot be written.
+    """
+    figure, (axes,) = _figure()
+    curves: Mapping[str, Any] = values if isinstance(values, Mapping) else {"": values}
+    for k, (name, curve) in enumerate(curves.items()):
+        axes.plot(range(len(curve)), list(curve), color=(_AFTER, *_EXTRA)[k % 5], label=name, linewidth=1.5)
+    _style(axes, "iteration", "objective")
+    if any(curves):
+        axes.legend(fontsize=8, frameon=False)
+    return save_figure(figure, path, force)

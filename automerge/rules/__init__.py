@@ -1,0 +1,262 @@
+"""Rules: what every operator says about the axes of its operands.
+
+`analyse` runs the rules over a traced graph. An operator without a rule is decomposed (PyTorch's own decompositions) and
+its pieces are ruled; only what remains pins what it touches, and is listed.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from automerge.rules import _contraction, _indexing, _movement, _reduction  # noqa: F401  (they register themselves)
+from automerge.rules._decompose import decomposition
+from automerge.rules._engine import Engine
+from automerge.rules._registry import Context, Unruled, find_rule, operator_name, register_rule, values_in
+from automerge.rules._value import Factor, Value, plain
+
+__all__ = ["Analysis", "Context", "Engine", "Factor", "Unruled", "Value", "analyse", "register_rule"]
+
+Splits = Mapping[tuple[str, int, int], np.ndarray]
+
+
+@dataclass
+class Analysis:
+    """What the rules found.
+
+    Attributes:
+        engine: its `Axes` hold all vertices and relations.
+        statistics: state-dict names of normalisation statistics.
+        unruled: operators without a rule, with their place.
+        states: state-dict name -> its value, for every float parameter or buffer that the output depends on.
+        values: node -> value, for the pictures and for localising a failure.
+    """
+
+    engine: Engine
+    statistics: set[str] = field(default_factory=set)
+    unruled: list[str] = field(default_factory=list)
+    states: dict[str, Value] = field(default_factory=dict)
+    values: dict[fx.Node, Any] = field(default_factory=dict)
+
+
+def place(node: fx.Node) -> str:
+    """Operator, module path and source line of a node."""
+    parts = [operator_name(node.target) if node.op == "call_function" else node.name]
+    if node.meta.get("module"):
+        parts.append(f"in {node.meta['module']}")
+    if node.meta.get("source"):
+        parts.append(f"at {node.meta['source']}")
+    return " ".join(parts)
+
+
+def analyse(graph: fx.GraphModule, splits: Splits | None = None) -> Analysis:
+    """Run the rules over a traced graph.
+
+    Args:
+        graph: from `automerge.trace`.
+        splits: parameter axes to be given an order per position of another axis (from an earlier pass's requests).
+    """
+    return _Run(graph, splits or {}).run()
+
+
+class _Run:
+    def __init__(self, graph: fx.GraphModule, splits: Splits) -> None:
+        self.graph = graph
+        self.splits = splits
+        self.engine = Engine()
+        self.engine.requests = dict(splits)
+        self.out = Analysis(self.engine)
+        self.values: dict[fx.Node, Any] = {}
+        self.constant: set[fx.Node] = set()
+        self.statistics: list[Value] = []
+        self.live, self.used = _liveness(graph)
+
+    def run(self) -> Analysis:
+        for node in self.graph.graph.nodes:
+            if node not in self.live:
+                continue
+            self.engine.axes.where = place(node)
+            if node.op == "output":
+                for value in values_in(self.fetch(node.args)):
+                    self.engine.pin_all(value, "model output")
+            else:
+                self.visit(node)
+        self.out.values = self.values
+        axes = self.engine.axes
+        for value in self.statistics:
+            for f in value.factors:
+                family = axes.family(f.labels)
+                if family is not None and family.param is not None:
+                    self.out.statistics.add(family.param)
+        return self.out
+
+    # ------------------------------------------------------------ leaves
+    def visit(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            value = node.meta["val"]
+            if node.meta["kind"] == "input":
+                self.values[node] = plain(value.shape, pinned=True)
+            elif value.is_floating_point() or value.is_complex():
+                self.values[node] = self.out.states[node.meta["name"]] = self.parameter(node.meta["name"], tuple(value.shape))
+            else:
+                self.constant.add(node)
+        elif node.op == "get_attr" or self.is_constant(node):
+            self.constant.add(node)
+        elif node.target is operator.getitem:
+            self.values[node] = self.fetch(node.args[0])[node.args[1]]
+        else:
+            self.values[node] = self.apply(node)
+
+    def is_constant(self, node: fx.Node) -> bool:
+        return all(n in self.constant for n in node.all_input_nodes)
+
+    def parameter(self, name: str, shape: tuple[int, ...]) -> Value:
+        value = plain(shape)
+        axes = self.engine.axes
+        lines: dict[int, np.ndarray] = {}
+        splits: dict[int, list[tuple[int, np.ndarray]]] = {}
+        for (param, axis, by), classes in self.splits.items():
+            if param == name:
+                splits.setdefault(axis, []).append((by, classes))
+        for k, letters in enumerate(value.axes):
+            if letters and k not in splits:
+                lines[k] = axes.fresh((shape[k],), param=name, axis=k)
+                value.factors.append(Factor(letters, lines[k]))
+        for k, by in splits.items():
+            value.factors.append(self._split_factor(value, name, k, by, lines))
+        return value
+
+    def _split_factor(
+        self, value: Value, name: str, axis: int, by: Sequence[tuple[int, np.ndarray]], lines: Mapping[int, np.ndarray]
+    ) -> Factor:
+        """An axis whose order depends on the class of the position along other axes."""
+        axes, shape = self.engine.axes, value.shape
+        counts = [int(c.max()) + 1 for _, c in by]
+        labels = axes.fresh((*counts, shape[axis]), param=name, axis=axis, by=tuple(by))
+        for i, (other, classes) in enumerate(by):
+            containers = axes.fresh((counts[i],))
+            axes.edge(lines[other], containers[classes])
+            view = [1] * (len(by) + 1)
+            view[i] = counts[i]
+            axes.edge(labels, np.broadcast_to(containers.reshape(view), labels.shape))
+        wide = labels[np.ix_(*(c for _, c in by), np.arange(shape[axis]))]
+        letters = (*(value.axes[k][0] for k, _ in by), value.axes[axis][0])
+        return Factor(letters, wide)
+
+    # ------------------------------------------------------------ operators
+    def fetch(self, args: Any) -> Any:
+        return fx.node.map_aggregate(args, lambda a: self.read(a) if isinstance(a, fx.Node) else a)
+
+    def read(self, node: fx.Node) -> Any:
+        if node not in self.values:
+            self.values[node] = self.constant_value(node)
+        return self.values[node]
+
+    def constant_value(self, node: fx.Node) -> Any:
+        value = node.meta["val"]
+        if not isinstance(value, torch.Tensor):
+            return tuple(self._constant_tensor(v) for v in value)
+        return self._constant_tensor(value)
+
+    def _constant_tensor(self, tensor: torch.Tensor) -> Value:
+        array = tensor.detach().cpu()
+        array = array.float() if array.dtype in (torch.bfloat16, torch.float16) else array
+        made = self.engine.constant(array.resolve_conj().resolve_neg().numpy())
+        made.data = tensor
+        return made
+
+    def apply(self, node: fx.Node) -> Any:
+        rule = find_rule(node.target)
+        reason = "no rule"
+        if rule is not None:
+            try:
+                return self.checked(node, self.call(rule, node))
+            except Unruled as error:
+                reason = str(error)
+            except Exception as error:  # a rule that fails must not take the model down with it
+                reason = f"its rule failed: {type(error).__name__}: {error}"
+        inner = decomposition(node)
+        if inner is not None:
+            try:
+                return self.decomposed(node, inner)
+            except Unruled as error:
+                reason = str(error)
+        self.out.unruled.append(f"{place(node)} ({reason})" if reason != "no rule" else place(node))
+        return self.opaque(node)
+
+    def call(self, rule: Any, node: fx.Node) -> Any:
+        used = self.used.get(node, {0})
+        context = Context(self.engine, node, used, self.statistics)
+        return rule(context, *self.fetch(node.args), **self.fetch(node.kwargs))
+
+    def checked(self, node: fx.Node, result: Any) -> Any:
+        """A rule's answer must have the shape of what really came out."""
+        value = node.meta["val"]
+        used = self.used.get(node, {0})
+        single = isinstance(value, torch.Tensor)
+        pairs = [(result, value)] if single else [(result[i], value[i]) for i in sorted(used)]
+        for claimed, real in pairs:
+            if isinstance(claimed, Value) and isinstance(real, torch.Tensor) and claimed.shape != tuple(real.shape):
+                raise Unruled(f"its rule gives the shape {claimed.shape} where the operator gave {tuple(real.shape)}")
+        return result
+
+    def decomposed(self, node: fx.Node, inner: fx.GraphModule) -> Any:
+        """Rule the pieces of an operator in its place."""
+        outputs = _Sub(self, inner, {}, node.all_input_nodes).result()
+        result = outputs[0] if isinstance(node.meta["val"], torch.Tensor) else outputs
+        return self.checked(node, result)
+
+    def opaque(self, node: fx.Node) -> Any:
+        """Pin what an operator without a rule touches."""
+        name = operator_name(node.target)
+        for value in values_in([*self.fetch(list(node.args)), *self.fetch(dict(node.kwargs)).values()]):
+            self.engine.pin_all(value, f"touched by {name}, which has no rule")
+        value = node.meta["val"]
+        if isinstance(value, torch.Tensor):
+            return plain(value.shape, pinned=True)
+        return tuple(plain(v.shape, pinned=True) if isinstance(v, torch.Tensor) else None for v in value)
+
+
+class _Sub(_Run):
+    """The same run over the graph of a decomposition, sharing everything with its parent."""
+
+    def __init__(self, parent: _Run, graph: fx.GraphModule, values: dict[fx.Node, Any], sources: Sequence[fx.Node]) -> None:
+        self.graph, self.splits, self.engine, self.out = graph, parent.splits, parent.engine, parent.out
+        self.values, self.constant, self.statistics = values, set(), parent.statistics
+        self.live, self.used = _liveness(graph)
+        placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
+        for inside, source in zip(placeholders, sources, strict=True):
+            if source in parent.constant:
+                self.constant.add(inside)
+                inside.meta["val"] = source.meta["val"]
+            values[inside] = parent.read(source)
+
+    def result(self) -> Any:
+        for node in self.graph.graph.nodes:
+            if node.op == "output":
+                return self.fetch(node.args[0])
+            if node.op != "placeholder" and node in self.live:
+                self.visit(node)
+        raise AssertionError("a graph without an output")
+
+
+def _liveness(graph: fx.GraphModule) -> tuple[set[fx.Node], dict[fx.Node, set[int]]]:
+    """The nodes that the output depends on, and which outputs of a multi-output node are read."""
+    live: set[fx.Node] = set()
+    used: dict[fx.Node, set[int]] = {}
+    todo = [n for n in graph.graph.nodes if n.op == "output"]
+    while todo:
+        node = todo.pop()
+        if node in live:
+            continue
+        live.add(node)
+        if node.target is operator.getitem:
+            used.setdefault(node.args[0], set()).add(node.args[1])
+        todo += node.all_input_nodes
+    return live, used

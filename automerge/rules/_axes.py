@@ -1,0 +1,175 @@
+"""The axis structure that rules write into: vertices, families, typed functional edges and marks.
+
+A *vertex* is a position of a parameter axis (or a fresh one made by an operator); a *family* is a run of vertices that
+were made together. The symmetry group of the model is the group of vertex permutations that keep every family, every
+mark and every typed edge (a partial function from vertices to vertices). Two families that must move alike and are still
+unrelated are united (one class); everything else is an edge.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import networkx as nx
+import numpy as np
+
+MAX_JOINT = 4_000_000
+
+
+@dataclass
+class Family:
+    """Vertices ``start .. start + size``.
+
+    Attributes:
+        param: state-dict name, or None for vertices made by an operator.
+        axis: the parameter axis.
+        by: for a split axis, ``(axis, classes)`` pairs: the family is indexed (class of each other axis..., position).
+        shape: the family's index shape.
+    """
+
+    start: int
+    size: int
+    shape: tuple[int, ...]
+    param: str | None = None
+    axis: int = 0
+    by: tuple[tuple[int, np.ndarray], ...] = ()
+    origin: str = ""
+    members: list[int] = field(default_factory=list)
+
+
+class Axes:
+    """All vertices of one inference, and what relates them."""
+
+    def __init__(self) -> None:
+        self.families: list[Family] = []
+        self.family_of = np.empty(1024, np.int32)
+        self.root = np.empty(1024, np.int64)
+        self.count = 0
+        self.class_of: list[int] = []
+        self.classes: dict[int, list[int]] = {}
+        self.edges: list[tuple[np.ndarray, np.ndarray]] = []
+        self.marks: list[tuple[np.ndarray, np.ndarray]] = []
+        self.reasons: list[tuple[np.ndarray, str, str]] = []
+        self.graph = nx.MultiGraph()
+        self.where = ""
+        self._seen: dict[tuple[bytes, bytes], bool] = {}
+        self._projections: dict[tuple[bytes, tuple[int, ...], tuple[int, ...]], np.ndarray] = {}
+        self._unique: dict[int, bool] = {}
+
+    # ------------------------------------------------------------ making vertices
+    def fresh(self, shape: tuple[int, ...], *, param: str | None = None, axis: int = 0, by: tuple = ()) -> np.ndarray:
+        """A new family of vertices, as an array of the given shape."""
+        size = int(np.prod(shape, dtype=np.int64))
+        start = self.count
+        while start + size > len(self.root):
+            self.root = np.concatenate([self.root, np.empty_like(self.root)])
+            self.family_of = np.concatenate([self.family_of, np.empty_like(self.family_of)])
+        number = len(self.families)
+        self.families.append(Family(start, size, tuple(shape), param, axis, by, self.where))
+        self.family_of[start : start + size] = number
+        self.root[start : start + size] = np.arange(start, start + size)
+        self.class_of.append(number)
+        self.classes[number] = [number]
+        self.count += size
+        self.graph.add_node(number, param=param, axis=axis, size=size)
+        return np.arange(start, start + size, dtype=np.int64).reshape(shape)
+
+    def family(self, labels: np.ndarray) -> Family | None:
+        """The one family that all labels belong to, or None."""
+        flat = labels.reshape(-1)
+        number = self.family_of[flat[0]]
+        family = self.families[number]
+        if flat.min() >= family.start and flat.max() < family.start + family.size:
+            return family
+        return None
+
+    # ------------------------------------------------------------ relating vertices
+    def tie(self, a: np.ndarray, b: np.ndarray) -> None:
+        """``a[i]`` and ``b[i]`` move together; both arrays name no vertex twice."""
+        a, b = a.reshape(-1), b.reshape(-1)
+        if np.array_equal(self.root[a], self.root[b]):
+            return
+        if self._unite(a, b):
+            return
+        self.edge(a, b)
+
+    def _unite(self, a: np.ndarray, b: np.ndarray) -> bool:
+        fa, fb = self.family(a), self.family(b)
+        if fa is None or fb is None or fa.size != a.size or fb.size != b.size:
+            return False
+        na, nb = int(self.family_of[a[0]]), int(self.family_of[b[0]])
+        ca, cb = self.class_of[na], self.class_of[nb]
+        if ca == cb:
+            return False
+        if len(self.classes[ca]) < len(self.classes[cb]):
+            a, b, ca, cb = b, a, cb, ca
+        lead = self.families[cb].start
+        table = np.empty(a.size, np.int64)
+        table[self.root[b] - lead] = self.root[a]
+        for number in self.classes[cb]:
+            family = self.families[number]
+            part = slice(family.start, family.start + family.size)
+            self.root[part] = table[self.root[part] - lead]
+            self.class_of[number] = ca
+        self.classes[ca] += self.classes.pop(cb)
+        self.graph.add_edge(na, nb, op=self.where)
+        return True
+
+    def edge(self, source: np.ndarray, target: np.ndarray) -> None:
+        """A new type of edge: ``source[i] -> target[i]``; no source is named twice with different targets."""
+        source, target = np.broadcast_arrays(source, target)
+        source, target = np.ascontiguousarray(source).reshape(-1), np.ascontiguousarray(target).reshape(-1)
+        if np.array_equal(source, target):
+            return
+        key = (source.tobytes(), target.tobytes()) if source.size < 200_000 else None
+        if key is not None:
+            if key in self._seen:
+                return
+            self._seen[key] = True
+        self.edges.append((source, target))
+        self.graph.add_edge(int(self.family_of[source[0]]), int(self.family_of[target[0]]), op=self.where)
+
+    def project(self, labels: np.ndarray, keep: tuple[int, ...]) -> np.ndarray:
+        """Containers: one vertex for each position along the kept array axes, with an edge from every label inside."""
+        key = (labels.tobytes(), labels.shape, keep)
+        found = self._projections.get(key)
+        if found is None:
+            found = self.fresh(tuple(labels.shape[k] for k in keep))
+            view = [labels.shape[k] if k in keep else 1 for k in range(labels.ndim)]
+            self.edge(labels, np.broadcast_to(found.reshape(view), labels.shape))
+            self._projections[key] = found
+        return found
+
+    def refine(self, labels: np.ndarray) -> np.ndarray:
+        """A fresh vertex for every position, with an edge to its label."""
+        made = self.fresh(labels.shape)
+        self.edge(made, labels)
+        return made
+
+    # ------------------------------------------------------------ marks
+    def mark(self, labels: np.ndarray, values: np.ndarray) -> None:
+        """Colour vertices: a permutation maps a vertex only to one of the same value under this mark."""
+        labels, values = np.broadcast_arrays(labels, values)
+        self.marks.append((np.ascontiguousarray(labels).reshape(-1), np.ascontiguousarray(values).reshape(-1)))
+
+    def select(self, labels: np.ndarray, whole: np.ndarray) -> None:
+        """Some of the labels of an array are singled out (a slice): they may only be permuted among themselves."""
+        chosen = np.unique(labels)
+        if chosen.size < np.unique(whole).size:
+            self.mark(chosen, np.zeros(chosen.size, np.int64))
+
+    def pin(self, labels: np.ndarray, reason: str) -> None:
+        """Fix every vertex named."""
+        unique = np.unique(labels)
+        self.mark(unique, np.arange(unique.size))
+        self.reasons.append((unique, reason, self.where))
+
+    @staticmethod
+    def injective(labels: np.ndarray) -> bool:
+        """Whether no vertex is named twice (judged on raw vertices, never on united ones)."""
+        flat = labels.reshape(-1)
+        if flat.size < 2:
+            return True
+        if flat[-1] - flat[0] == flat.size - 1 and bool((np.diff(flat) == 1).all()):
+            return True
+        return np.unique(flat).size == flat.size

@@ -1,0 +1,166 @@
+"""Sums of products: matrix products, convolutions, bilinear forms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from automerge.rules._engine import Engine
+from automerge.rules._registry import Context, Unruled, rule
+from automerge.rules._value import Value, common_refinement, copy_letters, new_letter, refine_axis, rename
+
+
+def pair_axes(engine: Engine, a: Value, i: int, b: Value, j: int) -> tuple[Value, Value]:
+    """Give axis i of ``a`` and axis j of ``b`` (of one length, or one of them broadcast) the same letters."""
+    if not a.axes[i] or not b.axes[j]:
+        return a, b
+    sizes = common_refinement([a.size[c] for c in a.axes[i]], [b.size[c] for c in b.axes[j]])
+    if sizes is None:
+        a, b = engine.merge_axis(a, i)[0], engine.merge_axis(b, j)[0]
+    else:
+        a, b = refine_axis(a, i, sizes), refine_axis(b, j, sizes)
+    return a, rename(b, dict(zip(b.axes[j], a.axes[i], strict=True)))
+
+
+def batched(engine: Engine, a: Value, b: Value) -> Value:
+    """``(*batch, m, k) @ (*batch, k, n)`` with equal (or broadcast) batch axes."""
+    b = copy_letters(b)
+    a, b = pair_axes(engine, a, len(a.axes) - 1, b, len(b.axes) - 2)
+    lead: list[tuple[int, ...]] = []
+    for k in range(len(a.axes) - 2):
+        a, b = pair_axes(engine, a, k, b, k)
+        lead.append(a.axes[k] or b.axes[k])
+    batch = {c for axis in lead for c in axis}
+    return engine.contract(a, b, (*lead, a.axes[-2], b.axes[-1]), batch & set(a.size) & set(b.size))
+
+
+@rule("mm", "bmm", "_int_mm")
+def mm(context: Context, a: Value, b: Value, *_: Any, **__: Any) -> Value:
+    return batched(context.engine, a, b)
+
+
+@rule("matmul")
+def matmul(context: Context, a: Value, b: Value) -> Value:
+    vector_a, vector_b = len(a.axes) == 1, len(b.axes) == 1
+    a = Value(((), *a.axes), a.size, a.factors, a.pinned) if vector_a else a
+    b = Value((*b.axes, ()), b.size, b.factors, b.pinned) if vector_b else b
+    n = max(len(a.axes), len(b.axes))
+    a = Value(((),) * (n - len(a.axes)) + a.axes, a.size, a.factors, a.pinned)
+    b = Value(((),) * (n - len(b.axes)) + b.axes, b.size, b.factors, b.pinned)
+    out = batched(context.engine, a, b)
+    return context.engine.reshape(out, context.shape)
+
+
+@rule("addmm", "baddbmm", "addmv", "addbmm", "addmm_activation", "_addmm_activation")
+def addmm(context: Context, c: Value, a: Value, b: Value, **_: Any) -> Value:
+    if len(b.axes) == 1:
+        return context.engine.elementwise([c, mv(context, a, b)])
+    product = batched(context.engine, a, b)
+    if len(product.axes) > len(context.shape):
+        product = context.engine.reduce(product, set(product.axes[0]))
+        product = Value(product.axes[1:], product.size, product.factors, product.pinned)
+    return context.engine.elementwise([c, product])
+
+
+@rule("mv")
+def mv(context: Context, a: Value, b: Value) -> Value:
+    b = copy_letters(b)
+    a, b = pair_axes(context.engine, a, 1, b, 0)
+    return context.engine.contract(a, b, (a.axes[0],), set())
+
+
+@rule("dot", "vdot", "inner")
+def dot(context: Context, a: Value, b: Value) -> Value:
+    b = copy_letters(b)
+    a, b = pair_axes(context.engine, a, 0, b, 0)
+    return context.engine.contract(a, b, (), set())
+
+
+@rule("linear")
+def linear(context: Context, x: Value, w: Value, bias: Value | None = None) -> Value:
+    w = copy_letters(w)
+    x, w = pair_axes(context.engine, x, len(x.axes) - 1, w, len(w.axes) - 1)
+    out = context.engine.contract(x, w, (*x.axes[:-1], *w.axes[:-1]), set())
+    return out if bias is None else context.engine.elementwise([out, bias])
+
+
+@rule("_trilinear")
+def trilinear(
+    context: Context, a: Value, b: Value, c: Value, ea: Any, eb: Any, ec: Any, sums: Sequence[int], unroll: int = 1
+) -> Value:
+    values = []
+    for v, extra in ((a, ea), (b, eb), (c, ec)):
+        axes = list(v.axes)
+        for k in sorted(extra):
+            axes.insert(k, ())
+        values.append(Value(tuple(axes), v.size, v.factors, v.pinned))
+    product = context.engine.elementwise(values)
+    gone = {letter for k in sums for letter in product.axes[k]}
+    reduced = context.engine.reduce(product, gone)
+    axes = tuple(axis for k, axis in enumerate(reduced.axes) if k not in set(sums))
+    return Value(axes, reduced.size, reduced.factors, reduced.pinned)
+
+
+@rule("convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution", "convolution_overrideable")
+def convolution(
+    context: Context,
+    x: Value,
+    w: Value,
+    bias: Value | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool = False,
+    output_padding: Sequence[int] = (0,),
+    groups: int = 1,
+    *_: Any,
+) -> Value:
+    engine = context.engine
+    if not isinstance(transposed, bool):
+        raise Unruled("a convolution with another signature")
+    w = copy_letters(w)
+    n = len(w.axes) - 2
+    x = Value(((),) * (n + 2 - len(x.axes)) + x.axes, x.size, x.factors, x.pinned)  # an unbatched input
+    mixing = [not _pointwise(w.shape[k + 2], _at(stride, k), _at(padding, k), _at(output_padding, k)) for k in range(n)]
+    for k in range(n):
+        if mixing[k]:
+            x = engine.pin_letters(x, set(x.axes[k + 2]), "spatial axis of a convolution")
+        w = engine.pin_letters(w, set(w.axes[k + 2]), "position in a convolution kernel")
+    b, c, *space = x.shape
+    x = engine.reshape(x, [b, groups, c // groups, *space])
+    o, i, *kernel = w.shape
+    w = engine.reshape(w, [groups, o // groups, i, *kernel])
+    inner, outer = (1, 2) if transposed else (2, 1)
+    x, w = pair_axes(engine, x, 1, w, 0)
+    x, w = pair_axes(engine, x, 2, w, inner)
+    group = x.axes[1] or w.axes[0]
+    out = engine.contract(x, w, (x.axes[0], group + w.axes[outer], *x.axes[3:]), set(group) & set(x.size) & set(w.size))
+    out = engine.reshape(out, [b, groups * w.shape[outer], *space])
+    for k in range(n):
+        if mixing[k]:
+            out = repinned(engine, out, k + 2, context.node.meta["val"].shape[k - n])
+    if bias is not None:
+        out = engine.elementwise([out, Value((*bias.axes, *((),) * n), bias.size, bias.factors, bias.pinned)])
+    return engine.reshape(out, context.shape)
+
+
+def _at(values: Sequence[int], k: int) -> int:
+    return values[k] if len(values) > k else values[0]
+
+
+def _pointwise(kernel: int, stride: int, padding: Any, output_padding: int) -> bool:
+    return kernel == 1 and stride == 1 and padding == 0 and output_padding == 0
+
+
+def repinned(engine: Engine, value: Value, axis: int, length: int) -> Value:
+    """Replace an axis whose positions were mixed by a pinned axis of another length."""
+    gone = set(value.axes[axis])
+    value = engine.reduce(value, gone)
+    letters: tuple[int, ...] = ()
+    size, pinned = dict(value.size), set(value.pinned)
+    if length > 1:
+        letters = (new_letter(),)
+        size[letters[0]] = int(length)
+        pinned.add(letters[0])
+    axes = tuple(letters if k == axis else a for k, a in enumerate(value.axes))
+    return Value(axes, size, value.factors, pinned)

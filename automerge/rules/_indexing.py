@@ -1,0 +1,213 @@
+"""Lookups, scatters, sorts, scans and transforms: operators that read positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from automerge.rules._engine import Engine
+from automerge.rules._movement import gathered, without_axis
+from automerge.rules._reduction import axes_of
+from automerge.rules._registry import Context, Unruled, rule, values_in
+from automerge.rules._value import Value, copy_letters, plain
+
+
+def looked_up(engine: Engine, table: Value, axis: int, index: Value, reason: str) -> Value:
+    """``table`` read along one axis at data-dependent positions: that axis is pinned, the index's axes take its place."""
+    table = engine.pin_letters(table, set(table.axes[axis]), reason)
+    rest = engine.reduce(table, set(table.axes[axis]))
+    n = len(index.axes)
+    shaped = Value((*rest.axes[:axis], *((),) * n, *rest.axes[axis + 1 :]), rest.size, rest.factors, rest.pinned)
+    tail = len(rest.axes) - axis - 1
+    wide = Value((*index.axes, *((),) * tail), index.size, index.factors, index.pinned)
+    return engine.elementwise([shaped, copy_letters(wide)])
+
+
+def constant_index(value: Any) -> np.ndarray | None:
+    """The entries of a constant integer tensor, or None."""
+    if isinstance(value, Value) and value.data is not None and value.data.dtype not in (torch.bool, torch.uint8):
+        return value.data.detach().cpu().numpy().astype(np.int64)
+    return None
+
+
+@rule("embedding")
+def embedding(context: Context, weight: Value, index: Value, *_: Any, **__: Any) -> Value:
+    return index_select(context, weight, 0, index, "index into an embedding")
+
+
+@rule("index_select")
+def index_select(context: Context, x: Value, dim: int, index: Value, reason: str = "looked up by data") -> Value:
+    dim %= max(len(x.axes), 1)
+    constant = constant_index(index)
+    if constant is None:
+        return looked_up(context.engine, x, dim, index, reason)
+    n = x.shape[dim]
+    taken = context.engine.take(x, dim, np.where(constant < 0, constant + n, constant))
+    shape = (*x.shape[:dim], *constant.shape, *x.shape[dim + 1 :])
+    return context.engine.reshape(taken, shape)
+
+
+@rule("index", "_unsafe_index")
+def index(context: Context, x: Value, indices: Sequence[Value | None]) -> Value:
+    given = [(k, v) for k, v in enumerate(indices) if v is not None]
+    if all(v.data is not None for _, v in given):
+        shape = x.shape
+        positions = torch.arange(int(np.prod(shape, dtype=np.int64))).reshape(shape)
+        if len(given) == 1 and given[0][1].data.dtype not in (torch.bool, torch.uint8):
+            return index_select(context, x, given[0][0], given[0][1])
+        moved = positions[tuple(slice(None) if v is None else v.data.cpu() for v in indices)]
+        return gathered(context.engine, x, moved.numpy())
+    if len(given) == 1 and given[0][1].shape != () and given[0][1] is not None:
+        node = [n for n in context.node.args[1] if n is not None][0]
+        if node.meta["val"].dtype not in (torch.bool, torch.uint8):
+            return looked_up(context.engine, x, given[0][0], given[0][1], "looked up by data")
+    return _generic_index(context, x, given)
+
+
+def _generic_index(context: Context, x: Value, given: Sequence[tuple[int, Value]]) -> Value:
+    engine = context.engine
+    nodes = [n for n in context.node.args[1] if n is not None]
+    if any(n.meta["val"].dtype in (torch.bool, torch.uint8) for n in nodes):
+        raise Unruled("selection by a data-dependent mask")
+    axes = [k for k, _ in given]
+    if axes != list(range(axes[0], axes[0] + len(axes))):
+        raise Unruled("indices on separated axes")
+    for k in axes:
+        x = engine.pin_letters(x, set(x.axes[k]), "looked up by data")
+    rest = engine.reduce(x, {c for k in axes for c in x.axes[k]})
+    where = engine.elementwise([copy_letters(v) for _, v in given])
+    tail = len(rest.axes) - axes[-1] - 1
+    shaped = Value((*rest.axes[: axes[0]], *((),) * len(where.axes), *rest.axes[axes[-1] + 1 :]), rest.size, rest.factors, rest.pinned)
+    wide = Value((*where.axes, *((),) * tail), where.size, where.factors, where.pinned)
+    return engine.elementwise([shaped, wide])
+
+
+@rule("gather", "take_along_dim")
+def gather(context: Context, x: Value, dim: int, index: Value, **_: Any) -> Value:
+    """The axis read is pinned; the others are paired with the index's where they are whole."""
+    dim %= max(len(x.axes), 1)
+    engine = context.engine
+    for k, (n, m) in enumerate(zip(x.shape, index.shape, strict=True)):
+        if k != dim and n != m:
+            x = engine.take(x, k, np.arange(m))
+    x = engine.pin_letters(x, set(x.axes[dim]), "looked up by data")
+    rest = engine.reduce(x, set(x.axes[dim]))
+    return engine.elementwise([rest, copy_letters(index)])
+
+
+@rule("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "index_put", "_index_put_impl",
+      "_unsafe_index_put", "masked_scatter", "put", "one_hot")  # fmt: skip
+def scatter(context: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
+    """Writes at given positions: the axis written is pinned, and so is everything written."""
+    name = context.node.target._schema.name.split("::")[1]
+    engine = context.engine
+    if name in ("index_put", "_index_put_impl", "_unsafe_index_put"):
+        return _index_put(context, x, args[0], args[1])
+    if not isinstance(args[0], int):
+        raise Unruled("a write at data-dependent positions")
+    dim = args[0] % max(len(x.axes), 1)
+    others = values_in([*args, *kwargs.values()])
+    same = all(v.shape[k] == x.shape[k] for v in others if len(v.axes) == len(x.axes) for k in range(len(x.axes)) if k != dim)
+    if not same or name.startswith("index_"):
+        for v in others:
+            engine.pin_all(v, "written at given positions")
+        return engine.pin_all(x, "written at given positions")
+    x = engine.pin_letters(x, set(x.axes[dim]), "written at given positions")
+    sources = []
+    for v in others:
+        if len(v.axes) == len(x.axes):
+            v = copy_letters(v)
+            v = engine.pin_letters(v, set(v.axes[dim]), "written at given positions")
+            sources.append(engine.reduce(v, set(v.axes[dim])))
+    wide = engine.elementwise([x, *sources])
+    return engine.pin_letters(wide, set(wide.axes[dim]), "written at given positions")
+
+
+def _index_put(context: Context, x: Value, indices: Sequence[Value | None], values: Value) -> Value:
+    engine = context.engine
+    axes = [k for k, v in enumerate(indices) if v is not None]
+    covered = [indices[k] for k in axes]
+    simple = len(axes) == 1 and covered[0] is not None and len(covered[0].axes) == 1
+    if not simple:
+        for v in [*covered, values]:
+            if v is not None:
+                engine.pin_all(v, "written at given positions")
+        return engine.pin_all(x, "written at given positions")
+    k = axes[0]
+    x = engine.pin_letters(x, set(x.axes[k]), "written at given positions")
+    engine.pin_all(covered[0], "written at given positions")  # type: ignore[arg-type]
+    values = Value(((),) * (len(x.axes) - len(values.axes)) + values.axes, values.size, values.factors, values.pinned)
+    values = engine.pin_letters(values, set(values.axes[k]), "written at given positions")
+    out = engine.elementwise([x, engine.reduce(values, set(values.axes[k]))])
+    return engine.pin_letters(out, set(out.axes[k]), "written at given positions")
+
+
+@rule("sort", "topk", "argsort", "msort")
+def sort(context: Context, x: Value, *args: Any, **kwargs: Any) -> Any:
+    """Sorted values are symmetric functions of the axis, numbered by rank; the order itself pins it, if anyone reads it."""
+    name = context.node.target._schema.name.split("::")[1]
+    arguments = [a.name for a in context.node.target._schema.arguments]
+    dim = (dict(zip(arguments, (x, *args), strict=False)) | kwargs).get("dim", -1)
+    (axis,) = axes_of(x, dim)
+    value = context.node.meta["val"]
+    if name == "argsort" or 1 in context.used:
+        x = context.engine.pin_letters(x, set(x.axes[axis]), "the order of a sort is used")
+    out = context.engine.reduce(x, set(x.axes[axis]))
+    length = (value if isinstance(value, torch.Tensor) else value[0]).shape[axis]
+    rank = plain([length], pinned=True)
+    out = Value(tuple(rank.axes[0] if k == axis else a for k, a in enumerate(out.axes)), out.size | rank.size, out.factors, out.pinned | rank.pinned)
+    return out if isinstance(value, torch.Tensor) else (out, out)
+
+
+@rule("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "diff", "renorm_scan")
+def scan(context: Context, x: Value, dim: int, *_: Any, **__: Any) -> Any:
+    (axis,) = axes_of(x, dim)
+    out = context.engine.pin_letters(x, set(x.axes[axis]), "a running sum along the axis")
+    return out if isinstance(context.node.meta["val"], torch.Tensor) else (out, out)
+
+
+@rule("_fft_r2c", "_fft_c2c", "_fft_c2r", "fft_fft", "fft_rfft")
+def fft(context: Context, x: Value, dims: Any, *_: Any) -> Value:
+    axes = axes_of(x, dims)
+    engine = context.engine
+    for k in axes:
+        x = engine.pin_letters(x, set(x.axes[k]), "a Fourier transform along the axis")
+        if x.shape[k] != context.shape[k]:
+            rest = engine.reduce(x, set(x.axes[k]))
+            new = plain([context.shape[k]], pinned=True)
+            x = Value(tuple(new.axes[0] if i == k else a for i, a in enumerate(rest.axes)), rest.size | new.size, rest.factors, rest.pinned | new.pinned)
+    return x
+
+
+@rule("tril", "triu")
+def triangle(context: Context, x: Value, diagonal: int = 0) -> Value:
+    """A mask by the difference of two coordinates: both axes are pinned."""
+    letters = set(x.axes[-1]) | set(x.axes[-2])
+    return context.engine.pin_letters(x, letters, "a triangular mask")
+
+
+@rule("grid_sampler_2d", "grid_sampler_3d", "grid_sampler", "cudnn_grid_sampler")
+def grid_sample(context: Context, x: Value, grid: Value, *_: Any) -> Value:
+    engine = context.engine
+    n = len(x.axes) - 2
+    for k in range(2, len(x.axes)):
+        x = engine.pin_letters(x, set(x.axes[k]), "sampled at given coordinates")
+    x = engine.reduce(x, {c for k in range(2, n + 2) for c in x.axes[k]})
+    grid = engine.pin_letters(grid, set(grid.axes[-1]), "coordinates")
+    where = engine.reduce(grid, set(grid.axes[-1]))
+    where = without_axis(where, len(where.axes) - 1)
+    where = Value((where.axes[0], (), *where.axes[1:]), where.size, where.factors, where.pinned)
+    return engine.elementwise([x, copy_letters(where)])
+
+
+@rule("one_hot_index", "nonzero", "bincount", "unique_dim", "_unique2", "searchsorted_pinned")
+def positions(context: Context, x: Value, *_: Any, **__: Any) -> Any:
+    context.engine.pin_all(x, "positions are read from it")
+    value = context.node.meta["val"]
+    if isinstance(value, torch.Tensor):
+        return plain(value.shape, pinned=True)
+    return tuple(plain(v.shape, pinned=True) for v in value)
+

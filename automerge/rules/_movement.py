@@ -1,0 +1,320 @@
+"""Operators that only move data: views, permutations, slices, joins, padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from automerge.rules._engine import Engine
+from automerge.rules._registry import Context, Unruled, rule
+from automerge.rules._value import Factor, Value, drop_constant, new_letter, plain
+
+
+@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "flatten", "unflatten", "view_copy")
+def view(context: Context, x: Value, *_: Any, **__: Any) -> Value:
+    if not context.node.meta["val"].dtype.is_complex and context.node.args[0].meta["val"].numel() != context.node.meta["val"].numel():
+        raise Unruled("a view that changes the element size")
+    return context.engine.reshape(x, context.shape)
+
+
+@rule("clone", "contiguous", "alias", "detach", "_to_copy", "to", "lift_fresh", "lift_fresh_copy", "positive", "dropout",
+      "native_dropout_identity", "conj", "_conj", "resolve_conj", "resolve_neg", "real", "view_as")  # fmt: skip
+def identity(context: Context, x: Value, *_: Any, **__: Any) -> Value:
+    return Value(x.axes, dict(x.size), list(x.factors), set(x.pinned))
+
+
+def permuted(x: Value, order: Sequence[int]) -> Value:
+    """The value with its axes in another order."""
+    return Value(tuple(x.axes[d] for d in order), dict(x.size), list(x.factors), set(x.pinned))
+
+
+@rule("permute")
+def permute(context: Context, x: Value, dims: Sequence[int]) -> Value:
+    return permuted(x, [d % len(x.axes) for d in dims])
+
+
+@rule("t")
+def t(context: Context, x: Value) -> Value:
+    return permuted(x, range(len(x.axes))[::-1])
+
+
+@rule("transpose", "swapaxes")
+def transpose(context: Context, x: Value, a: int, b: int) -> Value:
+    order = list(range(len(x.axes)))
+    if order:
+        order[a], order[b] = order[b], order[a]
+    return permuted(x, order)
+
+
+def expanded(x: Value, shape: Sequence[int]) -> Value:
+    """Broadcast to a shape: new extents are constant letters."""
+    lead = len(shape) - len(x.axes)
+    axes, size = [], dict(x.size)
+    old = ((),) * lead + x.axes
+    have = (1,) * lead + x.shape
+    for letters, m, n in zip(old, have, shape, strict=True):
+        if m == 1 and n > 1:
+            letter = new_letter()
+            size[letter] = int(n)
+            letters = (letter,)
+        axes.append(letters)
+    return Value(tuple(axes), size, list(x.factors), set(x.pinned))
+
+
+@rule("expand", "expand_as", "broadcast_to", "copy_expanded")
+def expand(context: Context, x: Value, *_: Any, **__: Any) -> Value:
+    return expanded(x, context.shape)
+
+
+@rule("repeat", "tile")
+def repeat(context: Context, x: Value, repeats: Sequence[int]) -> Value:
+    wide = expanded(x, (1,) * (len(repeats) - len(x.axes)) + x.shape)
+    axes, size = [], dict(wide.size)
+    for letters, n in zip(wide.axes, repeats, strict=True):
+        if n > 1:
+            letter = new_letter()
+            size[letter] = int(n)
+            letters = (letter, *letters)
+        elif n == 0:
+            raise Unruled("empty repeat")
+        axes.append(letters)
+    return Value(tuple(axes), size, list(wide.factors), set(wide.pinned))
+
+
+@rule("repeat_interleave")
+def repeat_interleave(context: Context, x: Value, repeats: Any, dim: int | None = None, **_: Any) -> Value:
+    if not isinstance(repeats, int) or dim is None:
+        raise Unruled("repeat_interleave by a tensor")
+    letter = new_letter()
+    axes = list(x.axes)
+    axes[dim] = (*axes[dim], letter) if repeats > 1 else axes[dim]
+    return Value(tuple(axes), dict(x.size) | ({letter: repeats} if repeats > 1 else {}), list(x.factors), set(x.pinned))
+
+
+def without_axis(x: Value, axis: int) -> Value:
+    """Remove an axis of length one."""
+    return Value(x.axes[:axis] + x.axes[axis + 1 :], x.size, x.factors, x.pinned)
+
+
+def with_axis(x: Value, axis: int) -> Value:
+    """Insert an axis of length one."""
+    return Value((*x.axes[:axis], (), *x.axes[axis:]), x.size, x.factors, x.pinned)
+
+
+def slice_index(n: int, start: int | None, stop: int | None, step: int | None) -> np.ndarray:
+    """The positions that ``aten.slice`` keeps."""
+    big = 2**62
+    return np.arange(n)[slice(start, None if stop is None or stop > big else stop, step or 1)]
+
+
+@rule("slice", "slice_copy")
+def slice_(context: Context, x: Value, dim: int = 0, start: Any = None, stop: Any = None, step: int = 1) -> Value:
+    dim %= len(x.axes)
+    return context.engine.take(x, dim, slice_index(x.shape[dim], start, stop, step))
+
+
+@rule("select", "select_copy")
+def select(context: Context, x: Value, dim: int, index: int) -> Value:
+    dim %= len(x.axes)
+    return without_axis(context.engine.take(x, dim, np.array([index % x.shape[dim]])), dim)
+
+
+@rule("flip")
+def flip(context: Context, x: Value, dims: Sequence[int]) -> Value:
+    for d in dims:
+        x = context.engine.take(x, d % len(x.axes), np.arange(x.shape[d])[::-1])
+    return x
+
+
+@rule("roll")
+def roll(context: Context, x: Value, shifts: Any, dims: Any = ()) -> Value:
+    shifts = [shifts] if isinstance(shifts, int) else shifts
+    dims = [dims] if isinstance(dims, int) else dims
+    if not dims:
+        shape = x.shape
+        flat = context.engine.reshape(x, [int(np.prod(shape))])
+        n = flat.shape[0]
+        return context.engine.reshape(context.engine.take(flat, 0, np.roll(np.arange(n), shifts[0])), shape)
+    for s, d in zip(shifts, dims, strict=True):
+        x = context.engine.take(x, d % len(x.axes), np.roll(np.arange(x.shape[d]), s))
+    return x
+
+
+@rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk", "unsafe_chunk", "tensor_split",
+      "split_copy", "split_with_sizes_copy")  # fmt: skip
+def split(context: Context, x: Value, sizes: Any, dim: int = 0) -> tuple[Value | None, ...]:
+    dim %= len(x.axes)
+    starts = np.cumsum([0, *(t.shape[dim] for t in context.node.meta["val"])])
+    return tuple(
+        context.engine.take(x, dim, np.arange(a, b)) if i in context.used else None
+        for i, (a, b) in enumerate(zip(starts[:-1], starts[1:], strict=True))
+    )
+
+
+@rule("unbind", "unbind_copy")
+def unbind(context: Context, x: Value, dim: int = 0) -> tuple[Value | None, ...]:
+    dim %= len(x.axes)
+    return tuple(
+        without_axis(context.engine.take(x, dim, np.array([i])), dim) if i in context.used else None for i in range(x.shape[dim])
+    )
+
+
+@rule("cat", "concat", "concatenate")
+def cat(context: Context, tensors: Sequence[Value], dim: int = 0) -> Value:
+    nodes = context.node.args[0]
+    pairs = [(v, n) for v, n in zip(tensors, nodes, strict=True) if v.shape != (0,) and 0 not in v.shape]
+    if len(pairs) == 1:
+        return pairs[0][0]
+    dim %= len(pairs[0][0].axes)
+    return context.engine.concatenate([v for v, _ in pairs], dim, [n for _, n in pairs])
+
+
+@rule("stack")
+def stack(context: Context, tensors: Sequence[Value], dim: int = 0) -> Value:
+    dim %= len(tensors[0].axes) + 1
+    return context.engine.concatenate([with_axis(v, dim) for v in tensors], dim, context.node.args[0])
+
+
+def scattered(engine: Engine, x: Value, source: Value, dim: int, index: np.ndarray) -> Value:
+    """``x`` with the positions ``index`` of one axis replaced by ``source``."""
+    n = x.shape[dim]
+    rest = np.setdiff1d(np.arange(n), index)
+    if rest.size == 0:
+        return engine.take(source, dim, np.argsort(index))
+    left = engine.take(x, dim, rest)
+    joined = engine.concatenate([left, source], dim, [object(), object()])
+    return engine.take(joined, dim, np.argsort(np.concatenate([rest, index])))
+
+
+@rule("slice_scatter")
+def slice_scatter(context: Context, x: Value, source: Value, dim: int = 0, start: Any = None, stop: Any = None, step: int = 1) -> Value:
+    dim %= len(x.axes)
+    index = slice_index(x.shape[dim], start, stop, step)
+    return scattered(context.engine, x, expanded(source, context.node.args[1].meta["val"].shape), dim, index)
+
+
+@rule("select_scatter")
+def select_scatter(context: Context, x: Value, source: Value, dim: int, index: int) -> Value:
+    dim %= len(x.axes)
+    return scattered(context.engine, x, with_axis(source, dim), dim, np.array([index % x.shape[dim]]))
+
+
+@rule("copy")
+def copy(context: Context, x: Value, source: Value, *_: Any) -> Value:
+    return expanded(source, context.shape)
+
+
+@rule("fill", "full_like", "zeros_like", "ones_like", "new_zeros", "new_ones", "new_full", "empty_like", "new_empty",
+      "zero", "zeros", "ones", "full", "empty", "new_empty_strided", "empty_strided")  # fmt: skip
+def filled(context: Context, *args: Any, **__: Any) -> Value:
+    if len(args) > 1 and isinstance(args[1], Value) and args[1].shape == ():
+        return expanded(args[1], context.shape)
+    return plain(context.shape)
+
+
+@rule("constant_pad_nd")
+def constant_pad_nd(context: Context, x: Value, pad: Sequence[int], *_: Any) -> Value:
+    for i in range(len(pad) // 2):
+        axis = len(x.axes) - 1 - i
+        low, high = pad[2 * i], pad[2 * i + 1]
+        x = context.engine.take(x, axis, np.arange(max(0, -low), x.shape[axis] - max(0, -high)))
+        if low <= 0 and high <= 0:
+            continue
+        parts, who = [x], [object()]
+        border = object()
+        for n, at in ((low, 0), (high, len(parts) + 1)):
+            if n > 0:
+                shape = [n if k == axis else m for k, m in enumerate(x.shape)]
+                parts.insert(at, plain(shape))
+                who.insert(at, border)
+        x = context.engine.concatenate(parts, axis, who)
+    return x
+
+
+@rule("pixel_shuffle")
+def pixel_shuffle(context: Context, x: Value, r: int) -> Value:
+    *lead, c, h, w = x.shape
+    n = len(lead)
+    x = context.engine.reshape(x, [*lead, c // (r * r), r, r, h, w])
+    return context.engine.reshape(permuted(x, [*range(n), n, n + 3, n + 1, n + 4, n + 2]), context.shape)
+
+
+@rule("pixel_unshuffle")
+def pixel_unshuffle(context: Context, x: Value, r: int) -> Value:
+    *lead, c, h, w = x.shape
+    n = len(lead)
+    x = context.engine.reshape(x, [*lead, c, h // r, r, w // r, r])
+    return context.engine.reshape(permuted(x, [*range(n), n, n + 2, n + 4, n + 1, n + 3]), context.shape)
+
+
+@rule("channel_shuffle", "native_channel_shuffle")
+def channel_shuffle(context: Context, x: Value, groups: int) -> Value:
+    b, c, *rest = x.shape
+    x = context.engine.reshape(x, [b, groups, c // groups, *rest])
+    return context.engine.reshape(permuted(x, [0, 2, 1, *range(3, 3 + len(rest))]), context.shape)
+
+
+@rule("view_as_real")
+def view_as_real(context: Context, x: Value) -> Value:
+    pair = plain([2], pinned=True)
+    return Value((*x.axes, *pair.axes), x.size | pair.size, list(x.factors), x.pinned | pair.pinned)
+
+
+@rule("view_as_complex")
+def view_as_complex(context: Context, x: Value) -> Value:
+    last = set(x.axes[-1])
+    x = context.engine.reduce(context.engine.pin_letters(x, last, "real and imaginary part"), last)
+    return without_axis(x, len(x.axes) - 1)
+
+
+@rule("unfold", "as_strided", "im2col", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
+      "replication_pad2d", "replication_pad3d", "diagonal", "rot90", "as_strided_scatter", "diagonal_copy", "unfold_copy")  # fmt: skip
+def by_index(context: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
+    """Ask the operator itself: push positions through it and read where they went."""
+    if any(isinstance(a, Value) for a in args):
+        raise Unruled("a scatter with a strided view")
+    shape = x.shape
+    total = int(np.prod(shape, dtype=np.int64))
+    positions = torch.arange(1, total + 1, dtype=torch.float64).reshape(shape)
+    moved = context.node.target(positions, *args, **kwargs)
+    if tuple(moved.shape) != context.shape:
+        raise Unruled("the operator depends on memory layout")
+    return gathered(context.engine, x, moved.numpy().astype(np.int64) - 1)
+
+
+def gathered(engine: Engine, x: Value, positions: np.ndarray) -> Value:
+    """A tensor whose entry i is ``x.flat[positions[i]]`` (-1: a constant)."""
+    out = plain(positions.shape)
+    letters = tuple(c for axis in out.axes for c in axis)
+    inside = positions >= 0
+    flat = np.where(inside, positions, 0).reshape([out.size[c] for c in letters])
+    full = tuple(x.letters)
+    coordinates = dict(zip(full, np.unravel_index(flat, [x.size[c] for c in full]), strict=True)) if full else {}
+    border = engine.axes.fresh((1,)) if not inside.all() else None
+    hole = ~inside.reshape(flat.shape)
+    for f in x.factors:
+        labels = f.labels[tuple(coordinates[c] for c in f.letters)]
+        engine.axes.select(labels[~hole], f.labels)
+        if border is not None:
+            labels = np.where(hole, border[0], labels)
+        reduced = drop_constant(Factor(letters, labels))
+        if reduced is not None:
+            out.factors.append(reduced)
+    for c in x.pinned:
+        reduced = drop_constant(Factor(letters, np.where(hole, -1, coordinates[c])))
+        if reduced is not None:
+            out.pinned |= set(reduced.letters)
+    if border is not None and not x.factors:
+        reduced = drop_constant(Factor(letters, hole.astype(np.int64)))
+        out.pinned |= set(reduced.letters) if reduced else set()
+    return settle(engine, out)
+
+
+def settle(engine: Engine, value: Value) -> Value:
+    """Make the factors of a value built by hand agree with each other and with its pins."""
+    empty = Value(value.axes, value.size, [], value.pinned)
+    parts = [Value(value.axes, value.size, [f], set()) for f in value.factors]
+    return engine.combine([empty, *parts], value.axes, value.size)

@@ -1,0 +1,171 @@
+"""Symmetric functions of an axis (sums, maxima, norms), softmax, normalisation layers, pooling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from automerge.rules._contraction import repinned
+from automerge.rules._engine import Engine
+from automerge.rules._movement import without_axis
+from automerge.rules._registry import Context, rule
+from automerge.rules._value import Value
+
+
+def axes_of(x: Value, dim: Any) -> list[int]:
+    """The axes that a ``dim`` argument names; None and an empty list name all."""
+    if dim is None or (isinstance(dim, list | tuple) and not dim):
+        return list(range(len(x.axes)))
+    return [d % max(len(x.axes), 1) for d in ([dim] if isinstance(dim, int) else dim)] if x.axes else []
+
+
+def reduced(engine: Engine, x: Value, axes: Sequence[int], keepdim: bool) -> Value:
+    """A symmetric function over some axes."""
+    value = engine.reduce(x, {c for k in axes for c in x.axes[k]})
+    if not keepdim:
+        for k in sorted(axes, reverse=True):
+            value = without_axis(value, k)
+    return value
+
+
+def fits(engine: Engine, x: Value, axes: Sequence[int], shape: tuple[int, ...]) -> Value:
+    """Reduce, keeping the axes or not, as the output's shape says."""
+    value = reduced(engine, x, axes, keepdim=True)
+    return value if value.shape == shape and len(shape) == len(x.axes) else engine.reshape(value, shape)
+
+
+@rule("sum", "mean", "nansum", "amax", "amin", "logsumexp", "prod", "any", "all", "var", "std", "norm", "count_nonzero",
+      "linalg_vector_norm", "nanmean", "median_all", "special_logsumexp")  # fmt: skip
+def reduction(context: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
+    name = context.node.target._schema.name.split("::")[1]
+    arguments = [a.name for a in context.node.target._schema.arguments]
+    given = dict(zip(arguments, (x, *args), strict=False)) | kwargs
+    dim = given.get("dim")
+    if name in ("var", "std") and isinstance(dim, bool):
+        dim = None
+    return fits(context.engine, x, axes_of(x, dim), context.shape)
+
+
+@rule("var_mean", "std_mean", "aminmax")
+def pair_reduction(context: Context, x: Value, *args: Any, **kwargs: Any) -> tuple[Value, ...]:
+    arguments = [a.name for a in context.node.target._schema.arguments]
+    dim = (dict(zip(arguments, (x, *args), strict=False)) | kwargs).get("dim")
+    dim = None if isinstance(dim, bool) else dim
+    return tuple(fits(context.engine, x, axes_of(x, dim), tuple(context.out(i).shape)) for i in range(2))
+
+
+@rule("max", "min", "median", "nanmedian", "mode", "kthvalue", "cummax_last")
+def extremum(context: Context, x: Value, *args: Any, **kwargs: Any) -> Any:
+    """The value is a symmetric function; the index names a position, so it pins the axis if anyone reads it."""
+    if args and isinstance(args[0], Value):
+        return context.engine.elementwise([x, args[0]])
+    arguments = [a.name for a in context.node.target._schema.arguments]
+    dim = (dict(zip(arguments, (x, *args), strict=False)) | kwargs).get("dim")
+    if isinstance(context.node.meta["val"], torch.Tensor):
+        return fits(context.engine, x, axes_of(x, None), context.shape)
+    axes = axes_of(x, -1 if dim is None else dim)
+    if 1 in context.used:
+        x = context.engine.pin_letters(x, {c for k in axes for c in x.axes[k]}, "the position of an extremum is used")
+    value = fits(context.engine, x, axes, tuple(context.out(0).shape))
+    return value, value
+
+
+@rule("argmax", "argmin")
+def argument(context: Context, x: Value, dim: int | None = None, keepdim: bool = False) -> Value:
+    axes = axes_of(x, dim)
+    x = context.engine.pin_letters(x, {c for k in axes for c in x.axes[k]}, "the position of an extremum is used")
+    return fits(context.engine, x, axes, context.shape)
+
+
+@rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax", "special_softmax")
+def softmax(context: Context, x: Value, dim: int, *_: Any, **__: Any) -> Value:
+    return normalised(context.engine, x, axes_of(x, dim))
+
+
+def normalised(engine: Engine, x: Value, axes: Sequence[int]) -> Value:
+    """A function of each entry and of a symmetric function over its axes (softmax, normalisation)."""
+    return engine.elementwise([x, reduced(engine, x, axes, keepdim=True)])
+
+
+def on_axis(value: Value | None, axis: int, ndim: int) -> list[Value]:
+    """A vector laid along one axis of a tensor with ``ndim`` axes."""
+    if value is None:
+        return []
+    axes = [()] * ndim
+    axes[axis] = value.axes[0]
+    return [Value(tuple(axes), value.size, value.factors, value.pinned)]
+
+
+@rule("native_layer_norm", "_fused_rms_norm", "layer_norm", "rms_norm")
+def layer_norm(context: Context, x: Value, shape: Sequence[int], w: Value | None = None, b: Any = None, *_: Any) -> Any:
+    axes = list(range(len(x.axes) - len(shape), len(x.axes)))
+    statistic = reduced(context.engine, x, axes, keepdim=True)
+    out = context.engine.elementwise([x, statistic, *(v for v in (w, b) if isinstance(v, Value))])
+    return out if isinstance(context.node.meta["val"], torch.Tensor) else (out, statistic, statistic)
+
+
+@rule("native_group_norm")
+def group_norm(
+    context: Context, x: Value, w: Value | None, b: Value | None, n: int, c: int, hw: int, groups: int, eps: float
+) -> tuple[Value, ...]:
+    shape = x.shape
+    grouped = context.engine.reshape(x, [shape[0], groups, c // groups, *shape[2:]])
+    axes = list(range(2, len(grouped.axes)))
+    statistic = reduced(context.engine, grouped, axes, keepdim=True)
+    out = context.engine.elementwise([grouped, statistic])
+    out = context.engine.reshape(out, shape)
+    out = context.engine.elementwise([out, *on_axis(w, 1, len(shape)), *on_axis(b, 1, len(shape))])
+    flat = reduced(context.engine, grouped, axes, keepdim=False)
+    return out, flat, flat
+
+
+@rule("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "_native_batch_norm_legit",
+      "batch_norm", "miopen_batch_norm", "_batch_norm_with_update", "_batch_norm_no_update")  # fmt: skip
+def batch_norm(
+    context: Context, x: Value, w: Value | None, b: Value | None, mean: Any = None, var: Any = None, *args: Any
+) -> tuple[Value, ...]:
+    engine, n = context.engine, len(x.axes)
+    stats = [v for v in (mean, var) if isinstance(v, Value)]
+    context.statistics += stats
+    vectors = [v for p in (w, b, *stats) for v in on_axis(p, 1, n)]
+    training = bool(args and args[0] is True) or not stats
+    if training:
+        others = [k for k in range(n) if k != 1]
+        vectors.append(reduced(engine, x, others, keepdim=True))
+    out = engine.elementwise([x, *vectors])
+    return (out, *[engine.reduce(stats[0] if stats else out, set())] * 4)
+
+
+@rule("avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices",
+      "max_pool3d_with_indices", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d",
+      "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d", "adaptive_max_pool3d", "adaptive_max_pool1d",
+      "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "upsample_linear1d",
+      "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
+      "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "fractional_max_pool2d",
+      "max_unpool2d", "max_unpool3d", "upsample_nearest2d_vec", "lp_pool2d")  # fmt: skip
+def pooling(context: Context, x: Value, *args: Any, **kwargs: Any) -> Any:
+    """Windows over spatial axes; a window that is the whole axis is a reduction."""
+    engine = context.engine
+    name = context.node.target._schema.name
+    value = context.node.meta["val"]
+    single = isinstance(value, torch.Tensor)
+    out = value if single else value[0]
+    spatial = next((n for n in (1, 2, 3) if f"{n}d" in name), 2)
+    for k in range(len(x.axes) - spatial, len(x.axes)):
+        whole = out.shape[k] == 1 and ("adaptive" in name or _window(args, spatial, k - len(x.axes)) == x.shape[k])
+        if not whole or (not single and 1 in context.used):
+            x = engine.pin_letters(x, set(x.axes[k]), "spatial axis of a window operator")
+        x = repinned(engine, x, k, out.shape[k])
+    return x if single else (x, x)
+
+
+def _window(args: Sequence[Any], spatial: int, axis: int) -> int:
+    """The window's extent, or 0 where stride, padding or dilation are unusual."""
+    if not args or not isinstance(args[0], list | tuple):
+        return 0
+    padding = args[2] if len(args) > 2 else [0]
+    if any(p for p in (padding if isinstance(padding, list | tuple) else [padding])):
+        return 0
+    return int(args[0][axis]) if len(args[0]) == spatial else int(args[0][0])

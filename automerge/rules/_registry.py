@@ -1,0 +1,115 @@
+"""Which rule answers for which operator, and what a rule is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from automerge.rules._engine import Engine
+from automerge.rules._value import Value
+
+Rule = Callable[..., Any]
+_RULES: dict[str, Rule] = {}
+
+
+@dataclass
+class Context:
+    """What a rule may ask besides its arguments.
+
+    Attributes:
+        engine: the operations rules are made of.
+        node: the fx node; ``node.meta["val"]`` is the example output.
+        used: which outputs of the node anyone reads (a set of indices; ``{0}`` for a single output).
+        statistics: collects the values that are normalisation statistics.
+    """
+
+    engine: Engine
+    node: fx.Node
+    used: set[int]
+    statistics: list[Value]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the (single) output."""
+        return tuple(self.node.meta["val"].shape)
+
+    def out(self, index: int) -> torch.Tensor:
+        """The example value of one of several outputs."""
+        return self.node.meta["val"][index]
+
+
+class Unruled(Exception):
+    """A rule does not cover this use of its operator; the node is handled as if it had no rule."""
+
+
+def operator_name(target: Any) -> str:
+    """``"aten::addmm"`` for an OpOverload or OpOverloadPacket; the plain name for anything else."""
+    if isinstance(target, str):
+        return target if "::" in target else target.replace(".", "::", 1)
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return target._qualified_op_name
+    return f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', target)}"
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a function as the rule of ATen operators, by their names without namespace."""
+
+    def add(fn: Rule) -> Rule:
+        for name in names:
+            _RULES[f"aten::{name}"] = fn
+        return fn
+
+    return add
+
+
+def register_rule(operator: Any, rule: Rule | None = None) -> Any:
+    """Register the rule of an operator; also usable as a decorator.
+
+    Args:
+        operator: an OpOverload, an OpOverloadPacket, or a name such as ``"mylib::my_op"``.
+        rule: ``rule(context, *args, **kwargs)`` with a `Value` in place of every tensor argument; returns the `Value` of
+            the output, or a tuple of them. ``context.engine`` holds the operations (`Engine.elementwise`, `reduce`,
+            `contract`, `take`, `pin_all`, ...).
+
+    Returns:
+        The rule.
+
+    Examples:
+        >>> @register_rule("mylib::scaled")
+        ... def scaled(context, x, factor):
+        ...     return context.engine.elementwise([x])
+    """
+    if rule is None:
+        return lambda fn: register_rule(operator, fn)
+    _RULES[operator_name(operator)] = rule
+    return rule
+
+
+def find_rule(target: Any) -> Rule | None:
+    """The rule of an operator, or None; pointwise operators share one."""
+    found = _RULES.get(operator_name(target))
+    if found is None and isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
+        return pointwise
+    return found
+
+
+def values_in(args: Sequence[Any]) -> list[Value]:
+    """All values among arguments, lists searched."""
+    found: list[Value] = []
+    for a in args:
+        if isinstance(a, Value):
+            found.append(a)
+        elif isinstance(a, list | tuple):
+            found += values_in(a)
+    return found
+
+
+def pointwise(context: Context, *args: Any, **kwargs: Any) -> Value:
+    """A function of the operands at the same broadcast position."""
+    return context.engine.elementwise(values_in([*args, *kwargs.values()]))

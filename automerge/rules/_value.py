@@ -1,0 +1,182 @@
+"""What inference knows of one tensor: letters, factors and pins.
+
+Every tensor axis is a product of *letters* (einops-like). A *factor* is an array of vertices over some letters. Writing
+L(i) for the tuple of labels that the factors give to position i, the claim that every rule keeps is::
+
+    x[i] depends on i only through L(i) and the coordinates of pinned letters,
+    and for every group element g:  x_after[i'] = x_before[i]  whenever  L(i') = g L(i)  and pinned letters agree;
+
+moreover g maps the set of labels that occur onto itself. A letter without factor or pin is one along which x is constant.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+_letters = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """An array of vertices over ``letters``; not constant along any of them."""
+
+    letters: tuple[int, ...]
+    labels: np.ndarray
+
+    def __post_init__(self) -> None:
+        assert self.labels.ndim == len(self.letters)
+
+
+@dataclass
+class Value:
+    """The structure of one tensor.
+
+    Attributes:
+        axes: for each tensor axis its letters, outer first; an axis of length one has none.
+        size: letter -> length.
+        factors: the factors.
+        pinned: letters whose coordinate means itself.
+        data: the tensor itself, if it depends on nothing but constants.
+    """
+
+    axes: tuple[tuple[int, ...], ...]
+    size: dict[int, int]
+    factors: list[Factor] = field(default_factory=list)
+    pinned: set[int] = field(default_factory=set)
+    data: Any = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's shape."""
+        return tuple(int(np.prod([self.size[c] for c in axis], dtype=np.int64)) for axis in self.axes)
+
+    @property
+    def letters(self) -> tuple[int, ...]:
+        """All letters in order."""
+        return tuple(c for axis in self.axes for c in axis)
+
+    def touching(self, letter: int) -> list[Factor]:
+        """The factors that depend on a letter."""
+        return [f for f in self.factors if letter in f.letters]
+
+    def with_axes(self, axes: Iterable[Sequence[int]]) -> Value:
+        """The same content under other axes; letters that vanish must be constant ones."""
+        new = tuple(tuple(a) for a in axes)
+        keep = {c for a in new for c in a}
+        return Value(new, {c: self.size[c] for c in keep}, list(self.factors), self.pinned & keep)
+
+
+def new_letter() -> int:
+    """A letter that no tensor has yet."""
+    return next(_letters)
+
+
+def plain(shape: Sequence[int], *, pinned: bool = False) -> Value:
+    """A tensor that is constant along every axis, or pinned along every axis."""
+    axes: list[tuple[int, ...]] = []
+    size: dict[int, int] = {}
+    for n in shape:
+        if n == 1:
+            axes.append(())
+            continue
+        letter = new_letter()
+        size[letter] = int(n)
+        axes.append((letter,))
+    return Value(tuple(axes), size, [], set(size) if pinned else set())
+
+
+def drop_constant(factor: Factor) -> Factor | None:
+    """Remove the letters along which a factor's labels do not change; None when none is left."""
+    letters, labels = list(factor.letters), factor.labels
+    for k in reversed(range(labels.ndim)):
+        n = labels.shape[k]
+        first = labels.take(0, axis=k)
+        # a look at the last slice spares the comparison of the whole array
+        if n == 1 or (
+            np.array_equal(first, labels.take(n - 1, axis=k)) and bool((labels == np.expand_dims(first, k)).all())
+        ):
+            labels = first
+            del letters[k]
+    return Factor(tuple(letters), np.ascontiguousarray(labels)) if letters else None
+
+
+def split_letter(value: Value, letter: int, sizes: Sequence[int]) -> Value:
+    """Write one letter as a product of several (outer first)."""
+    sizes = [int(n) for n in sizes]
+    assert int(np.prod(sizes)) == value.size[letter]
+    parts = [new_letter() for _ in sizes]
+    keep = [p for p, n in zip(parts, sizes, strict=True) if n > 1]
+    axes = tuple(tuple(q for c in axis for q in (keep if c == letter else [c])) for axis in value.axes)
+    size = {c: n for c, n in value.size.items() if c != letter}
+    size.update({p: n for p, n in zip(parts, sizes, strict=True) if n > 1})
+    factors = []
+    for f in value.factors:
+        if letter not in f.letters:
+            factors.append(f)
+            continue
+        k = f.letters.index(letter)
+        wide = [n for n in sizes if n > 1]
+        labels = f.labels.reshape(*f.labels.shape[:k], *wide, *f.labels.shape[k + 1 :])
+        reduced = drop_constant(Factor((*f.letters[:k], *keep, *f.letters[k + 1 :]), labels))
+        if reduced is not None:
+            factors.append(reduced)
+    pinned = (value.pinned - {letter}) | (set(keep) if letter in value.pinned else set())
+    return Value(axes, size, factors, pinned)
+
+
+def rename(value: Value, names: dict[int, int]) -> Value:
+    """The value with letters renamed."""
+    get = lambda c: names.get(c, c)  # noqa: E731
+    return Value(
+        tuple(tuple(get(c) for c in a) for a in value.axes),
+        {get(c): n for c, n in value.size.items()},
+        [Factor(tuple(get(c) for c in f.letters), f.labels) for f in value.factors],
+        {get(c) for c in value.pinned},
+    )
+
+
+def copy_letters(value: Value) -> Value:
+    """The value under new letters, so that it can stand beside itself in one operator."""
+    return rename(value, {c: new_letter() for c in value.size})
+
+
+def spread(factor: Factor, letters: Sequence[int], size: dict[int, int]) -> np.ndarray:
+    """The factor's labels as an array over ``letters`` (a superset of its own), broadcast."""
+    order = [c for c in letters if c in factor.letters]
+    labels = factor.labels.transpose([factor.letters.index(c) for c in order])
+    view = [size[c] if c in factor.letters else 1 for c in letters]
+    return np.broadcast_to(labels.reshape(view), [size[c] for c in letters])
+
+
+def common_refinement(a: Sequence[int], b: Sequence[int]) -> list[int] | None:
+    """The coarsest list of sizes that refines two factorisations of the same number, or None.
+
+    >>> common_refinement([6, 4], [2, 12])
+    [2, 3, 4]
+    """
+    cuts = sorted(set(np.cumprod(list(a)[::-1]).tolist()) | set(np.cumprod(list(b)[::-1]).tolist()))
+    out, last = [], 1
+    for cut in cuts:
+        if cut % last:
+            return None
+        if cut // last > 1:
+            out.append(cut // last)
+        last = cut
+    return out[::-1]
+
+
+def refine_axis(value: Value, axis: int, sizes: Sequence[int]) -> Value:
+    """Split the letters of one axis so that their sizes become ``sizes`` (a refinement of them)."""
+    todo = list(sizes)
+    for letter in value.axes[axis]:
+        n, parts = value.size[letter], []
+        while int(np.prod(parts, dtype=np.int64)) < n:
+            parts.append(todo.pop(0))
+        if len(parts) > 1:
+            value = split_letter(value, letter, parts)
+    return value

@@ -1,0 +1,333 @@
+"""Tracing: run a model once on real tensors and write down every operator.
+
+The result is a `torch.fx.GraphModule` of ATen operators. Recording at the dispatcher makes ``nn.Linear``, ``F.linear``,
+``x @ w.T``, a parametrisation and a third-party module the same few hundred operators; python control flow, ``.item()``,
+loops and hooks need no support, because they simply run. The graph holds for the path that was recorded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules import module as _nn_module
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from automerge._aliases import Tracked, read, write
+from automerge._errors import TraceError
+from automerge._tree_io import map_tensors, tensors_of
+
+aten = torch.ops.aten
+_TORCH_DIR = os.path.dirname(torch.__file__)
+_HERE = os.path.dirname(__file__)
+
+Args = torch.Tensor | Sequence[Any]
+
+
+@dataclass
+class TraceInfo:
+    """What a trace knows beside its graph; found at ``graph_module.meta["trace"]``.
+
+    Attributes:
+        names: placeholder name -> state-dict name, for parameters and persistent buffers.
+        aliases: further state-dict names of tied tensors -> the first name.
+        inputs: placeholder name -> path of the tensor in ``(args, kwargs)``.
+        outputs: the number of output tensors.
+        data_dependent: where a python value was read from a tensor that depends on inputs or parameters.
+        unknown: places where a tensor of unknown provenance entered (treated as a constant).
+    """
+
+    names: dict[str, str] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+    outputs: int = 0
+    data_dependent: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+
+
+def normalise_args(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and keyword arguments of a call, from a tensor, a tuple or list of inputs, and a dict."""
+    if isinstance(args, torch.Tensor) or isinstance(args, Mapping) or not isinstance(args, list | tuple):
+        positional: tuple[Any, ...] = (args,) if args is not None else ()
+    else:
+        positional = tuple(args)
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise TraceError(f"kwargs must be a dict of keyword arguments, got {type(kwargs).__name__}")
+    return positional, dict(kwargs or {})
+
+
+def trace(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) -> fx.GraphModule:
+    """Record one forward pass as a graph of ATen operators.
+
+    The model runs once in eval mode without gradients; its mode, parameters and buffers are left as they were.
+
+    Args:
+        model: any module that runs forward.
+        args: a tensor, or a tuple or list of positional inputs (they may nest).
+        kwargs: keyword inputs.
+
+    Returns:
+        A GraphModule. Its placeholders are the state-dict tensors (once per tied tensor) and then the input tensors; every
+        node's ``meta`` holds ``val`` (the example value), ``module`` (module path), ``source`` (file:line) and, for
+        placeholders, ``kind`` (``"state"`` or ``"input"``) and ``name``. ``graph_module.meta["trace"]`` is a `TraceInfo`.
+
+    Raises:
+        TraceError: if the model does not run on the inputs; the original exception is the cause.
+
+    Examples:
+        >>> graph = trace(nn.Linear(3, 2), torch.ones(1, 3))
+        >>> [str(n.target) for n in graph.graph.nodes if n.op == "call_function"]
+        ['aten.t.default', 'aten.addmm.default']
+    """
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"expected a torch.nn.Module to trace, got {type(model).__name__}; pass an instance of the model")
+    positional, keywords = normalise_args(args, kwargs)
+    recorder = _Recorder(model)
+    positional, keywords = recorder.add_inputs(positional, keywords)
+    with prepared(model), recorder.watch_modules():
+        try:
+            with torch.no_grad(), recorder:
+                result = model(*positional, **keywords)
+        except TraceError:
+            raise
+        except Exception as error:
+            shapes = ", ".join(str(tuple(t.shape)) for t in tensors_of((positional, keywords))) or "no tensors"
+            text = f"{error}".strip().split("\n")[0][:300]
+            raise TraceError(
+                f"{type(model).__name__} does not run on the example inputs ({shapes})"
+                f"{recorder.where()}: {type(error).__name__}: {text}"
+            ) from error
+    return recorder.finish(result)
+
+
+def record(function: Callable[..., Any], tensors: Sequence[torch.Tensor], *, module: str = "", source: str = "") -> fx.GraphModule:
+    """Record a function of tensors; its nodes all carry the given module path and source line.
+
+    Raises:
+        TraceError: if no tensor comes out.
+    """
+    recorder = _Recorder(nn.Module())
+    copies = []
+    for i, tensor in enumerate(tensors):
+        copies.append(tensor.detach().clone())
+        recorder._placeholder(f"arg{i}", copies[-1], "input")
+    with torch.no_grad(), recorder:
+        result = function(*copies)
+    graph = recorder.finish(result)
+    for node in graph.graph.nodes:
+        node.meta.update(module=module, source=source)
+    return graph
+
+
+@contextlib.contextmanager
+def prepared(model: nn.Module) -> Iterator[None]:
+    """Eval mode, unfused attention and recurrences, and everything put back afterwards (buffers included)."""
+    modes = [(m, m.training) for m in model.modules()]
+    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_inference()]
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    mkldnn, recurrent = torch._C._get_mkldnn_enabled(), any(isinstance(m, nn.RNNBase) for m in model.modules())
+    model.eval()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        if recurrent:
+            torch._C._set_mkldnn_enabled(False)
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch._C._set_mkldnn_enabled(mkldnn)
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for buffer, version, value in buffers:
+                if buffer._version != version and buffer.shape == value.shape:
+                    buffer.copy_(value)
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes every dispatched operator into an fx graph; in-place operators become functional ones."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.root = nn.Module()
+        self.info = TraceInfo()
+        self.paths = {id(m): name for name, m in model.named_modules()}
+        self.stack: list[str] = []
+        self.tracked: dict[int, Tracked] = {}
+        self.layouts: dict[tuple[Any, ...], Tracked] = {}
+        self.alive: list[torch.Tensor] = []
+        self.tainted: set[fx.Node] = set()
+        self._add_state(model)
+
+    # ------------------------------------------------------------ placeholders
+    def _add_state(self, model: nn.Module) -> None:
+        persistent = set(model.state_dict(keep_vars=True))
+        tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        first: dict[tuple[Any, ...], str] = {}
+        for name, tensor in tensors:
+            if name not in persistent or not isinstance(tensor, torch.Tensor):
+                continue
+            key = (id(tensor),) if tensor.numel() == 0 else _layout(tensor)
+            if key in first:
+                self.info.aliases[name] = first[key]
+                self.tracked.setdefault(id(tensor), self.layouts.get(key) or self.tracked[id(tensor)])
+                self.alive.append(tensor)
+                continue
+            first[key] = name
+            node = self._placeholder(name, tensor, "state")
+            self.info.names[node.name] = name
+
+    def _placeholder(self, name: str, tensor: torch.Tensor, kind: str) -> fx.Node:
+        word = "".join(c if c.isalnum() else "_" for c in name).strip("_") or kind
+        node = self.graph.placeholder(word if word[0].isalpha() else f"{kind}_{word}")
+        node.meta.update(val=tensor.detach(), kind=kind, name=name, module="", source="")
+        self._register(tensor, Tracked(node))
+        self.tainted.add(node)
+        return node
+
+    def add_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Make a placeholder for every input tensor; returns inputs with fresh tensors, so that none is changed."""
+
+        def visit(path: str, tensor: torch.Tensor) -> torch.Tensor:
+            copy = tensor.detach().clone()
+            node = self._placeholder(path or "input", copy, "input")
+            self.info.inputs[node.name] = path
+            return copy
+
+        return map_tensors(visit, args, "args"), map_tensors(visit, kwargs, "kwargs")
+
+    # ------------------------------------------------------------ where we are
+    @contextlib.contextmanager
+    def watch_modules(self) -> Iterator[None]:
+        def enter(module: nn.Module, _: Any) -> None:
+            self.stack.append(self.paths.get(id(module), self.stack[-1] if self.stack else ""))
+
+        def leave(module: nn.Module, _: Any, __: Any) -> None:
+            if self.stack:
+                self.stack.pop()
+
+        handles = [
+            _nn_module.register_module_forward_pre_hook(enter),
+            _nn_module.register_module_forward_hook(leave, always_call=False),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def where(self) -> str:
+        return f" in module {self.stack[-1]!r}" if self.stack and self.stack[-1] else ""
+
+    # ------------------------------------------------------------ tensors and nodes
+    def _register(self, tensor: torch.Tensor, tracked: Tracked) -> None:
+        self.alive.append(tensor)
+        self.tracked[id(tensor)] = tracked
+        if tensor.layout is torch.strided and tensor.numel():
+            self.layouts[_layout(tensor)] = tracked
+
+    def _lookup(self, tensor: torch.Tensor) -> Tracked:
+        found = self.tracked.get(id(tensor))
+        if found is None and tensor.layout is torch.strided and tensor.numel():
+            found = self.layouts.get(_layout(tensor))  # x.data and the like make tensors that no operator announced
+        if found is None:
+            found = Tracked(self._constant(tensor))
+            self._register(tensor, found)
+        return found
+
+    def _constant(self, tensor: torch.Tensor) -> fx.Node:
+        name = f"_constant_{len(self.info.unknown)}"
+        value = tensor.detach().clone()
+        self.root.register_buffer(name, value)
+        node = self.graph.get_attr(name)
+        node.meta.update(val=value, module=self.stack[-1] if self.stack else "", source=_source())
+        self.info.unknown.append(f"{name}{self.where()}")
+        return node
+
+    def emit(self, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta.update(val=value, module=self.stack[-1] if self.stack else "", source=_source())
+        if any(n in self.tainted for n in node.all_input_nodes):
+            self.tainted.add(node)
+        return node
+
+    # ------------------------------------------------------------ dispatch
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+
+        def to_node(_: str, tensor: torch.Tensor) -> fx.Node:
+            return read(self, self._lookup(tensor))
+
+        node_args, node_kwargs = map_tensors(to_node, tuple(args)), map_tensors(to_node, dict(kwargs))
+        if func in (aten._local_scalar_dense.default, aten.item.default):
+            if node_args[0] in self.tainted:
+                self.info.data_dependent.append(f"{_source()}{self.where()}")
+            return func(*args, **kwargs)
+        if func._schema.is_mutable:
+            return write(self, func, args, kwargs, node_args, node_kwargs)
+        out = func(*args, **kwargs)
+        self.record(func, args, node_args, node_kwargs, out)
+        if func in (aten.nonzero.default, aten.equal.default) and any(isinstance(a, fx.Node) and a in self.tainted for a in node_args):
+            self.info.data_dependent.append(f"{_source()}{self.where()}")
+        return out
+
+    def record(self, func: Any, args: Any, node_args: Any, node_kwargs: Any, out: Any) -> fx.Node:
+        """Emit one functional operator and register its outputs, as views of their base where the schema says so."""
+        if isinstance(out, torch.Tensor):
+            node = self.emit(func, node_args, node_kwargs, out.detach() if out.requires_grad else out)
+            self._track(func, args, node_args, node_kwargs, out, node, None)
+            return node
+        node = self.emit(func, node_args, node_kwargs, out)
+        if isinstance(out, list | tuple):
+            for i, value in enumerate(out):
+                if isinstance(value, torch.Tensor):
+                    item = self.emit(operator.getitem, (node, i), {}, value)
+                    self._track(func, args, node_args, node_kwargs, value, item, i)
+        return node
+
+    def _track(self, func: Any, args: Any, node_args: Any, node_kwargs: Any, out: torch.Tensor, node: fx.Node, item: int | None) -> None:
+        base = None
+        if func._schema.returns and func._schema.returns[0].alias_info is not None and args:
+            source = args[0]
+            if isinstance(source, torch.Tensor):
+                if out is source:
+                    return
+                base = self._lookup(source)
+        self._register(out, Tracked(node) if base is None else base.view(func, node_args, node_kwargs, item, node, out))
+
+    def finish(self, result: Any) -> fx.GraphModule:
+        outputs = tensors_of(result)
+        if not outputs:
+            raise TraceError("the model returned no tensor; automerge needs an output that it can compare")
+        with torch.no_grad():
+            nodes = tuple(read(self, self._lookup(t)) for t in outputs)
+        self.graph.output(nodes)
+        self.info.outputs = len(nodes)
+        module = fx.GraphModule(self.root, self.graph)
+        module.meta["trace"] = self.info
+        return module
+
+
+def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.is_neg(), tensor.is_conj())
+
+
+def _source() -> str:
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith((_TORCH_DIR, _HERE, "<")):
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+

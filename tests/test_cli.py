@@ -1,0 +1,414 @@
+"""The command line: what each command prints, and one sentence with exit code 2 for every bad input."""
+
+import json
+import os
+import pickle
+import stat
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from automerge import cli
+from automerge._factory import InputSpec, UsageError, draw_inputs, parse_input
+from tests import _factories
+
+F = "tests._factories:"
+SHAPE = ["--input", "2,1,4,4"]
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*argv: object) -> int:
+    """Run the command line; argparse leaves by SystemExit."""
+    try:
+        return cli.main([str(a) for a in argv])
+    except SystemExit as error:
+        return int(error.code or 0)
+
+
+def fails(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    """The one sentence that a bad call prints."""
+    assert run(*argv) == 2
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if not _is_progress(line)]
+    assert len(lines) == 1, printed.err
+    assert "Traceback" not in printed.err + printed.out
+    assert lines[0].startswith("automerge ")
+    return lines[0]
+
+
+def _is_progress(line: str) -> bool:
+    return line.endswith(" s") and ": " in line
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> list[Path]:
+    paths = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        paths.append(tmp_path / f"{'abc'[seed]}.safetensors")
+        save_file(_factories.mlp().state_dict(), paths[-1])
+    return paths
+
+
+def damaged(path: Path, **changes: Any) -> Path:
+    """A copy of a checkpoint with entries replaced, added, or (None) removed."""
+    state = {**load_file(path), **{k.replace("_", "."): v for k, v in changes.items()}}
+    out = path.with_name("damaged.safetensors")
+    save_file({k: v for k, v in state.items() if v is not None}, out)
+    return out
+
+
+# ---------------------------------------------------------------- inspect, verify
+def test_inspect_prints_the_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", F + "mlp", *SHAPE) == 0
+    out = capsys.readouterr().out
+    assert "12 units" in out
+    assert "8 units" in out
+    assert "3.weight[1]" in out
+
+
+def test_inspect_names_the_operator_without_a_rule(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", F + "Odd", "--input", "3,4") == 0
+    out = capsys.readouterr().out
+    assert "automerge_tests" in out
+    assert "odd" in out
+    assert "5 units" in out
+    assert "6 units" not in out
+    assert "verified" in out
+
+
+def test_strict_fails_on_the_operator_without_a_rule(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "odd" in fails(capsys, "inspect", F + "Odd", "--input", "3,4", "--strict")
+
+
+def test_inspect_writes_json_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "s.json"
+    assert run("inspect", F + "mlp", *SHAPE, "--json", path) == 0
+    assert len(json.loads(path.read_text())["generators"]) == 2
+    capsys.readouterr()
+    assert "--force" in fails(capsys, "inspect", F + "mlp", *SHAPE, "--json", path)
+    assert run("inspect", F + "mlp", *SHAPE, "--json", path, "--force") == 0
+
+
+def test_inspect_takes_tokens_and_keywords(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", F + "tokens", "--input", "int:2,5<20") == 0
+    assert "6 units" in capsys.readouterr().out
+    assert run("inspect", F + "Keyword", "--input", "3,4", "--input", "scale=3,1") == 0
+    assert "6 units" in capsys.readouterr().out
+
+
+def test_verify_accepts_the_inferred_and_refuses_a_wrong_symmetry(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("verify", F + "mlp", *SHAPE) == 0
+    assert "holds" in capsys.readouterr().out
+    path = tmp_path / "s.json"
+    assert run("inspect", F + "mlp", *SHAPE, "--json", path) == 0
+    assert run("verify", F + "mlp", *SHAPE, "--symmetry", path) == 0
+    data = json.loads(path.read_text())
+    data["generators"][0]["slots"] = data["generators"][0]["slots"][:1]
+    path.write_text(json.dumps(data))
+    capsys.readouterr()
+    fails(capsys, "verify", F + "mlp", *SHAPE, "--symmetry", path)
+    path.write_text("{")
+    assert "not a symmetry file" in fails(capsys, "verify", F + "mlp", *SHAPE, "--symmetry", path)
+    assert "absent.json" in fails(capsys, "verify", F + "mlp", *SHAPE, "--symmetry", tmp_path / "absent.json")
+
+
+# ---------------------------------------------------------------- merge
+@pytest.mark.parametrize("matcher", ["frank-wolfe", "identity"])
+def test_merge_writes_the_average(
+    matcher: str, checkpoints: Sequence[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "merged.safetensors"
+    assert run("merge", F + "mlp", *checkpoints, "-o", out, *SHAPE, "--matcher", matcher) == 0
+    merged = load_file(out)
+    assert {k: v.shape for k, v in merged.items()} == {k: v.shape for k, v in _factories.mlp().state_dict().items()}
+    if matcher == "identity":
+        mean = torch.stack([load_file(p)["1.weight"] for p in checkpoints]).mean(dim=0)
+        torch.testing.assert_close(merged["1.weight"], mean)
+    assert str(out) in capsys.readouterr().out
+
+
+def test_merge_of_permuted_copies_gives_the_model_back(checkpoints: Sequence[Path], tmp_path: Path) -> None:
+    state = load_file(checkpoints[0])
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(3))
+    moved = {**state, "1.weight": state["1.weight"][order], "1.bias": state["1.bias"][order]}
+    moved["3.weight"] = state["3.weight"][:, order]
+    save_file(moved, checkpoints[1])
+    out = tmp_path / "merged.safetensors"
+    assert run("merge", F + "mlp", *checkpoints[:2], "-o", out, *SHAPE, "--reference", 0) == 0
+    for name, value in load_file(out).items():
+        torch.testing.assert_close(value, state[name], msg=name)
+
+
+def test_merge_reads_pt_files_and_takes_the_example_from_the_data(tmp_path: Path) -> None:
+    paths = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        paths.append(tmp_path / f"{seed}.pt")
+        torch.save(_factories.batchnorm().state_dict(), paths[-1])
+    out = tmp_path / "merged.safetensors"
+    assert run("merge", F + "batchnorm", *paths, "-o", out, "--data", F + "batches", "--weights", "1,3") == 0
+    assert "1.running_mean" in load_file(out)
+
+
+def test_merge_replaces_only_with_force(
+    checkpoints: Sequence[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "merged.safetensors"
+    out.write_text("precious")
+    message = fails(capsys, "merge", F + "mlp", *checkpoints, "-o", out, *SHAPE)
+    assert "exists" in message
+    assert "--force" in message
+    assert out.read_text() == "precious"
+    assert run("merge", F + "mlp", *checkpoints, "-o", out, *SHAPE, "--force") == 0
+    assert load_file(out)
+
+
+def test_the_output_is_checked_before_anything_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = fails(capsys, "merge", "no.such:factory", "a.pt", "b.pt", "-o", tmp_path / "absent" / "m.safetensors")
+    assert "does not exist" in message
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_output_directory_without_permission(
+    checkpoints: Sequence[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "locked"
+    folder.mkdir()
+    folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    try:
+        assert "cannot be written" in fails(
+            capsys, "merge", F + "mlp", *checkpoints, "-o", folder / "m.safetensors", *SHAPE
+        )
+    finally:
+        folder.chmod(stat.S_IRWXU)
+
+
+def test_output_in_a_place_that_is_no_directory(
+    checkpoints: Sequence[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = checkpoints[0] / "m.safetensors"
+    assert str(out) in fails(capsys, "merge", F + "mlp", *checkpoints, "-o", out, *SHAPE)
+
+
+def test_output_with_another_suffix(
+    checkpoints: Sequence[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ".safetensors" in fails(capsys, "merge", F + "mlp", *checkpoints, "-o", tmp_path / "m.bin", *SHAPE)
+
+
+BAD_CHECKPOINTS = {
+    "shape": (lambda p: damaged(p, **{"1_bias": torch.zeros(13)}), ["1.bias", "(13,)", "(12,)"]),
+    "missing": (lambda p: damaged(p, **{"3_bias": None}), ["3.bias", "no key"]),
+    "extra": (lambda p: damaged(p, **{"9_bias": torch.zeros(1)}), ["9.bias", "extra"]),
+    "nan": (lambda p: damaged(p, **{"1_bias": torch.full((12,), torch.nan)}), ["1.bias", "NaN"]),
+    "inf": (lambda p: damaged(p, **{"1_bias": torch.full((12,), torch.inf)}), ["1.bias", "infinite"]),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(BAD_CHECKPOINTS))
+def test_a_checkpoint_that_does_not_fit(
+    kind: str, checkpoints: Sequence[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, words = BAD_CHECKPOINTS[kind]
+    out = tmp_path / "m.safetensors"
+    bad = make(checkpoints[1])
+    message = fails(capsys, "merge", F + "mlp", checkpoints[0], bad, "-o", out, *SHAPE)
+    assert not out.exists()
+    for word in [*words, "damaged.safetensors"]:
+        assert word in message
+
+
+def test_two_checkpoints_of_another_architecture(
+    checkpoints: Sequence[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = fails(
+        capsys, "merge", F + "batchnorm", *checkpoints[:2], "-o", tmp_path / "m.safetensors", "--data", F + "batches"
+    )
+    assert "a.safetensors" in message
+
+
+def test_files_that_are_no_checkpoints(
+    checkpoints: Sequence[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "m.safetensors"
+    short = tmp_path / "short.safetensors"
+    short.write_bytes(checkpoints[0].read_bytes()[:-100])
+    code = tmp_path / "code.pt"
+    code.write_bytes(pickle.dumps(_Evil()))
+    for path, word in ((short, "truncated"), (code, "pickle"), (tmp_path / "absent.pt", "does not exist")):
+        message = fails(capsys, "merge", F + "mlp", checkpoints[0], path, "-o", out, *SHAPE)
+        assert word in message
+        assert path.name in message
+    assert not (tmp_path / "executed").exists()
+
+
+class _Evil:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("executed",)
+
+
+def test_one_checkpoint(checkpoints: Sequence[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = fails(capsys, "merge", F + "mlp", checkpoints[0], "-o", tmp_path / "m.safetensors", *SHAPE)
+    assert "two" in message
+
+
+@pytest.mark.parametrize("weights", ["1", "1,x", "1,2,3,4", "0,0,0"])
+def test_bad_weights(
+    weights: str, checkpoints: Sequence[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = fails(
+        capsys, "merge", F + "mlp", *checkpoints, "-o", tmp_path / "m.safetensors", *SHAPE, "--weights", weights
+    )
+    assert "weight" in message
+
+
+def test_bad_reference_and_matcher(
+    checkpoints: Sequence[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = ["merge", F + "mlp", *checkpoints, "-o", tmp_path / "m.safetensors", *SHAPE]
+    assert "3" in fails(capsys, *call, "--reference", 3)
+    assert "frank-wolfe" in fails(capsys, *call, "--matcher", "magic")
+
+
+def test_neither_input_nor_data(
+    checkpoints: Sequence[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = fails(capsys, "merge", F + "mlp", *checkpoints, "-o", tmp_path / "m.safetensors")
+    assert "--input" in message
+    assert "--data" in message
+
+
+@pytest.mark.parametrize(("name", "word"), [("no_batches", "batch"), ("number", "iterable"), ("absent", "no 'absent'")])
+def test_bad_data(
+    name: str, word: str, checkpoints: Sequence[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = ["merge", F + "mlp", *checkpoints, "-o", tmp_path / "m.safetensors"]
+    assert word in fails(capsys, *call, "--data", F + name)
+    assert word in fails(capsys, *call, *SHAPE, "--data", F + name)
+
+
+# ---------------------------------------------------------------- factories and inputs
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+@pytest.mark.parametrize(
+    ("factory", "words"),
+    [
+        ("no_colon", ["package.module:callable"]),
+        ("no.such.module:build", ["does not import", "no"]),
+        (F + "absent", ["has no 'absent'"]),
+        (F + "VALUE", ["int", "callable"]),
+        (F + "number", ["int", "torch.nn.Module"]),
+        (F + "needs_argument", ["width"]),
+        (F + "raises", ["no such weights"]),
+    ],
+)
+def test_bad_factory(command: str, factory: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    message = fails(capsys, command, factory, *SHAPE)
+    for word in words:
+        assert word in message
+
+
+def test_a_factory_in_the_current_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "local_models_x1.py").write_text(
+        "from torch import nn\nclass N:\n    build = lambda: nn.Linear(3, 2)\n"
+    )
+    (tmp_path / "local_models_x2.py").write_text("def broken(:\n")
+    assert run("inspect", "local_models_x1:N.build", "--input", "1,3") == 0
+    capsys.readouterr()
+    assert "SyntaxError" in fails(capsys, "inspect", "local_models_x2:build", "--input", "1,3")
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_wrong_input_shape(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    message = fails(capsys, command, F + "mlp", "--input", "2,5")
+    assert "shape" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("3x4", "commas"),
+        ("", "commas"),
+        ("1,,2", "commas"),
+        ("float7:2", "float7"),
+        ("0,3", "zero"),
+        ("2,3<9", "integers"),
+    ],
+)
+def test_bad_shape_syntax(text: str, word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert word in fails(capsys, "inspect", F + "mlp", "--input", text)
+
+
+def test_input_grammar() -> None:
+    assert parse_input("1,3,32,32") == InputSpec((1, 3, 32, 32))
+    assert parse_input("int64:2,16<100") == InputSpec((2, 16), torch.int64, 100)
+    assert parse_input("mask=bool:2,4").name == "mask"
+    args, kwargs = draw_inputs([parse_input("4"), parse_input("m=bool:3"), parse_input("int:50<7")], seed=0)
+    assert args[0].shape == (4,)
+    assert args[1].max() < 7
+    assert kwargs["m"].dtype == torch.bool
+    with pytest.raises(UsageError):
+        parse_input("1;2")
+
+
+# ---------------------------------------------------------------- the program itself
+@pytest.mark.parametrize("argv", [[], ["nonsense"], ["inspect"], ["merge", "a:b"]])
+def test_bad_usage_is_one_sentence(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*argv) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert "--help" in err
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["demo", "--help"], ["inspect", "-h"], ["verify", "-h"], ["merge", "-h"]])
+def test_help_has_an_example(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*argv) == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) > 5
+    assert "automerge" in out
+
+
+def test_an_interrupt_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("automerge._commands.build_model", interrupt)
+    assert run("inspect", F + "mlp", *SHAPE) == 130
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_defect_ends_with_1_and_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr("automerge._commands.build_model", fail)
+    assert run("inspect", F + "mlp", *SHAPE) == 1
+    err = capsys.readouterr().err
+    assert "defect" in err
+    assert "Traceback" not in err
+    monkeypatch.setenv("AUTOMERGE_TRACEBACK", "1")
+    assert run("inspect", F + "mlp", *SHAPE) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_as_a_module_in_another_process() -> None:
+    call = [sys.executable, "-m", "automerge"]
+    done = subprocess.run([*call, "--version"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("automerge 0.")
+    bad = subprocess.run(
+        [*call, "inspect", "nope", "--input", "1"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert bad.returncode == 2
+    assert bad.stderr.count("\n") == 1

@@ -1,0 +1,247 @@
+"""Checkpoints: every good file round-trips, every bad one gives one clear sentence."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from automerge import io
+from automerge._errors import CheckpointError, OutputError
+from automerge.io import check_state_dict, check_writable, hash_state_dict, load_state_dict, save_state_dict, tied_names
+
+torch.set_num_threads(1)
+
+_DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+]
+
+
+@st.composite
+def state_dicts(draw: Any) -> dict[str, torch.Tensor]:
+    """Named tensors of every dtype and up to three axes, some empty, some transposed."""
+    names = draw(st.lists(st.text("abw.01_", min_size=1, max_size=8), min_size=1, max_size=5, unique=True))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    out = {}
+    for name in names:
+        shape = draw(st.lists(st.integers(0, 4), max_size=3))
+        value = torch.randint(0, 2, shape, generator=generator).to(draw(st.sampled_from(_DTYPES)))
+        out[name] = value.T if value.ndim == 2 and draw(st.booleans()) else value
+    return out
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(state=state_dicts())
+def test_safetensors_round_trip(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+    file = tmp_path / "a.safetensors"
+    save_state_dict(file, state, {"note": "x"}, force=True)
+    back = load_state_dict(file)
+    assert set(back) == set(state)
+    for name, value in state.items():
+        assert back[name].dtype == value.dtype
+        assert torch.equal(back[name], value)
+    assert hash_state_dict(back) == hash_state_dict(state)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(state=state_dicts(), data=st.data())
+def test_hash_sees_values_names_shapes_and_dtypes_but_not_order(state: dict[str, torch.Tensor], data: Any) -> None:
+    own = hash_state_dict(state)
+    assert hash_state_dict(dict(reversed(list(state.items())))) == own
+    name = data.draw(st.sampled_from(sorted(state)))
+    value = state[name]
+    assert hash_state_dict({**state, name: value[None]}) != own
+    assert hash_state_dict({**state, name + "x": value}) != own
+    other = torch.float32 if value.dtype != torch.float32 else torch.float64
+    assert hash_state_dict({**state, name: value.to(other)}) != own
+    if value.numel():
+        flipped = value.clone()
+        flipped.view(-1)[0] = 1 - flipped.reshape(-1)[0].int()
+        assert hash_state_dict({**state, name: flipped}) != own
+
+
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("suffix", [".pt", ".pth"])
+def test_torch_files_with_wrapper_and_prefix(tmp_path: Path, wrapper: str | None, prefix: str, suffix: str) -> None:
+    state = {prefix + "a.weight": torch.randn(2, 3), prefix + "b": torch.arange(3)}
+    torch.save({wrapper: state, "epoch": 3} if wrapper else state, tmp_path / f"m{suffix}")
+    back = load_state_dict(tmp_path / f"m{suffix}")
+    assert set(back) == {"a.weight", "b"}
+    assert torch.equal(back["a.weight"], state[prefix + "a.weight"])
+
+
+def test_prefix_stays_if_not_on_every_key(tmp_path: Path) -> None:
+    torch.save({"module.a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "m.pt")
+    assert set(load_state_dict(tmp_path / "m.pt")) == {"module.a", "b"}
+
+
+def test_tied_and_overlapping_tensors(tmp_path: Path) -> None:
+    weight = torch.randn(4, 3)
+    base = torch.arange(6.0)
+    state = {"emb": weight, "head": weight, "first": base[:4], "second": base[2:], "t": weight.T}
+    assert tied_names(state) == {"head": "emb"}
+    save_state_dict(tmp_path / "a.safetensors", state)
+    back = load_state_dict(tmp_path / "a.safetensors")
+    assert all(torch.equal(back[n], state[n]) for n in state)
+    assert back["emb"] is back["head"]
+    assert back["first"].untyped_storage().nbytes() == 16
+    with safe_open(str(tmp_path / "a.safetensors"), "pt") as handle:
+        assert set(handle.keys()) == set(state)
+
+
+# -------------------------------------------------------------------- bad files
+class _Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.path),))
+
+
+@pytest.mark.parametrize("writer", ["torch", "torch-legacy", "pickle2", "pickle5"])
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path, writer: str) -> None:
+    trap, file = tmp_path / "trap", tmp_path / "m.pt"
+    bomb = {"w": _Bomb(trap)}
+    if writer.startswith("torch"):
+        torch.save(bomb, file, _use_new_zipfile_serialization=writer == "torch")
+    else:
+        file.write_bytes(pickle.dumps(bomb, protocol=int(writer[-1])))
+    with pytest.raises(CheckpointError, match=r"is refused: .* re-save the weights with safetensors"):
+        load_state_dict(file)
+    assert not trap.exists()
+
+
+def _save(path: Path, value: Any) -> Path:
+    torch.save(value, path)
+    return path
+
+
+def test_bad_paths(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"a\.safetensors does not exist; check the path"):
+        load_state_dict(tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=r"is a directory; give the checkpoint file inside"):
+        load_state_dict(tmp_path)
+    (tmp_path / "a.bin").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"unknown suffix '\.bin'; expected \.safetensors, \.pt or \.pth"):
+        load_state_dict(tmp_path / "a.bin")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_empty_truncated_and_corrupt(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"a{suffix}"
+    file.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="is empty"):
+        load_state_dict(file)
+    state = {"w": torch.randn(50, 50)}
+    if suffix == ".pt":
+        torch.save(state, file)
+    else:
+        save_state_dict(file, state, force=True)
+    whole = file.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:20], b"hello, this is not a checkpoint"):
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"truncated or not a .*; copy or download it again"):
+            load_state_dict(file)
+
+
+def test_not_a_mapping_of_tensors(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds a list, not a mapping"):
+        load_state_dict(_save(tmp_path / "a.pt", [torch.ones(1)]))
+    with pytest.raises(CheckpointError, match="the entry 'epoch' is a int"):
+        load_state_dict(_save(tmp_path / "b.pt", {"w": torch.ones(1), "epoch": 3}))
+    with pytest.raises(CheckpointError, match="is empty: it holds no tensor"):
+        load_state_dict(_save(tmp_path / "c.pt", {}))
+    with pytest.raises(CheckpointError, match="is empty: it holds no tensor"):
+        load_state_dict(_save(tmp_path / "d.pt", {"state_dict": {}}))
+
+
+# -------------------------------------------------------------------- checks
+def test_check_state_dict_messages() -> None:
+    good = {"a.weight": torch.ones(2, 3), "n": torch.tensor(1)}
+    assert check_state_dict(good, good, "model 0") == ()
+    with pytest.raises(CheckpointError, match=r"model 2 has no key 'n'"):
+        check_state_dict({"a.weight": torch.ones(2, 3)}, good, "model 2")
+    with pytest.raises(CheckpointError, match=r"model 2 has the extra key 'z'"):
+        check_state_dict({**good, "z": torch.ones(1)}, good, "model 2")
+    with pytest.raises(CheckpointError, match=r"model 1: a\.weight has the shape \(3, 2\), expected \(2, 3\)"):
+        check_state_dict({**good, "a.weight": torch.ones(3, 2)}, good, "model 1")
+    for value, word in ((float("nan"), "NaN"), (float("inf"), "infinite")):
+        bad = torch.ones(2, 3)
+        bad[1, 1] = value
+        with pytest.raises(CheckpointError, match=f"model 1: a.weight has 1 of 6 values that are {word}"):
+            check_state_dict({**good, "a.weight": bad}, good, "model 1")
+    with pytest.raises(CheckpointError, match=r"a\.weight is a torch\.int64, expected torch\.float32"):
+        check_state_dict({**good, "a.weight": torch.ones(2, 3).long()}, good, "model 1")
+    notes = check_state_dict({**good, "a.weight": torch.ones(2, 3).half()}, good, "model 1")
+    assert notes == ("model 1: a.weight is torch.float16, expected torch.float32",)
+
+
+# -------------------------------------------------------------------- writing
+def test_an_existing_file_is_kept_without_force(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    save_state_dict(file, {"w": torch.zeros(1)})
+    for call in (lambda: check_writable(file), lambda: save_state_dict(file, {"w": torch.ones(1)})):
+        with pytest.raises(OutputError, match=r"exists; pass --force \(force=True\)"):
+            call()
+    assert load_state_dict(file)["w"].item() == 0
+    save_state_dict(file, {"w": torch.ones(1)}, force=True)
+    assert load_state_dict(file)["w"].item() == 1
+
+
+def test_unwritable_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OutputError, match="is a directory"):
+        check_writable(tmp_path)
+    with pytest.raises(OutputError, match=r"the directory .* does not exist; create it first"):
+        save_state_dict(tmp_path / "no" / "a.safetensors", {"w": torch.ones(1)})
+    with pytest.raises(OutputError, match="writes safetensors only"):
+        save_state_dict(tmp_path / "a.pt", {"w": torch.ones(1)})
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="does not exist"):
+        check_writable(tmp_path / "file" / "a.safetensors")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.raises(OutputError, match="cannot be written: Permission denied; choose a directory"):
+        check_writable(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_an_interrupted_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    file = tmp_path / "a.safetensors"
+    save_state_dict(file, {"w": torch.zeros(1)})
+
+    def half(tensors: Any, path: str, metadata: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(io, "save_file", half)
+    with pytest.raises((KeyboardInterrupt, OutputError)):
+        save_state_dict(file, {"w": torch.ones(1)}, force=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+    assert load_state_dict(file)["w"].item() == 0
+
+
+def test_what_safetensors_cannot_hold(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="cannot be written"):
+        save_state_dict(tmp_path / "a.safetensors", {"w": torch.ones(2, 2).to_sparse()})
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,160 @@
+"""The trainer is deterministic per seed, goes on where it stopped, and leaves no half-written file."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from zoo import data as zoo_data
+from zoo import train as zoo_train
+from zoo.models import lm, mlp, resnet
+from zoo.train import Recipe, train
+
+RECIPE = Recipe(epochs=3)
+
+
+def small() -> zoo_data.Dataset:
+    return zoo_data.digits().head(256, 64)
+
+
+def factory() -> torch.nn.Module:
+    return mlp.MLP((64, 32, 10), norm=True)
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_the_split_is_fixed_and_standardised() -> None:
+    a, b = zoo_data.digits(), zoo_data.digits()
+    assert torch.equal(a.x_train, b.x_train)
+    assert len(a.x_train) + len(a.x_test) == 1797
+    assert a.x_train.shape[1:] == (1, 8, 8)
+    assert a.classes == 10
+    assert abs(float(a.x_train.mean())) < 1e-4
+    assert abs(float(a.x_train.std()) - 1) < 1e-3
+
+
+def test_same_seed_same_weights_and_the_callers_random_state_is_kept() -> None:
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    first = train(factory, small(), RECIPE, seed=3)
+    assert torch.equal(before, torch.get_rng_state())
+    assert_same(first.state_dict, train(factory, small(), RECIPE, seed=3).state_dict)
+    other = train(factory, small(), RECIPE, seed=4)
+    assert not torch.equal(first.state_dict["layers.1.weight"], other.state_dict["layers.1.weight"])
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    whole = train(factory, small(), RECIPE, seed=0)
+
+    def stop(done: int, of: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(factory, small(), RECIPE, seed=0, path=path, report=stop)
+    assert [p.name for p in tmp_path.iterdir()] == ["net.resume"]
+    epochs: list[int] = []
+    resumed = train(factory, small(), RECIPE, seed=0, path=path, report=lambda done, of: epochs.append(done))
+    assert epochs == [3]
+    assert_same(whole.state_dict, resumed.state_dict)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["net.json", "net.safetensors"]
+
+
+def test_a_finished_run_is_read_and_another_recipe_trains_again(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    first = train(factory, small(), RECIPE, seed=0, path=path)
+    written = path.stat().st_mtime_ns
+    again = train(factory, small(), RECIPE, seed=0, path=path)
+    assert path.stat().st_mtime_ns == written
+    assert_same(first.state_dict, again.state_dict)
+    assert again.card == json.loads((tmp_path / "net.json").read_text())
+    train(factory, small(), Recipe(epochs=1), seed=0, path=path)
+    assert path.stat().st_mtime_ns != written
+
+
+def test_a_resume_file_of_another_run_is_ignored(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+
+    def stop(done: int, of: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(factory, small(), RECIPE, seed=1, path=path, report=stop)
+    resumed = train(factory, small(), RECIPE, seed=0, path=path)
+    assert_same(train(factory, small(), RECIPE, seed=0).state_dict, resumed.state_dict)
+
+
+def test_the_card_tells_data_seed_recipe_and_metrics() -> None:
+    card = train(factory, small(), RECIPE, seed=5).card
+    assert card["data"] == "digits"
+    assert card["seed"] == 5
+    assert card["recipe"]["epochs"] == 3
+    assert 0 <= card["metrics"]["test_accuracy"] <= 1
+
+
+def test_shifts_move_images_and_keep_the_background() -> None:
+    torch.manual_seed(0)
+    x = torch.full((20, 1, 8, 8), -1.0)
+    x[:, 0, 4, 4] = 3.0
+    y = zoo_train._shifted(x, 2)
+    assert y.shape == x.shape
+    assert torch.equal(y.flatten(1).max(dim=1).values, torch.full((20,), 3.0))
+    assert torch.equal(y.flatten(1).min(dim=1).values, torch.full((20,), -1.0))
+    assert len(set(y.flatten(1).argmax(dim=1).tolist())) > 1
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    def fail(temporary: str) -> None:
+        Path(temporary).write_text("half")
+        raise RuntimeError("disk")
+
+    with pytest.raises(RuntimeError, match="disk"):
+        zoo_train.write_atomically(tmp_path / "a.json", fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_data_come_from_the_named_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (30, 6, 6, 3), dtype=np.uint8)
+    labels = rng.integers(0, 3, 30).astype(np.uint8)
+    np.savez(tmp_path / "tiny.npz", x_train=images, y_train=labels, x_test=images[:5], y_test=labels[:5])
+    np.savez(tmp_path / "short.npz", x_train=images)
+    monkeypatch.setenv("AUTOMERGE_DATA", str(tmp_path))
+    data = zoo_data.load("tiny")
+    assert data.x_train.shape == (30, 3, 6, 6)
+    assert data.y_train.dtype == torch.int64
+    with pytest.raises(ValueError, match="y_train"):
+        zoo_data.load("short")
+    with pytest.raises(FileNotFoundError, match=r"absent\.npz"):
+        zoo_data.load("absent")
+    monkeypatch.delenv("AUTOMERGE_DATA")
+    with pytest.raises(FileNotFoundError, match="AUTOMERGE_DATA"):
+        zoo_data.load("tiny")
+
+
+def test_the_command_trains_each_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["lstm", "--epochs", "1", "--seed", "0", "--seed", "1", "--out", str(tmp_path)]
+    assert zoo_train.main(argv) == 0
+    assert capsys.readouterr().out.count("held-out accuracy") == 2
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
+def test_tied_weights_are_written(tmp_path: Path) -> None:
+    from automerge.io import load_state_dict, save_state_dict
+
+    model = lm.build()
+    save_state_dict(tmp_path / "lm.safetensors", model.state_dict())
+    state = load_state_dict(tmp_path / "lm.safetensors")
+    assert state["head.weight"].data_ptr() == state["embedding.weight"].data_ptr()
+
+
+def test_width_multiplies_the_channels() -> None:
+    assert resnet.build(width=1).stem.out_channels == 16
+    assert resnet.build(width=4).stem.out_channels == 64
