@@ -86,6 +86,8 @@ def write(recorder: Any, func: Any, args: Any, kwargs: Any, node_args: Any, node
     for target in targets:
         recorder._lookup(target).base.freeze()
     out = func(*args, **kwargs)
+    if func.overloadpacket in _METADATA:
+        return _retarget(recorder, func, args, node_args, node_kwargs, out)
     functional, drop = functional_of(func)
     plain_kwargs = {k: v for k, v in node_kwargs.items() if k not in drop}
     values = [t.detach() for t in targets]
@@ -105,6 +107,18 @@ def write(recorder: Any, func: Any, args: Any, kwargs: Any, node_args: Any, node
     return out
 
 
+_METADATA = {aten.transpose_, aten.t_, aten.unsqueeze_, aten.squeeze_, aten.swapaxes_, aten.swapdims_, aten.detach_}
+
+
+def _retarget(recorder: Any, func: Any, args: Any, node_args: Any, node_kwargs: Any, out: torch.Tensor) -> torch.Tensor:
+    """An operator that changes a tensor's own shape: the object becomes a view of what it was."""
+    functional, _ = functional_of(func)
+    before = recorder._lookup(args[0])
+    node = recorder.emit(functional, node_args, node_kwargs, out.detach().clone())
+    recorder._register(args[0], before.view(functional, node_args, node_kwargs, None, node, out))
+    return out
+
+
 def written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
     """The tensors that a mutating operator writes to."""
     targets: list[torch.Tensor] = []
@@ -118,21 +132,16 @@ def written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
 def functional_of(func: Any) -> tuple[Any, set[str]]:
     """The operator without side effects that computes what an in-place or ``out=`` operator writes."""
     name = func._schema.name.split("::")[1]
-    packet = getattr(getattr(torch.ops, func.namespace), name)
+    space = getattr(torch.ops, func.namespace)
     outs = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write and a.kwarg_only}
-    if name.endswith("_") and not name.endswith("__"):
-        plain = getattr(getattr(torch.ops, func.namespace), name[:-1], None)
-        if plain is not None and func._overloadname in plain.overloads():
-            return getattr(plain, func._overloadname), set()
-        if name == "zero_":
-            return aten.zeros_like.default, set()
-        return None, set()
     wanted = [a.name for a in func._schema.arguments if a.name not in outs]
-    for overload in packet.overloads():
+    in_place = name.endswith("_") and not name.endswith("__")
+    packet = getattr(space, name[:-1] if in_place else name, None)
+    for overload in packet.overloads() if packet is not None else ():
         candidate = getattr(packet, overload)
         if not candidate._schema.is_mutable and [a.name for a in candidate._schema.arguments] == wanted:
             return candidate, outs
-    return None, set()
+    return (aten.zeros_like.default, set()) if name == "zero_" else (None, set())
 
 
 def assign(recorder: Any, tracked: Tracked, node: fx.Node, tensor: torch.Tensor) -> None:

@@ -15,49 +15,12 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from automerge._data import Batch, Batches, run_batch
+from automerge._moments import Moments
 from automerge._observe import Event, Key, Observer, View
 from automerge.symmetry import Symmetry
 
 Tensors = dict[str, torch.Tensor]
 _DEAD = 1e-6
-
-
-class Moments:
-    """Streaming per-channel count, mean and centred square sum in float64; exact for parts of any size.
-
-    Chan, Golub, LeVeque (1979), the pairwise update.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean = torch.zeros(())
-        self.square = torch.zeros(())
-
-    def update(self, value: torch.Tensor, channel: int) -> None:
-        """Add every position of ``value`` except along ``channel`` as one sample."""
-        flat = value.detach().movedim(channel, -1)
-        flat = flat.reshape(-1, flat.shape[-1]).double()
-        count = flat.shape[0]
-        if count == 0:
-            return
-        mean = flat.mean(0)
-        square = (flat - mean).square().sum(0)
-        if self.count == 0:
-            self.count, self.mean, self.square = count, mean, square
-            return
-        total = self.count + count
-        delta = mean - self.mean
-        self.mean = self.mean + delta * (count / total)
-        self.square = self.square + square + delta.square() * (self.count * count / total)
-        self.count = total
-
-    def variance(self, *, unbiased: bool = False) -> torch.Tensor:
-        """The variance of all samples; with ``unbiased`` divided by count - 1 as BatchNorm's running variance is."""
-        return self.square / max(self.count - 1 if unbiased else self.count, 1)
-
-    def std(self) -> torch.Tensor:
-        """The standard deviation of all samples."""
-        return self.variance().sqrt()
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +34,7 @@ class Site:
         channels: the number of output channels.
         groups: groups of a transposed convolution; 1 otherwise.
         free: bool, ``(channels,)``: which of them may be corrected.
+        norm: without a bias, the running mean of the BatchNorm that reads the output and nothing else does.
     """
 
     key: Key
@@ -79,6 +43,12 @@ class Site:
     channels: int
     groups: int
     free: torch.Tensor
+    norm: str | None = None
+
+    @property
+    def shiftable(self) -> bool:
+        """Whether the mean can be corrected, in the bias or in the running mean of the normalisation that follows."""
+        return self.bias is not None or self.norm is not None
 
     def sees(self, event: Event) -> bool:
         """Whether the event's value is this site's complete output, bias included.
@@ -194,6 +164,9 @@ def make_plan(model: nn.Module, tensors: Tensors, batch: Batch, symmetry: Symmet
             reasons[key] = "the symmetry pins its output channels"
         if key not in reasons and reset and key in record.normalised:
             reasons[key] = f"its output is normalised by {record.normalised[key]}, whose reset does the same"
+        follower = record.normalised.get(key)
+        if site.bias is None and follower is not None and ("norm", follower, 0, 0) not in reasons:
+            site = replace(site, norm=follower)
         if key not in reasons:
             steps.append(site)
     skipped = {record.sites[k].name: r for k, r in reasons.items() if k in record.sites}
@@ -373,7 +346,7 @@ def channel_change(
     active = site.free.to(now.device) & ~dead
     scale = torch.where(active, std / torch.where(dead, torch.ones_like(now), now), torch.ones_like(now))
     offset = (mean - scale * measured.mean) if shift else measured.mean * (1 - scale)
-    if site.bias is None:
+    if not site.shiftable:
         offset = torch.zeros_like(offset)
     return scale, torch.where(active, offset, torch.zeros_like(offset)), dead
 
@@ -384,7 +357,7 @@ def _flat(std: torch.Tensor, mean: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def fold(tensors: Tensors, site: Site, scale: torch.Tensor, shift: torch.Tensor) -> None:
-    """Write ``y' = scale * y + shift`` into the site's weight and bias, in place."""
+    """Write ``y' = scale * y + shift`` into weight and bias, or the running mean that follows, in place."""
     view, weight = site.weight, tensors[site.weight.name]
     if site.groups > 1:
         part = weight.view(site.groups, -1, *weight.shape[1:])
@@ -398,3 +371,5 @@ def fold(tensors: Tensors, site: Site, scale: torch.Tensor, shift: torch.Tensor)
         bias = site.bias
         own = tensors[bias.name].narrow(bias.axis, bias.start, bias.stop - bias.start)
         own.copy_(own.double() * scale.view(own.shape) + shift.view(own.shape))
+    elif site.norm is not None:
+        tensors[site.norm].copy_(tensors[site.norm].double() - shift)

@@ -12,6 +12,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 from automerge.rules._axes import Axes
 
@@ -73,6 +75,11 @@ class Structure:
             with np.errstate(over="ignore"):
                 np.add.at(colour, rows[:, 0], _hash(i + 1, rows[:, 1], rows[:, 2] + 1))
         return colour
+
+    def cycles(self) -> list[int]:
+        """The strongly connected component of every vertex (x + flip(x) relates vertices in circles)."""
+        graph = coo_matrix((np.ones(self.source.size, np.int8), (self.source, self.target)), shape=(self.n, self.n))
+        return connected_components(graph, directed=True, connection="strong")[1].tolist()
 
     def _refine(self, colour: np.ndarray) -> np.ndarray:
         _, now = np.unique(colour, return_inverse=True)
@@ -195,9 +202,11 @@ def search(structure: Structure, wanted: np.ndarray | None = None) -> list[UnitS
         wanted: bool per vertex; sets without any such vertex are dropped (they move no parameter).
     """
     swapper = _Swapper(structure)
+    cycle = structure.cycles()
     buckets: dict[tuple, list[int]] = defaultdict(list)
     for v in np.flatnonzero(swapper.moving).tolist():
-        buckets[(swapper.colour[v], *swapper.out.get(v, ()))].append(v)
+        outside = ((k, t) for k, t in swapper.out.get(v, ()) if cycle[t] != cycle[v])
+        buckets[(swapper.colour[v], *outside)].append(v)
     found: list[UnitSet] = []
     place: dict[int, dict[tuple[int, int], int]] = defaultdict(dict)
     for bucket in sorted((b for b in buckets.values() if len(b) > 1), key=lambda b: (swapper.out.get(b[0], []) == [], b[0])):
@@ -225,6 +234,7 @@ def _sets_of(bucket: list[int], swapper: _Swapper, place: dict) -> list[np.ndarr
     if _same_column(bucket, place):
         return []
     tables: list[np.ndarray] = []
+    known: list[set[frozenset[int]]] = []
     left = list(bucket)
     for _ in range(_MAX_REFERENCES):
         if len(left) < 2:
@@ -242,7 +252,10 @@ def _sets_of(bucket: list[int], swapper: _Swapper, place: dict) -> list[np.ndarr
             groups[mine].setdefault(frozenset(row), row)
             members[mine].append(v)
         for mine in sorted(groups, key=len):
-            tables.append(np.array([sorted(mine), *groups[mine].values()], np.int64))
+            units = {mine, *groups[mine]}
+            if not any(units <= other for other in known):
+                known.append(units)
+                tables.append(np.array([sorted(mine), *groups[mine].values()], np.int64))
         if groups:
             smallest = min(groups, key=len)
             done = set(members[smallest])

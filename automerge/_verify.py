@@ -210,7 +210,8 @@ def verify(
     subject = _Subject(model)
     own = {n: t.detach().clone() for n, t in subject.tensors.items()}
     inputs = [(positional, keywords), fresh_inputs(positional, keywords, seed)]
-    base = _alias(randomised(own, symmetry.statistics, seed), symmetry)
+    free = {n: t for n, t in own.items() if symmetry.aliases.get(n, n) in symmetry.shapes}
+    base = own | _alias(randomised(free, symmetry.statistics, seed), symmetry)
     subject.load(base)
     try:
         before = [subject.outputs(*i) for i in inputs]
@@ -245,7 +246,7 @@ def _failure(subject: _Subject, base: Any, moved: Any, given: tuple[Any, Any], e
     graphs = []
     for state in (base, moved):
         subject.load(state)
-        with double_precision():
+        with torch.no_grad(), double_precision():
             graphs.append(trace(subject.model, map_tensors(_widen, given[0]), map_tensors(_widen, given[1])))
     for a, b in zip(graphs[0].graph.nodes, graphs[1].graph.nodes, strict=False):
         x, y = a.meta.get("val"), b.meta.get("val")
@@ -262,6 +263,7 @@ def _failure(subject: _Subject, base: Any, moved: Any, given: tuple[Any, Any], e
     )
 
 
+@torch.no_grad()
 def _multiset_differs(x: torch.Tensor, y: torch.Tensor) -> bool:
     """Whether two tensors differ by more than a permutation of their entries."""
     if x.shape != y.shape:

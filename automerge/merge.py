@@ -35,7 +35,7 @@ from automerge._version import __version__
 from automerge.groups import Element
 from automerge.infer import infer
 from automerge.io import check_state_dict, hash_state_dict, save_state_dict, tied_names
-from automerge.matchers import FrankWolfe, Matcher, Matching, match
+from automerge.matchers import FrankWolfe, Matcher, Matching, Progress, match
 from automerge.renormalise import Repair, RepairReport, batchnorm_names, reset_batchnorm
 from automerge.symmetry import Symmetry
 
@@ -131,7 +131,7 @@ def merge(
     coordinates: Literal["universe"] | int = "universe",
     repair: RepairMode = "auto",
     verify: bool = True,
-    progress: Any = None,
+    progress: Progress | None = None,
 ) -> MergeResult:
     """Merge N >= 2 networks of one architecture into one.
 
@@ -147,9 +147,9 @@ def merge(
         kwargs: example keyword inputs.
         matcher: how the models are aligned; ``Identity()`` for naive averaging.
         weights: one non-negative number per model; normalised to sum one; uniform by default.
-        data: unlabelled or labelled batches for the repair: any iterable or DataLoader. A batch is a tensor, a list or
-            tuple whose first ``len(args)`` items are the inputs, or a dict of keyword inputs. A one-shot generator is
-            listed.
+        data: unlabelled or labelled batches for the repair (and matchers that look at activations): any iterable or
+            DataLoader. A batch is a tensor, a list or tuple whose first ``len(args)`` items are the inputs, or a dict
+            of keyword inputs. A one-shot generator is listed.
         symmetry: skip inference and use this one.
         architecture: the module that the state dicts belong to; not changed.
         coordinates: ``"universe"``, or the number of the model whose order of neurons the result takes.
@@ -157,7 +157,7 @@ def merge(
             reset, then repair the layers that no BatchNorm follows; ``"auto"``: with data, reset where the model has
             BatchNorm and repair where it has none; without data, none.
         verify: check the inferred symmetry numerically.
-        progress: handed to the matcher.
+        progress: called by the matcher with a dict of numbers as the work goes on.
 
     Raises:
         MatchingError: for fewer than two models, unsuitable weights or a model number out of range.
@@ -177,12 +177,12 @@ def merge(
     share = check_weights(weights, len(dicts))
     check_coordinates(coordinates, len(dicts))
     mode = choose_repair(repair, network, data)
-    batches = None if mode == "none" else check_data(network, data, args, kwargs)
+    batches = None if data is None else check_data(network, data, args, kwargs)
     clock.lap("check")
     if symmetry is None:
         symmetry = infer(_with_weights(network, dicts[0], given), args, kwargs, verify=verify)
     clock.lap("infer")
-    matching = match(dicts, symmetry, matcher, progress=progress)
+    matching = match(dicts, symmetry, matcher, progress=progress, data=batches)
     clock.lap("match")
     moved = [symmetry.apply(d, e) for d, e in zip(dicts, _elements(matching, coordinates), strict=True)]
     merged = average(moved, share, aliases={**symmetry.aliases, **tied_names(network.state_dict())})
@@ -266,7 +266,7 @@ def _repair(
     batches: Batches | None,
     symmetry: Symmetry,
 ) -> tuple[StateDict, RepairReport]:
-    if batches is None:
+    if mode == "none" or batches is None:
         return merged, RepairReport()
     report = RepairReport(mode)
     if mode in ("reset", "both"):

@@ -20,9 +20,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from automerge._data import Batches, bind, device_of, evaluating, run_batch
 from automerge._errors import AutomergeError
+from automerge._moments import Moments
 from automerge._observe import Key
 from automerge._repair import (
-    Moments,
     Norm,
     Site,
     Tensors,
@@ -139,7 +139,7 @@ class LayerRepair:
         channels: its number of output channels.
         corrected: how many of them were rescaled.
         dead: how many were left alone because they are constant in the merged network or in the endpoints.
-        shifted: whether the mean was corrected as well; False where the layer has no bias.
+        shifted: whether the mean could be corrected as well; False where nothing holds a bias.
         scale: the smallest and the largest factor.
     """
 
@@ -194,7 +194,8 @@ class Repair:
     For every linear map and convolution whose output channels are free in the symmetry (without a symmetry: all but
     those that make the final output), the targets are the weighted means of the aligned endpoints' per-channel means
     and standard deviations. Layers are corrected in the order of execution, each measured with all earlier ones already
-    corrected, and the correction is folded into weight and bias. Without a bias only the scale is corrected; dead
+    corrected, and the correction is folded into weight and bias, or, without a bias, into the running mean of the
+    BatchNorm that follows. Where there is neither, only the scale is corrected; dead
     channels are left alone; a weight that is used twice, or for something else as well, is skipped and reported.
     Pixels, tokens and samples all count as samples. One batch costs one forward pass; with several batches every layer
     runs the network up to itself, and memory stays that of one batch.
@@ -290,10 +291,9 @@ class Repair:
         active = site.free.to(dead.device) & ~dead
         used = scale[active]
         span = (float(used.min()), float(used.max())) if used.numel() else (1.0, 1.0)
-        has_bias = site.bias is not None
         count, flat = int(active.sum()), int((dead & site.free.to(dead.device)).sum())
-        layers.append(LayerRepair(site.name, site.channels, count, flat, has_bias, span))
-        return scale, offset
+        layers.append(LayerRepair(site.name, site.channels, count, flat, site.shiftable, span))
+        return scale, (offset if site.norm is None else torch.zeros_like(offset))
 
 
 def _shares(weights: Sequence[float] | None, count: int) -> list[float]:

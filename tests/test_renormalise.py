@@ -405,6 +405,21 @@ def test_repair_with_reset_leaves_normalised_layers_to_the_reset(sizes: list[int
         torch.testing.assert_close(fixed[f"{norm}.running_var"].double(), inputs[layer].var(0), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("sizes", [[24], [11, 13]])
+@pytest.mark.parametrize("bias", [True, False])
+def test_repair_without_reset_corrects_normalised_layers(sizes: list[int], bias: bool) -> None:
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(4, 6, bias=bias), nn.BatchNorm1d(6), nn.Linear(6, 3)) for _ in range(2)]
+    states = [m.state_dict() for m in models]
+    data = [torch.randn(n, 4) + 1 for n in sizes]
+    fixed, report = Repair()(models[0], _mean(states), states, data)
+    assert [(layer.name, layer.shifted) for layer in report.layers] == [("0.weight", True)]
+    targets = [_outputs(models[0], s, data, ["1"])["1"] for s in states]
+    got = _outputs(models[0], fixed, data, ["1"])["1"]
+    torch.testing.assert_close(got.mean(0), (targets[0].mean(0) + targets[1].mean(0)) / 2, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got.std(0), (targets[0].std(0) + targets[1].std(0)) / 2, atol=1e-5, rtol=1e-5)
+
+
 def test_half_precision_and_keyword_inputs() -> None:
     class Keyword(nn.Module):
         def __init__(self) -> None:

@@ -308,10 +308,24 @@ class Engine:
                 for j, other in enumerate(lists):
                     for g in other if i != j else ():
                         extra = set(g.letters) - set(f.letters)
-                        if f.letters[0] in g.letters and extra and self.axes.injective(g.labels):
+                        if f.letters[0] in g.letters and extra and self._outer(extra, f, g, values[j], other):
                             for h in mine:
                                 if extra & set(h.letters) and f.letters[0] not in h.letters:
                                     self.request_split(f, h, extra)
+
+    def _outer(self, extra: set[int], f: Factor, g: Factor, value: Value, factors: Sequence[Factor]) -> bool:
+        """Whether the extra letters of a joint factor are the outer ones: its operand knows them without it."""
+        if not self.axes.injective(g.labels):
+            return False
+        known, mine = set(value.pinned), set(value.pinned)
+        for h in factors:
+            if h is not g and set(h.letters) <= extra:
+                known |= set(h.letters)
+            if h is not g and set(h.letters) <= {f.letters[0]}:
+                mine |= set(h.letters)
+        if extra <= known:
+            return True
+        return f.letters[0] not in mine and g.letters.index(f.letters[0]) == len(g.letters) - 1
 
     def _source(self, factor: Factor):  # noqa: ANN202
         family = self.axes.family(factor.labels)

@@ -270,7 +270,7 @@ def view_as_complex(context: Context, x: Value) -> Value:
     return without_axis(x, len(x.axes) - 1)
 
 
-@rule("unfold", "as_strided", "im2col", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
+@rule("unfold", "as_strided", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
       "replication_pad2d", "replication_pad3d", "diagonal", "rot90", "as_strided_scatter", "diagonal_copy", "unfold_copy")  # fmt: skip
 def by_index(context: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
     """Ask the operator itself: push positions through it and read where they went."""
@@ -283,6 +283,29 @@ def by_index(context: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
     if tuple(moved.shape) != context.shape:
         raise Unruled("the operator depends on memory layout")
     return gathered(context.engine, x, moved.numpy().astype(np.int64) - 1)
+
+
+@rule("im2col")
+def im2col(context: Context, x: Value, kernel: Sequence[int], *_: Any) -> Value:
+    """Patches: channels by kernel positions, and the pinned window index."""
+    engine = context.engine
+    spatial = set(x.axes[-1]) | set(x.axes[-2])
+    x = engine.reduce(engine.pin_letters(x, spatial, "spatial axis of a window operator"), spatial)
+    new = plain([int(kernel[0]), int(kernel[1]), context.shape[-1]], pinned=True)
+    channels = (*x.axes[-3], *new.axes[0], *new.axes[1])
+    return Value((*x.axes[:-3], channels, new.axes[2]), x.size | new.size, x.factors, x.pinned | new.pinned)
+
+
+@rule("col2im")
+def col2im(context: Context, x: Value, _size: Any, kernel: Sequence[int], *_: Any) -> Value:
+    """Overlapping patches summed into an image."""
+    engine = context.engine
+    *lead, patch, windows = x.shape
+    x = engine.reshape(x, [*lead, patch // (kernel[0] * kernel[1]), kernel[0], kernel[1], windows])
+    gone = {c for axis in x.axes[-3:] for c in axis}
+    x = engine.reduce(engine.pin_letters(x, gone, "spatial axis of a window operator"), gone)
+    new = plain(context.shape[-2:], pinned=True)
+    return Value((*x.axes[:-3], *new.axes), x.size | new.size, x.factors, x.pinned | new.pinned)
 
 
 def gathered(engine: Engine, x: Value, positions: np.ndarray) -> Value:

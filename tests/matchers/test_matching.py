@@ -1,0 +1,83 @@
+"""The answer of a matcher: files, report, indices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from automerge._errors import CheckpointError, MatchingError, OutputError
+from automerge.matchers import FrankWolfe, Matching, match
+from tests import _symmetries as hand
+
+torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("name", ["mlp", "heads", "grouped_conv", "experts"])
+def test_round_trip(name: str, tmp_path: Path) -> None:
+    symmetry = hand.ALL[name]()
+    models = [hand.weights(symmetry, seed, torch.float32) for seed in range(3)]
+    matching = match(models, symmetry)
+    file = tmp_path / "matching.safetensors"
+    matching.save(file)
+    again = Matching.load(file)
+    assert again.to_universe == matching.to_universe
+    assert again.symmetry.generators() == symmetry.generators()
+    assert again.matcher == matching.matcher
+    assert again.stats["objectives"] == matching.stats["objectives"]
+    assert again.between(0, 2) == matching.between(0, 2)
+    assert again.cycle_error() == 0.0
+    moved, other = matching.apply(models), again.apply(models)
+    assert all(torch.equal(a[n], b[n]) for a, b in zip(moved, other, strict=True) for n in a)
+    assert [p.name for p in tmp_path.iterdir()] == ["matching.safetensors"]
+    with pytest.raises(OutputError, match="exists"):
+        matching.save(file)
+    matching.save(file, force=True)
+
+
+def test_identity_round_trip(tmp_path: Path) -> None:
+    symmetry = hand.mlp()
+    matching = Matching((symmetry.identity(), symmetry.identity()), symmetry)
+    matching.save(tmp_path / "m.safetensors")
+    assert Matching.load(tmp_path / "m.safetensors").to_universe == matching.to_universe
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    file = tmp_path / "m.safetensors"
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        Matching.load(file)
+    file.write_bytes(b"nonsense" * 10)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        Matching.load(file)
+    from automerge.io import save_state_dict
+
+    save_state_dict(tmp_path / "w.safetensors", {"w": torch.zeros(2)})
+    with pytest.raises(CheckpointError, match="not a matching"):
+        Matching.load(tmp_path / "w.safetensors")
+
+
+def test_cycle_error_is_measured() -> None:
+    """Maps that are no inverses of each other would show: the sum is over what `between` composes."""
+    symmetry = hand.mlp()
+    matching = Matching(tuple(symmetry.random_element(i) for i in range(4)), symmetry)
+    assert matching.cycle_error() == 0.0
+
+    class Broken(Matching):
+        def between(self, a: int, b: int):  # noqa: ANN202
+            return self.to_universe[a]
+
+    assert Broken(matching.to_universe, symmetry).cycle_error() > 0
+
+
+def test_unknown_models_and_report() -> None:
+    symmetry = hand.mlp()
+    models = [hand.weights(symmetry, seed) for seed in range(2)]
+    matching = match(models, symmetry, FrankWolfe(max_iterations=2))
+    with pytest.raises(MatchingError, match="no model 2"):
+        matching.between(0, 2)
+    with pytest.raises(MatchingError, match="of 2 models, got 1"):
+        matching.apply(models[:1])
+    text = str(matching)
+    for word in ("2 models", "FrankWolfe(max_iterations=2", "objective", "iterations", "gradient", "positions moved"):
+        assert word in text

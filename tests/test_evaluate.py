@@ -1,0 +1,231 @@
+"""Measurements agree with their definitions, computed here by hand."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from automerge._errors import AutomergeError, CheckpointError
+from automerge.evaluate import (
+    Barrier,
+    agreement,
+    barrier,
+    cycle_error,
+    evaluate,
+    interpolate,
+    similarity,
+)
+from automerge.matchers import Matching
+from automerge.renormalise import Repair
+from automerge.symmetry import Generator, Slot, Symmetry
+
+torch.set_num_threads(1)
+
+
+def _net(seed: int, *, norm: bool = False) -> nn.Sequential:
+    torch.manual_seed(seed)
+    middle: nn.Module = nn.BatchNorm1d(8) if norm else nn.Identity()
+    return nn.Sequential(nn.Linear(4, 8), middle, nn.ReLU(), nn.Linear(8, 3))
+
+
+def _data(sizes: list[int], seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(n, 4, generator=generator), torch.randint(0, 3, (n,), generator=generator)) for n in sizes]
+
+
+def _joined(data: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.cat([x for x, _ in data]), torch.cat([y for _, y in data])
+
+
+@settings(max_examples=25, deadline=None)
+@given(sizes=st.lists(st.integers(1, 7), min_size=1, max_size=4), seed=st.integers(0, 50))
+def test_evaluate_is_exact_over_unequal_batches(sizes: list[int], seed: int) -> None:
+    model = _net(seed).train()
+    data = _data(sizes, seed)
+    x, y = _joined(data)
+    result = evaluate(model, data, {"mean score": lambda out, labels: out.mean()})
+    with torch.no_grad():
+        scores = model(x)
+    assert model.training
+    assert result.samples == len(x)
+    assert result.accuracy == pytest.approx((scores.argmax(1) == y).float().mean().item())
+    assert result.loss == pytest.approx(F.cross_entropy(scores, y).item(), rel=1e-5)
+    assert result.metrics["mean score"] == pytest.approx(scores.mean().item(), rel=1e-4, abs=1e-6)
+    json.dumps(result.to_dict())
+    assert "accuracy" in str(result)
+
+
+@pytest.mark.parametrize("average", ["probabilities", "logits"])
+def test_ensemble(average: Any) -> None:
+    models = [_net(s) for s in range(3)]
+    data = _data([5, 6])
+    x, y = _joined(data)
+    with torch.no_grad():
+        scores = torch.stack([m(x) for m in models]).double()
+    mean = scores.softmax(-1).mean(0).log() if average == "probabilities" else scores.mean(0).log_softmax(-1)
+    members: list[Any] = [models[0], (models[1], models[1].state_dict()), (models[0], models[2].state_dict())]
+    result = evaluate(members, data, average=average)
+    assert result.loss == pytest.approx(F.nll_loss(mean, y).item())
+    assert result.accuracy == pytest.approx((mean.argmax(1) == y).float().mean().item())
+    assert (result.members, result.average) == (3, average)
+    assert f"ensemble of 3, mean of {average}" in str(result)
+    same = evaluate(members, data, {"nll": lambda out, labels: F.nll_loss(out.log_softmax(1), labels)}, average=average)
+    assert same.metrics["nll"] == pytest.approx(result.loss, rel=1e-5)
+
+
+def test_evaluate_uses_a_given_state_dict_and_keeps_the_model() -> None:
+    model, other = _net(0), _net(1)
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    data = _data([9])
+    assert evaluate((model, other.state_dict()), data) == evaluate(other, data)
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    with pytest.raises(CheckpointError, match=r"differ in the key 'z'"):
+        evaluate((model, {**before, "z": torch.ones(1)}), data)
+    with pytest.raises(CheckpointError, match=r"differ in the key '0.bias'"):
+        evaluate((model, {n: v for n, v in before.items() if n != "0.bias"}), data)
+
+
+def test_class_axis_and_ignored_labels() -> None:
+    scores = torch.randn(2, 5, 3)
+    labels = torch.randint(0, 3, (2, 5))
+    labels[0, 0] = -100
+    last = evaluate(nn.Identity(), [(scores, labels)])
+    first = evaluate(nn.Identity(), [(scores.movedim(-1, 1), labels)])
+    assert last == first
+    assert last.samples == 9
+    assert last.loss == pytest.approx(F.cross_entropy(scores.flatten(0, 1), labels.flatten()).item(), rel=1e-5)
+
+
+def test_outputs_with_logits_and_dict_batches() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = _net(0)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"hidden": x, "logits": self.net(x)}
+
+    ((x, y),) = _data([6])
+    model = Wrapped()
+    assert evaluate(model, [{"x": x, "labels": y}]) == evaluate(model.net, [(x, y)])
+
+
+def test_evaluate_bad_input() -> None:
+    model = _net(0)
+    with pytest.raises(AutomergeError, match="batch 0 carries no labels"):
+        evaluate(model, [torch.randn(2, 4)])
+    with pytest.raises(AutomergeError, match=r"labels \(2, 7\) are no class indices for scores \(2, 3\)"):
+        evaluate(model, [(torch.randn(2, 4), torch.zeros(2, 7))])
+    with pytest.raises(AutomergeError, match="data gave no batch"):
+        evaluate(model, [])
+    with pytest.raises(AutomergeError, match="expected a module, a pair"):
+        evaluate("model", _data([2]))  # type: ignore[arg-type]
+    with pytest.raises(AutomergeError, match="at least one network"):
+        evaluate([], _data([2]))
+    with pytest.raises(AutomergeError, match="average must be"):
+        evaluate(model, _data([2]), average="median")  # type: ignore[arg-type]
+    with pytest.raises(AutomergeError, match="str without a tensor of scores"):
+        evaluate(_Text(), _data([2]))
+    regression = evaluate(model, [(torch.randn(2, 4), torch.zeros(2, 3))], F.mse_loss)
+    assert regression.accuracy is None
+    assert regression.metrics["mse_loss"] > 0
+
+
+class _Text(nn.Module):
+    def forward(self, x: torch.Tensor) -> str:
+        return ""
+
+
+def test_agreement() -> None:
+    a, b = _net(0), _net(1)
+    data = _data([7, 8])
+    x, _ = _joined(data)
+    assert agreement(a, a, data).share == 1.0
+    with torch.no_grad():
+        expected = (a(x).argmax(1) == b(x).argmax(1)).float().mean().item()
+    got = agreement(a, b, [x for x, _ in data])
+    assert got.share == pytest.approx(expected)
+    assert got.to_dict() == {"share": got.share, "samples": 15}
+    assert agreement([a, b], [b, a], data).share == 1.0
+
+
+# -------------------------------------------------------------------- barriers
+def test_barrier_follows_its_definition() -> None:
+    a, b = _net(0), _net(1)
+    data = _data([20, 13])
+    x, y = _joined(data)
+    result = barrier(a, a.state_dict(), b.state_dict(), data, points=5)
+    assert result.positions == (0.0, 0.25, 0.5, 0.75, 1.0)
+    for t, loss in zip(result.positions, result.losses, strict=True):
+        mixed = _net(2)
+        mixed.load_state_dict(interpolate(a.state_dict(), b.state_dict(), t))
+        with torch.no_grad():
+            assert loss == pytest.approx(F.cross_entropy(mixed(x), y).item(), rel=1e-5)
+    above = [
+        v - (1 - t) * result.losses[0] - t * result.losses[-1]
+        for t, v in zip(result.positions, result.losses, strict=True)
+    ]
+    assert result.loss_barrier == pytest.approx(max(0, *above))
+    json.dumps(result.to_dict())
+    assert "5 points" in str(result)
+    assert barrier(a, a.state_dict(), a.state_dict(), data, points=3).loss_barrier == pytest.approx(0, abs=1e-6)
+
+
+@given(losses=st.lists(st.floats(0, 10), min_size=2, max_size=9))
+def test_barrier_is_never_negative_and_zero_on_lines(losses: list[float]) -> None:
+    positions = tuple(np.linspace(0, 1, len(losses)).tolist())
+    result = Barrier(positions, tuple(losses), tuple(losses))
+    assert result.loss_barrier >= 0
+    assert result.accuracy_barrier >= 0
+    line = tuple(losses[0] * (1 - t) + losses[-1] * t for t in positions)
+    assert Barrier(positions, line, line).loss_barrier == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("repair", ["reset", Repair(), Repair(reset=True)])
+def test_barrier_with_repair_leaves_the_end_points(repair: Any) -> None:
+    a, b = _net(0, norm=True), _net(1, norm=True)
+    data = _data([16, 9])
+    flags = [m.training for m in a.modules()]
+    plain = barrier(a, a.state_dict(), b.state_dict(), data, 3)
+    fixed = barrier(a, a.state_dict(), b.state_dict(), data, 3, repair, repair_data=[x for x, _ in data])
+    assert (fixed.losses[0], fixed.losses[2]) == (plain.losses[0], plain.losses[2])
+    assert fixed.losses[1] != plain.losses[1]
+    assert fixed.repaired == str(repair)
+    assert [m.training for m in a.modules()] == flags
+
+
+def test_barrier_bad_input() -> None:
+    a = _net(0)
+    state = a.state_dict()
+    with pytest.raises(AutomergeError, match="at least two points, got 1"):
+        barrier(a, state, state, _data([2]), points=1)
+    with pytest.raises(AutomergeError, match="repair must be None"):
+        barrier(a, state, state, _data([2]), repair="magic")  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match=r"differ in '0\.weight'"):
+        barrier(a, state, {**state, "0.weight": torch.ones(1)}, _data([2]))
+
+
+# -------------------------------------------------------------------- matchings and weights
+def test_cycle_error_and_similarity() -> None:
+    unit = np.arange(3)[:, None]
+    symmetry = Symmetry({"a": (3,), "b": (3,)}, (Generator(3, (Slot("a", 0, unit), Slot("b", 0, unit))),))
+    matching = Matching(tuple(symmetry.random_element(s) for s in range(3)), symmetry)
+    assert cycle_error(matching).to_dict() == {"value": 0.0, "models": 3}
+
+    x, y = {"a": torch.randn(3), "b": torch.zeros(3), "n": torch.tensor(1)}, {"a": torch.randn(3), "b": torch.ones(3)}
+    result = similarity(x, y)
+    flat = [torch.cat([s["a"], s["b"]]) for s in (x, y)]
+    assert result.cosine == pytest.approx(F.cosine_similarity(flat[0], flat[1], dim=0).item(), rel=1e-5)
+    assert result.per_tensor["b"] == 0.0
+    assert similarity(x, {"a": -x["a"], "b": x["b"]}).cosine == pytest.approx(-1)
+    assert json.loads(json.dumps(result.to_dict()))["cosine"] == result.cosine
+    with pytest.raises(CheckpointError, match="differ in 'b'"):
+        similarity(x, {"a": x["a"]})

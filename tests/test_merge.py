@@ -1,0 +1,350 @@
+"""Merging from end to end, its invariants, and every bad input's message."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from torch import nn
+
+from automerge._errors import AutomergeError, CheckpointError, MatchingError, OutputError
+from automerge.io import hash_state_dict, load_state_dict
+from automerge.matchers import FrankWolfe, Identity, Matcher, Matching
+from automerge.merge import average, merge
+from automerge.symmetry import Generator, Slot, Symmetry
+
+torch.set_num_threads(1)
+StateDict = dict[str, torch.Tensor]
+
+
+def _mlp(seed: int, width: int = 8) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 3))
+
+
+def _symmetry(state: StateDict) -> Symmetry:
+    """The MLP's two groups, by hand."""
+    unit = np.arange(state["0.bias"].numel())[:, None]
+
+    def group(a: str, b: str) -> Generator:
+        return Generator(
+            len(unit), (Slot(f"{a}.weight", 0, unit), Slot(f"{a}.bias", 0, unit), Slot(f"{b}.weight", 1, unit))
+        )
+
+    return Symmetry({n: tuple(v.shape) for n, v in state.items()}, (group("0", "2"), group("2", "4")))
+
+
+def _norm_net(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+    net.train()
+    for _ in range(seed + 1):
+        net(torch.randn(16, 4))
+    return net.eval()
+
+
+class _Fixed(Matcher):
+    """Moves the models by given elements."""
+
+    def __init__(self, elements: Any) -> None:
+        self.elements = elements
+
+    def match(self, models: Any, symmetry: Symmetry, *, progress: Any = None, data: Any = None) -> Matching:
+        return Matching(tuple(self.elements), symmetry, "fixed")
+
+
+X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+
+
+# -------------------------------------------------------------------- what a merge is
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000), count=st.integers(2, 5), data=st.data())
+def test_copies_moved_about_merge_to_the_original(seed: int, count: int, data: Any) -> None:
+    net = _mlp(seed)
+    state = net.state_dict()
+    symmetry = _symmetry(state)
+    elements = [symmetry.random_element(seed + k) for k in range(count)]
+    models = [symmetry.apply(state, e) for e in elements]
+    weights = data.draw(st.lists(st.floats(0.1, 3), min_size=count, max_size=count))
+    i = data.draw(st.integers(0, count - 1))
+    back = _Fixed([e.inverse() for e in elements])
+    kept = [hash_state_dict(m) for m in models]
+    common: dict[str, Any] = {"matcher": back, "weights": weights, "symmetry": symmetry, "architecture": net}
+    result = merge(models, X, **common)
+    for name, value in state.items():
+        torch.testing.assert_close(result.state_dict[name], value)
+    own = merge(models, X, coordinates=i, **common)
+    for name, value in models[i].items():
+        torch.testing.assert_close(own.state_dict[name], value)
+    assert [hash_state_dict(m) for m in models] == kept
+
+
+def test_frank_wolfe_merges_planted_copies_end_to_end() -> None:
+    net = _mlp(0)
+    symmetry = _symmetry(net.state_dict())
+    models = []
+    for seed in range(3):
+        other = copy.deepcopy(net)
+        other.load_state_dict(symmetry.apply(net.state_dict(), symmetry.random_element(seed)))
+        models.append(other.train())
+    result = merge(models, X, coordinates=0)
+    merged = result.load_into(copy.deepcopy(net))
+    with torch.no_grad():
+        torch.testing.assert_close(merged(X), net(X), atol=1e-5, rtol=1e-5)
+    assert result.matching.cycle_error() == 0.0
+    assert all(m.training for m in models)
+    naive = merge(models, X, matcher=Identity()).state_dict
+    torch.testing.assert_close(naive["0.weight"], sum(m[0].weight.detach() for m in models) / 3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    count=st.integers(2, 5),
+    seed=st.integers(0, 99),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+)
+def test_average_is_the_rounded_exact_mean(count: int, seed: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    values = [torch.randn(3, 2, generator=generator).to(dtype) for _ in range(count)]
+    share = torch.rand(count, generator=generator).double()
+    share = share / share.sum()
+    exact = sum((w * v.double() for w, v in zip(share, values, strict=True)), torch.zeros(3, 2).double())
+    got = average([{"w": v} for v in values], share.tolist())["w"]
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-14)
+
+
+def test_buffers_are_merged_as_what_they_are() -> None:
+    models = [_norm_net(0), _norm_net(3)]
+    result = merge(models, X, matcher=Identity(), weights=[3, 1])
+    a, b = (m.state_dict() for m in models)
+    for name in ("1.running_mean", "1.running_var"):
+        torch.testing.assert_close(result.state_dict[name], 0.75 * a[name] + 0.25 * b[name])
+    assert result.state_dict["1.num_batches_tracked"].item() == 4
+    assert "averages of the models' own" in str(result)
+    complex_ = average([{"z": torch.tensor([1j])}, {"z": torch.tensor([3.0 + 0j])}], [0.5, 0.5])["z"]
+    assert complex_.item() == 1.5 + 0.5j
+
+
+class _Tied(nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.a = nn.Linear(4, 4, bias=False)
+        self.b = nn.Linear(4, 4, bias=False)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x).relu())
+
+
+@pytest.mark.parametrize("repair", ["none", "repair"])
+def test_tied_weights_stay_tied(repair: Any, tmp_path: Path) -> None:
+    models = [_Tied(0), _Tied(1)]
+    result = merge(models, X, data=[X], repair=repair)
+    assert result.state_dict["a.weight"] is result.state_dict["b.weight"]
+    result.save(tmp_path / "m.safetensors")
+    loaded = load_state_dict(tmp_path / "m.safetensors")
+    states = [{n: v.clone() for n, v in m.state_dict().items()} for m in models]
+    from_files = merge([*states, loaded], X, architecture=_Tied(5))
+    assert from_files.state_dict["a.weight"] is from_files.state_dict["b.weight"]
+    states[1]["b.weight"] = states[1]["b.weight"] + 1
+    with pytest.raises(CheckpointError, match=r"model 1: b\.weight and a\.weight are one tensor"):
+        merge(states, X, architecture=_Tied(5))
+
+
+# -------------------------------------------------------------------- repair
+@pytest.mark.parametrize(
+    ("given_", "mode"),
+    [("auto", "reset"), ("reset", "reset"), ("repair", "repair"), ("both", "both"), ("none", "none")],
+)
+def test_repair_modes_with_batchnorm(given_: Any, mode: str) -> None:
+    models = [_norm_net(0), _norm_net(1)]
+    before = [hash_state_dict(m.state_dict()) for m in models]
+    result = merge(models, X, data=[(X, torch.zeros(12)), (X[:5], torch.zeros(5))], repair=given_)
+    assert result.repair.mode == mode
+    assert result.provenance["options"]["repair"] == mode
+    assert [hash_state_dict(m.state_dict()) for m in models] == before
+    assert not any(m.training for m in models)
+    if mode in ("reset", "both"):
+        hidden = torch.cat([X, X[:5]]) @ result.state_dict["0.weight"].T + result.state_dict["0.bias"]
+        torch.testing.assert_close(result.state_dict["1.running_mean"], hidden.mean(0), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(result.state_dict["1.running_var"], hidden.var(0), atol=1e-5, rtol=1e-5)
+    if mode == "repair":
+        assert [layer.name for layer in result.repair.layers] == ["0.weight"]
+
+
+def test_auto_repairs_networks_without_batchnorm_from_a_generator() -> None:
+    models = [_mlp(s) for s in range(3)]
+    result = merge(models, X, data=(x for x in X.split(5)))
+    assert result.repair.mode == "repair"
+    assert [layer.name for layer in result.repair.layers] == ["0.weight", "2.weight"]
+    assert "4.weight" in result.repair.skipped
+    again = merge(models, X, data=[X[:5], X[5:10], X[10:]])
+    assert all(torch.equal(v, again.state_dict[n]) for n, v in result.state_dict.items())
+
+
+def test_repair_in_the_coordinates_of_a_model_is_the_same_network() -> None:
+    models = [_mlp(s).double() for s in range(3)]
+    x = X.double()
+    outputs = []
+    for where in ("universe", 0, 2):
+        net = merge(models, x, data=[x], coordinates=where).load_into(_mlp(9).double())  # type: ignore[arg-type]
+        with torch.no_grad():
+            outputs.append(net(x))
+    torch.testing.assert_close(outputs[0], outputs[1])
+    torch.testing.assert_close(outputs[0], outputs[2])
+
+
+# -------------------------------------------------------------------- the result
+def test_report_provenance_and_saving(tmp_path: Path) -> None:
+    models = [_mlp(s) for s in range(2)]
+    result = merge(models, X, weights=[1, 3], data=[X])
+    text = str(result)
+    assert "Merged 2 models of 139 parameters in the coordinates of the universe" in text
+    assert "model 1: weight 0.75" in text
+    assert "Repair (repair): 2 layers rescaled" in text
+    assert set(result.stats) == {"check", "infer", "match", "average", "repair", "total"}
+    assert result.provenance["inputs"][0]["sha256"] == hash_state_dict(models[0].state_dict())
+    assert result.provenance["matcher"].startswith("FrankWolfe(")
+    assert set(result.provenance["versions"]) == {"automerge", "torch", "numpy", "python"}
+    json.dumps(result.to_dict())
+    file = tmp_path / "m.safetensors"
+    result.save(file)
+    with safe_open(str(file), "pt") as handle:
+        metadata = handle.metadata()
+    assert json.loads(metadata["automerge.provenance"]) == json.loads(json.dumps(result.provenance))
+    assert json.loads(metadata["automerge.repair"])["mode"] == "repair"
+    assert all(torch.equal(v, result.state_dict[n]) for n, v in load_state_dict(file).items())
+    with pytest.raises(OutputError, match="exists; pass --force"):
+        result.save(file)
+    result.save(file, force=True)
+    with pytest.raises(CheckpointError, match=r"the merged state dict: 0\.weight has the shape \(8, 4\), expected"):
+        result.load_into(_mlp(0, width=5))
+
+
+def test_several_inputs_and_keywords() -> None:
+    class Two(nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            torch.manual_seed(seed)
+            self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(2, 6), nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor, *, scale: float) -> torch.Tensor:
+            return self.c((self.a(x) + scale * self.b(y)).relu())
+
+    y = torch.randn(12, 2)
+    result = merge([Two(0), Two(1)], (X, y), {"scale": 2.0}, data=[(X, y, torch.zeros(12))])
+    assert {layer.name for layer in result.repair.layers} == {"a.weight", "b.weight"}
+
+
+# -------------------------------------------------------------------- bad input
+def _never(*_: Any, **__: Any) -> Any:
+    raise AssertionError("long work began before the input was checked")
+
+
+@pytest.fixture
+def no_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules[merge.__module__]
+    monkeypatch.setattr(module, "infer", _never)
+    monkeypatch.setattr(module, "match", _never)
+
+
+def _changed(state: StateDict, **changes: torch.Tensor) -> StateDict:
+    return {**state, **{n.replace("__", "."): v for n, v in changes.items()}}
+
+
+@pytest.mark.usefixtures("no_long_work")
+def test_bad_models() -> None:
+    net = _mlp(0)
+    state = net.state_dict()
+    for models, message in (
+        ([net], "at least two models, got 1"),
+        ([], "at least two models, got 0"),
+    ):
+        with pytest.raises(MatchingError, match=message):
+            merge(models, X)
+    bad: list[tuple[StateDict, str]] = [
+        ({n: v for n, v in state.items() if n != "2.bias"}, r"model 1 has no key '2\.bias'"),
+        (_changed(state, extra=torch.ones(1)), r"model 1 has the extra key 'extra'"),
+        (_mlp(0, width=5).state_dict(), r"model 1: 0\.weight has the shape \(5, 4\), expected \(8, 4\)"),
+        (
+            _changed(state, **{"0__bias": torch.full((8,), torch.nan)}),
+            r"model 1: 0\.bias has 8 of 8 values that are NaN",
+        ),
+        (_changed(state, **{"0__bias": torch.full((8,), torch.inf)}), r"model 1: 0\.bias .* infinite"),
+    ]
+    for other, message in bad:
+        with pytest.raises(CheckpointError, match=message):
+            merge([state, other], X, architecture=net)
+    with pytest.raises(CheckpointError, match=r"model 0: 0\.weight has the shape \(5, 4\)"):
+        merge([_mlp(0, width=5), _mlp(1, width=5)], X, architecture=net)
+    with pytest.raises(CheckpointError, match="give architecture="):
+        merge([state, state], X)
+    with pytest.raises(CheckpointError, match="model 1 is a str; give a module or a state dict"):
+        merge([net, "b.safetensors"], X)  # type: ignore[list-item]
+
+
+@pytest.mark.usefixtures("no_long_work")
+def test_bad_integer_buffers() -> None:
+    class Table(nn.Module):
+        def __init__(self, n: int) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 2)
+            self.register_buffer("table", torch.arange(4) + n)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.a(x[:, self.table])  # type: ignore[index]
+
+    with pytest.raises(CheckpointError, match=r"buffer table of model 2 differs from model 0's"):
+        merge([Table(0), Table(0), Table(1)], X)
+
+
+@pytest.mark.usefixtures("no_long_work")
+def test_bad_options() -> None:
+    models = [_mlp(0), _mlp(1)]
+    for weights, message in (
+        ([1.0], "got 1 weights for 2 models"),
+        ([1.0, -0.5], "weight 1 is -0.5; weights must be finite and not negative"),
+        ([float("nan"), 1.0], "weight 0 is nan"),
+        ([0.0, 0.0], "the weights sum to zero"),
+    ):
+        with pytest.raises(MatchingError, match=message):
+            merge(models, X, weights=weights)
+    for coordinates in (2, -1, True, "reference"):
+        with pytest.raises(MatchingError, match="coordinates must be 'universe' or a model number from 0 to 1"):
+            merge(models, X, coordinates=coordinates)  # type: ignore[arg-type]
+    with pytest.raises(AutomergeError, match="repair must be one of auto, none"):
+        merge(models, X, repair="magic")  # type: ignore[arg-type]
+    with pytest.raises(AutomergeError, match="repair='repair' measures activations; give data="):
+        merge(models, X, repair="repair")
+    with pytest.raises(AutomergeError, match="needs BatchNorm statistics, and this model has none"):
+        merge(models, X, repair="reset", data=[X])
+    with pytest.raises(AutomergeError, match="data gave no batch"):
+        merge(models, X, data=[])
+    with pytest.raises(AutomergeError, match="the model does not run on the first batch of data: RuntimeError"):
+        merge(models, X, data=[torch.randn(3, 7)])
+
+
+def test_a_note_names_other_dtypes() -> None:
+    models = [_mlp(0), _mlp(1).double()]
+    result = merge(models, X)
+    assert result.state_dict["0.weight"].dtype == torch.float32
+    assert result.notes[0] == "model 1: 0.weight is torch.float64, expected torch.float32"
+
+
+def test_matcher_options_are_kept_and_stages_timed() -> None:
+    start = time.perf_counter()
+    result = merge([_mlp(0), _mlp(1)], X, matcher=FrankWolfe(), symmetry=_symmetry(_mlp(0).state_dict()))
+    assert 0 < result.stats["total"] <= time.perf_counter() - start
+    assert result.symmetry.sets[0].size == 8
