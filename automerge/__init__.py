@@ -1,1 +1,76 @@
-"""automerge."""
+"""Align and merge independently trained PyTorch networks, without a hand-written specification of their symmetries.
+
+``infer(model, args)`` finds what may be permuted, ``match(models, symmetry)`` aligns N models in one universe, and
+``merge(models, args)`` does both, averages and repairs.
+"""
+
+from automerge._errors import (
+    AutomergeError,
+    CheckpointError,
+    InvarianceError,
+    MatchingError,
+    OutputError,
+    SymmetryError,
+    TraceError,
+    UnknownOperatorError,
+)
+from automerge._measures import Agreement, Barrier, CycleError, Evaluation, Similarity
+from automerge._verify import Verification, verify
+from automerge._version import __version__
+from automerge.evaluate import agreement, barrier, cycle_error, evaluate, interpolate, similarity
+from automerge.groups import Element
+from automerge.infer import infer
+from automerge.io import load_state_dict, save_state_dict
+from automerge.matchers import FrankWolfe, Identity, Matcher, Matching, match
+from automerge.merge import MergeResult, average, merge
+from automerge.renormalise import Repair, RepairReport, reset_batchnorm
+from automerge.rules import register_rule
+from automerge.symmetry import Generator, Pin, Slot, Symmetry
+from automerge.trace import TraceInfo, trace
+
+__all__ = [
+    "Agreement",
+    "AutomergeError",
+    "Barrier",
+    "CheckpointError",
+    "CycleError",
+    "Element",
+    "Evaluation",
+    "FrankWolfe",
+    "Generator",
+    "Identity",
+    "InvarianceError",
+    "Matcher",
+    "Matching",
+    "MatchingError",
+    "MergeResult",
+    "OutputError",
+    "Pin",
+    "Repair",
+    "RepairReport",
+    "Similarity",
+    "Slot",
+    "Symmetry",
+    "SymmetryError",
+    "TraceError",
+    "TraceInfo",
+    "UnknownOperatorError",
+    "Verification",
+    "__version__",
+    "agreement",
+    "average",
+    "barrier",
+    "cycle_error",
+    "evaluate",
+    "infer",
+    "interpolate",
+    "load_state_dict",
+    "match",
+    "merge",
+    "register_rule",
+    "reset_batchnorm",
+    "save_state_dict",
+    "similarity",
+    "trace",
+    "verify",
+]

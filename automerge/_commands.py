@@ -12,8 +12,9 @@ from automerge._console import Console
 from automerge._data import Batches
 from automerge._factory import UsageError, build_model, draw_inputs, load_batches, parse_input
 from automerge._files import write_text
+from automerge._errors import InvarianceError
+from automerge._verify import verify as verify_symmetry
 from automerge.infer import infer
-from automerge.infer import verify as verify_symmetry
 from automerge.io import StateDict, check_state_dict, check_writable, load_state_dict
 from automerge.matchers import FrankWolfe, Identity, Matcher
 from automerge.merge import merge as merge_models
@@ -59,11 +60,21 @@ def verify(options: argparse.Namespace) -> None:
         with console.stage("infer"):
             symmetry = infer(model, args, kwargs, verify=False)
     with console.stage("verify"):
-        verify_symmetry(model, args, kwargs, symmetry)
+        outcome = _verified(model, args, symmetry, kwargs, options)
     console.show(
         f"the symmetry holds: {len(symmetry.sets)} groups, {symmetry.free_share:.1%} of the parameter axes' positions "
-        "are free; random group elements leave the float64 output unchanged"
+        f"are free\n{outcome}"
     )
+
+
+def _verified(model: Any, args: Any, symmetry: Symmetry, kwargs: Any, options: argparse.Namespace) -> Any:
+    """The outcome of the test; a file that fails it is bad input and not a defect of a rule."""
+    try:
+        return verify_symmetry(model, args, symmetry, kwargs, seed=options.seed)
+    except InvarianceError as error:
+        if options.symmetry is None:
+            raise
+        raise InvarianceError(f"{options.symmetry} is no symmetry of {options.factory}: {error}") from error
 
 
 def merge(options: argparse.Namespace) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,14 @@ from automerge.evaluate import barrier, cycle_error, evaluate
 from automerge.infer import infer
 from automerge.io import StateDict
 from automerge.matchers import FrankWolfe, Identity, Matcher, Matching, match
+from automerge.matchers._base import Model, Progress
 from automerge.merge import MergeResult, merge
 from automerge.plot import plot_barrier
 from automerge.symmetry import Symmetry
 
 _BATCH = 256
+_MLP = {"epochs": 20, "rate": 2e-3, "decay": 1e-2}
+_RESNET = {"epochs": 10, "rate": 1e-2, "decay": 1e-1}
 
 
 @dataclass(frozen=True)
@@ -62,15 +67,20 @@ class Room:
     test_batches: list[tuple[torch.Tensor, torch.Tensor]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _Known(Matcher):
     """Gives a matching that was found before, so that merging again does not search again."""
 
     matching: Matching
 
-    def match(self, models: Sequence[Mapping[str, torch.Tensor]], symmetry: Symmetry, **_: Any) -> Matching:
+    def match(
+        self, models: Sequence[Model], symmetry: Symmetry, *, progress: Progress | None = None, data: Any = None
+    ) -> Matching:
         """The known matching."""
         return self.matching
+
+    def __repr__(self) -> str:
+        return self.matching.matcher
 
 
 def run(settings: Settings, console: Console) -> dict[str, Any]:
@@ -90,6 +100,8 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
     if settings.models < 2:
         raise UsageError(f"--models {settings.models}: merging needs at least two models")
     data, train_module, models = _zoo()
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("the demo draws pictures and needs matplotlib; install it with: pip install 'automerge[plot]'")
     make_directory(settings.out)
     digits = data.digits()
     if settings.quick:
@@ -97,15 +109,16 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
     train_batches = list(zip(digits.x_train.split(_BATCH), digits.y_train.split(_BATCH), strict=True))
     test_batches = list(zip(digits.x_test.split(_BATCH), digits.y_test.split(_BATCH), strict=True))
     rooms = [
-        (Room("mlp", "ReLU MLP, three hidden layers of 512", models.mlp.build, train_batches, test_batches), 15),
-        (Room("resnet", "Residual CNN with BatchNorm", models.resnet.build, train_batches, test_batches), 10),
+        (Room("mlp", "ReLU MLP, four hidden layers of 256", models.mlp.build, train_batches, test_batches), _MLP),
+        (Room("resnet", "Residual CNN with BatchNorm", models.resnet.build, train_batches, test_batches), _RESNET),
     ]
     result: dict[str, Any] = {}
     seconds: dict[str, Any] = {}
-    for room, epochs in rooms:
-        recipe = train_module.Recipe(epochs=2 if settings.quick else epochs)
+    for room, options in rooms:
+        recipe = train_module.Recipe(**{**options, "epochs": 2} if settings.quick else options)
         stages = Console(prefix=f"{room.name}: ")
-        result[room.name] = _room(room, settings, stages, lambda *a, **k: train_module.train(*a, **k), digits, recipe)
+        with _threads(1):
+            result[room.name] = _room(room, settings, stages, train_module.train, digits, recipe)
         seconds[room.name] = {name: round(value, 2) for name, value in stages.seconds.items()}
         _show(room, result[room.name], seconds[room.name], console)
     report = {"result": {"seed": settings.seed, "models": settings.models, "networks": result}, "seconds": seconds}
@@ -113,6 +126,17 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
     write_text(settings.out / "report.json", json.dumps(report, indent=2) + "\n", force=True)
     console.show(f"checkpoints, merged networks, pictures and report.json are in {settings.out}")
     return report
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """A fixed number of threads, on which the last bits of a sum depend; these networks are too small for more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _zoo() -> tuple[Any, Any, Any]:

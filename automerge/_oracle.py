@@ -73,7 +73,7 @@ def _role(structure: Structure, r: int, gains: Gains, outer: Path) -> tuple[floa
 def _pair(gain: np.ndarray, i: int, j: int) -> np.ndarray:
     """The gains inside one (new, old) pair of outer units."""
     half = gain.ndim // 2
-    return gain[(i, *[slice(None)] * (half - 1), j)]
+    return gain[i].take(j, axis=half - 1)
 
 
 def _bounds(gain: np.ndarray, n: int) -> np.ndarray:

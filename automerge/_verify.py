@@ -61,7 +61,19 @@ class _Double(TorchDispatchMode):
             args, kwargs = map_tensors(_widen, tuple(args)), map_tensors(_widen, kwargs)
         elif any(a.dtype is torch.float64 for a in tensors_of(args)):
             args = (args[0], *map_tensors(_widen, tuple(args[1:])))
+        if func.overloadpacket is torch.ops.aten._grouped_mm:
+            return _grouped_mm(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _grouped_mm(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """The grouped product in float64, which PyTorch's kernel does not offer: rows up to ``offs[e]`` times ``b[e]``."""
+    out = a.new_zeros(a.shape[0], b.shape[-1])
+    start = 0
+    for e, stop in enumerate(offs.tolist()):
+        out[start:stop] = a[start:stop] @ b[e]
+        start = stop
+    return out
 
 
 def _widen(_: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,9 @@ products without a copy.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import torch
@@ -114,7 +115,7 @@ class Objective:
         return out
 
     def value(self, sigma: Sigmas) -> float:
-        """f at a group element of every model; ``sigma`` per space ``(N, n)``, new position -> old position."""
+        """F at a group element of every model; ``sigma`` per space ``(N, n)``, new position -> old position."""
         return math.fsum(universe_value(self.moved(b, sigma, slice(None))) for b in range(len(self.bundles)))
 
     @property
@@ -176,9 +177,14 @@ def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(torch.linalg.vecdot(a.reshape(-1, rows), b.reshape(-1, rows)).sum(dtype=torch.float64))
 
 
+def _sum(moved: torch.Tensor) -> torch.Tensor:
+    """The sum over models; a view if there is one."""
+    return reduce(torch.add, moved.unbind())
+
+
 def universe_value(moved: torch.Tensor) -> float:
     """``(|sum_m X_m|^2 - sum_m |X_m|^2) / 2`` of one bundle ``(N, ...)``."""
-    total = moved.sum(dim=0)
+    total = _sum(moved)
     return 0.5 * (_dot(total, total) - _dot(moved, moved))
 
 
@@ -227,25 +233,46 @@ class State:
     @classmethod
     def at(cls, objective: Objective, sigma: Sigmas) -> State:
         """The state at a vertex, per space ``(N, n)``; exact, by gathers."""
+        return cls.soft(objective, sigma, 0.0)
+
+    @classmethod
+    def soft(cls, objective: Objective, sigma: Sigmas, share: float, fixed: Iterable[int] = ()) -> State:
+        """The state that is a vertex plus a ``share`` of the group's mean, by gathers and means.
+
+        Args:
+            objective: the problem.
+            sigma: the vertex, per space ``(N, n)``.
+            share: of the mean, in [0, 1].
+            fixed: models that stand at their vertex, without a share.
+        """
+        shares = torch.full((objective.count,), share, dtype=objective.dtype, device=objective.device)
+        shares[list(fixed)] = 0.0
         state = cls.__new__(cls)
         state.objective = objective
-        state.plan = [matrices(s, objective.dtype) for s in sigma]
+        state.plan = []
+        for s in sigma:
+            plan = matrices(s, objective.dtype).mul_((1 - shares)[:, None, None])
+            state.plan.append(plan.add_(shares[:, None, None] / s.shape[1]))
         state.parts = []
         for bundle in objective.bundles:
             held = {0: bundle.weights}
+            mix = shares.view(-1, *[1] * (bundle.weights.ndim - 1))
             for s in range(1, bundle.full + 1):
                 k = (s & -s).bit_length() - 1
-                held[s] = gather(held[s & ~(1 << k)], bundle.dims[k], sigma[bundle.spaces[k]])
+                before = held[s & ~(1 << k)]
+                held[s] = gather(before, bundle.dims[k], sigma[bundle.spaces[k]])
+                if share > 0:
+                    held[s] = held[s].mul_(1 - mix).add_(before.mean(dim=bundle.dims[k], keepdim=True) * mix)
             state.parts.append(held)
         state.refresh()
         return state
 
     def refresh(self) -> None:
         """Take the sums over models anew."""
-        self.total = [held[b.full].sum(dim=0) for b, held in zip(self.objective.bundles, self.parts, strict=True)]
+        self.total = [_sum(held[b.full]) for b, held in zip(self.objective.bundles, self.parts, strict=True)]
 
     def value(self) -> float:
-        """f at the iterate."""
+        """F at the iterate."""
         moved = (held[b.full] for b, held in zip(self.objective.bundles, self.parts, strict=True))
         return math.fsum(universe_value(x) for x in moved)
 
@@ -270,7 +297,7 @@ class State:
         return gap
 
     def segment(self, sigma: Sigmas, models: slice = slice(None)) -> Segment:
-        """f along the segment to a vertex, as a polynomial in the step.
+        """F along the segment to a vertex, as a polynomial in the step.
 
         Args:
             sigma: per space ``(models, n)``.
@@ -294,14 +321,17 @@ class State:
     def advance(self, segment: Segment, step: float) -> None:
         """Go a step in [0, 1] along a segment, in place."""
         for b, (bundle, held, mixed) in enumerate(zip(self.objective.bundles, self.parts, segment.parts, strict=True)):
-            before = held[bundle.full][segment.models].sum(dim=0)
-            for s in range(1, bundle.full + 1):
-                size = s.bit_count()
-                new = mixed[s, 0] * (1 - step) ** size
-                for u in _subsets(s):
-                    new.add_(mixed[s, u], alpha=step ** u.bit_count() * (1 - step) ** (size - u.bit_count()))
-                held[s][segment.models] = new
-            self.total[b] += held[bundle.full][segment.models].sum(dim=0) - before
+            self.total[b] -= _sum(held[bundle.full][segment.models])
+            for part in range(1, bundle.full + 1):
+                size = part.bit_count()
+                if step == 1.0:
+                    held[part][segment.models] = mixed[part, part]
+                    continue
+                new = mixed[part, 0] * (1 - step) ** size
+                for u in _subsets(part):
+                    new.add_(mixed[part, u], alpha=step ** u.bit_count() * (1 - step) ** (size - u.bit_count()))
+                held[part][segment.models] = new
+            self.total[b] += _sum(held[bundle.full][segment.models])
         for p, s in zip(self.plan, segment.sigma, strict=True):
             mine = p[segment.models]
             mine.mul_(1 - step)
@@ -334,11 +364,9 @@ def _along(bundle: Bundle, mixed: Mapping[tuple[int, int], torch.Tensor], total:
     terms: list[torch.Tensor] = []
     for size in range(d + 1):
         of_size = [mixed[bundle.full, u] for u in range(bundle.full + 1) if u.bit_count() == size]
-        terms.append(
-            of_size[0] if len(of_size) == 1 else torch.stack(of_size).sum(0) if d > 2 else of_size[0] + of_size[1]
-        )
+        terms.append(reduce(torch.add, of_size))
     basis = [poly.polymul([0.0] * j + [1.0], poly.polypow([1.0, -1.0], d - j)) for j in range(d + 1)]
-    sums = [x.sum(dim=0) for x in terms]
+    sums = [_sum(x) for x in terms]
     out = np.zeros(1)
     if terms[0].shape[0] > 1:
         for j in range(d + 1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ def units(n: int, k: int = 1, start: int = 0) -> np.ndarray:
 def mlp(sizes: Sequence[int] = (5, 7, 6, 3)) -> Symmetry:
     """Linear layers with biases; every hidden layer is free."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for i, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for i, (a, b) in enumerate(pairwise(sizes)):
         shapes |= {f"{i}.weight": (b, a), f"{i}.bias": (b,)}
     sets = [
         Generator(

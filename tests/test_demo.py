@@ -37,7 +37,7 @@ def test_files(folder: Path) -> None:
 def test_report(folder: Path) -> None:
     report = json.loads((folder / "report.json").read_text())
     networks = report["result"]["networks"]
-    assert sorted(networks["mlp"]["groups"]) == [512, 512, 512]
+    assert sorted(networks["mlp"]["groups"]) == [256, 256, 256, 256]
     for room in ("mlp", "resnet"):
         rows = {row["name"]: row for row in networks[room]["rows"]}
         assert len(rows) == 6

@@ -16,11 +16,11 @@ from automerge._tree import Perms
 from automerge.blocks import decompose
 from automerge.matchers._base import Matcher, Matching, Model, Progress, check_models
 from automerge.matchers._polish import Polisher
-from automerge.matchers._starts import barycentre, identity_elements, induced, random_plan, signature, vertices
+from automerge.matchers._starts import identity_elements, induced, random_plan, signature, vertices
 from automerge.objective import Objective, State, maximise_polynomial
 from automerge.symmetry import Symmetry
 
-_STARTS = ("identity", "barycentre", "sinkhorn", "signature")
+_STARTS = ("signature", "identity", "barycentre", "sinkhorn")
 _SCHEDULES = ("simultaneous", "cyclic")
 
 
@@ -33,13 +33,13 @@ class FrankWolfe(Matcher):
         gap_tolerance: stop when the Frank-Wolfe gap, an upper bound on what is left to gain on a concave stretch, falls
             below this share of the objective.
         progress_tolerance: stop when an iteration gains less than this share of the objective.
-        start: "identity", "barycentre" (the mean of the group), "sinkhorn" (random), or "signature" (by sorted entries).
+        start: "signature" (positions assigned by their sorted entries), "identity", "barycentre" (the mean of the
+            group), or "sinkhorn" (random).
+        softness: the share of the barycentre in a start from "signature" or "identity"; 0 starts at the vertex itself.
         restarts: further starts from random points, seeded; the best end is returned.
         schedule: "cyclic" moves one model after the other, each with its own exact step; "simultaneous" moves all with
             one common step, as the paper does.
         anchor: a model whose coordinates are the universe's and do not move; None lets all move.
-        candidates: vertices that are polished too and compete with Frank-Wolfe's end: any of "identity" and
-            "signature".
         polish: the largest number of sweeps of block-coordinate ascent after rounding; 0 turns it off.
         block_weights: "uniform", or "normalised" by each block's mean squared norm.
         dtype: "float32" or "float64": in which the work is done, whatever the models' own types.
@@ -59,11 +59,11 @@ class FrankWolfe(Matcher):
     max_iterations: int = 100
     gap_tolerance: float = 1e-4
     progress_tolerance: float = 1e-4
-    start: str = "identity"
+    start: str = "signature"
+    softness: float = 0.9
     restarts: int = 0
     schedule: str = "cyclic"
     anchor: int | None = None
-    candidates: tuple[str, ...] = ("identity", "signature")
     polish: int = 100
     block_weights: str = "uniform"
     dtype: str = "float32"
@@ -75,17 +75,14 @@ class FrankWolfe(Matcher):
             ("schedule", self.schedule, _SCHEDULES),
             ("block_weights", self.block_weights, ("uniform", "normalised")),
             ("dtype", self.dtype, ("float32", "float64")),
-            *(("candidates", c, ("identity", "signature")) for c in self.candidates),
         ):
             if value not in allowed:
                 raise MatchingError(f"FrankWolfe({name}={value!r}): expected one of {', '.join(allowed)}")
-        for name, number in (
-            ("max_iterations", self.max_iterations),
-            ("restarts", self.restarts),
-            ("polish", self.polish),
-        ):
-            if number < 0:
-                raise MatchingError(f"FrankWolfe({name}={number}): expected a number of at least 0")
+        for name in ("max_iterations", "restarts", "polish", "gap_tolerance", "progress_tolerance"):
+            if getattr(self, name) < 0:
+                raise MatchingError(f"FrankWolfe({name}={getattr(self, name)}): expected a number of at least 0")
+        if not 0 <= self.softness <= 1:
+            raise MatchingError(f"FrankWolfe(softness={self.softness}): expected a share between 0 and 1")
 
     def match(
         self, models: Sequence[Model], symmetry: Symmetry, *, progress: Progress | None = None, data: Any = None
@@ -114,6 +111,7 @@ class _Search:
             ("setup", "start", "gradient", "assignment", "line_search", "polish", "total"), 0.0
         )
         self.fixed = frozenset() if options.anchor is None else frozenset({options.anchor})
+        self.signature: tuple[list[torch.Tensor], list[Perms]] = ([], [])
         self.best: list[Perms] = []
         self.best_value = -np.inf
         self.start_value = 0.0
@@ -122,16 +120,17 @@ class _Search:
 
     # ---------------------------------------------------------------- candidates
     def run(self) -> list[Perms]:
-        """All starts and candidates; the best end."""
-        identity = identity_elements(self.objective)
-        self.start_value = self._consider(identity)
+        """All starts, and the vertices that cost next to nothing; the best end."""
+        self.start_value = self._consider(identity_elements(self.objective))
         rng = np.random.default_rng(self.options.seed)
         try:
+            with self._timed("start"):
+                self.signature = signature(self.objective, self.options.anchor or 0)
             for attempt in range(self.options.restarts + 1):
                 self._attempt(self.options.start if attempt == 0 else "sinkhorn", rng)
-            for name in self.options.candidates:
-                if self.options.polish and name != self.options.start:
-                    self._polish(name, identity if name == "identity" else self._signature(), rng)
+            done = self.best_value
+            if self._consider(self.signature[1]) > done and self.options.polish:
+                self._polish("signature", self.signature[1], rng)
         except KeyboardInterrupt:
             self.interrupted = True
         return self.best
@@ -142,10 +141,6 @@ class _Search:
             self.best_value = value
             self.best = [{r: p.copy() for r, p in perms.items()} for perms in elements]
         return value
-
-    def _signature(self) -> list[Perms]:
-        with self._timed("start"):
-            return signature(self.objective, self.options.anchor or 0)[1]
 
     def _attempt(self, start: str, rng: np.random.Generator) -> None:
         """Frank-Wolfe from one start, rounded and polished."""
@@ -168,16 +163,16 @@ class _Search:
             trace["polished"] = self._polish(f"frank-wolfe from {start}", elements, rng)
 
     def _state(self, start: str, rng: np.random.Generator) -> State:
+        soft = self.options.softness
         with self._timed("start"):
-            if start == "identity":
-                return State.at(self.objective, self.objective.identity())
-            if start == "signature":
-                return State.at(self.objective, signature(self.objective, self.options.anchor or 0)[0])
-            plan = barycentre(self.objective) if start == "barycentre" else random_plan(self.objective, rng)
-            for m in self.fixed:
-                for p in plan:
-                    p[m] = torch.eye(p.shape[1], dtype=p.dtype, device=p.device)
-            return State(self.objective, plan)
+            if start == "sinkhorn":
+                plan = random_plan(self.objective, rng)
+                for m in self.fixed:
+                    for p in plan:
+                        p[m] = torch.eye(p.shape[1], dtype=p.dtype, device=p.device)
+                return State(self.objective, plan)
+            sigma = self.signature[0] if start == "signature" else self.objective.identity()
+            return State.soft(self.objective, sigma, 1.0 if start == "barycentre" else soft, self.fixed)
 
     # ---------------------------------------------------------------- Frank-Wolfe
     def _descend(self, state: State, trace: dict[str, Any]) -> None:
@@ -255,7 +250,7 @@ class _Search:
 
     def report(self) -> dict[str, Any]:
         """The statistics of the matching."""
-        first = next(
+        first: dict[str, Any] = next(
             (r for r in self.runs if "objective" in r), {"objective": [], "step": [], "gap": [], "converged": True}
         )
         return {

@@ -9,7 +9,7 @@ import torch
 
 from automerge._oracle import maximise
 from automerge._tree import Perms
-from automerge.objective import Objective, contract
+from automerge.objective import Objective
 
 
 def vertex(objective: Objective, gains: Sequence[torch.Tensor | np.ndarray]) -> tuple[list[np.ndarray], Perms]:
@@ -67,8 +67,9 @@ def signature(objective: Objective, reference: int = 0) -> tuple[list[torch.Tens
         for space, dim in zip(bundle.spaces, bundle.dims, strict=True):
             front = bundle.weights.movedim(dim, 1)
             value = _sorted(front, [_place(k, dim) for k in bundle.dims if k != dim])
-            target = value[reference : reference + 1].expand_as(value)
-            gains[space] += contract(target.reshape(*value.shape[:2], -1), value.reshape(*value.shape[:2], -1), 1)
+            flat = value.reshape(*value.shape[:2], -1)
+            for m in range(objective.count):
+                gains[space][m] += flat[reference] @ flat[m].T
     return vertices(objective, gains)
 
 
@@ -82,7 +83,9 @@ def _sorted(front: torch.Tensor, moving: Sequence[int]) -> torch.Tensor:
         return front
     rest = [k for k in range(2, front.ndim) if k not in moving]
     value = front.permute(0, 1, *rest, *moving).flatten(2 + len(rest))
-    return value.sort(dim=-1).values
+    if value.device.type != "cpu":
+        return value.sort(dim=-1).values
+    return torch.from_numpy(np.sort(value.numpy(), axis=-1))
 
 
 def barycentre(objective: Objective) -> list[torch.Tensor]:

@@ -7,6 +7,7 @@ its pieces are ruled; only what remains pins what it touches, and is listed.
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ from automerge.rules._value import Factor, Value, plain
 
 __all__ = ["Analysis", "Context", "Engine", "Factor", "Unruled", "Value", "analyse", "register_rule"]
 
+_DEBUG = bool(os.environ.get("AUTOMERGE_DEBUG"))
 Splits = Mapping[tuple[str, int, int], np.ndarray]
 
 
@@ -98,8 +100,10 @@ class _Run:
 
     # ------------------------------------------------------------ leaves
     def visit(self, node: fx.Node) -> None:
-        if node.op == "placeholder":
-            value = node.meta["val"]
+        value = node.meta["val"]
+        if isinstance(value, torch.Tensor) and value.numel() == 0:
+            self.values[node] = plain(value.shape)
+        elif node.op == "placeholder":
             if node.meta["kind"] == "input":
                 self.values[node] = plain(value.shape, pinned=True)
             elif value.is_floating_point() or value.is_complex():
@@ -165,6 +169,8 @@ class _Run:
         return self._constant_tensor(value)
 
     def _constant_tensor(self, tensor: torch.Tensor) -> Value:
+        if tensor.numel() == 0:
+            return plain(tensor.shape)
         array = tensor.detach().cpu()
         array = array.float() if array.dtype in (torch.bfloat16, torch.float16) else array
         made = self.engine.constant(array.resolve_conj().resolve_neg().numpy())
@@ -180,6 +186,8 @@ class _Run:
             except Unruled as error:
                 reason = str(error)
             except Exception as error:  # a rule that fails must not take the model down with it
+                if _DEBUG:
+                    raise
                 reason = f"its rule failed: {type(error).__name__}: {error}"
         inner = decomposition(node)
         if inner is not None:

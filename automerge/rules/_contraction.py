@@ -84,6 +84,19 @@ def linear(context: Context, x: Value, w: Value, bias: Value | None = None) -> V
     return out if bias is None else context.engine.elementwise([out, bias])
 
 
+@rule("_grouped_mm")
+def grouped_mm(context: Context, a: Value, b: Value, offsets: Value | None = None, *_: Any, **__: Any) -> Value:
+    """Rows sorted by expert, each group times its expert's matrix; which rows are whose depends on data, so the experts
+    are pinned and their inner units keep one common order."""
+    if len(a.axes) != 2 or len(b.axes) != 3 or offsets is None:
+        raise Unruled("a grouped product with another layout")
+    engine = context.engine
+    a = engine.pin_letters(a, set(a.axes[0]), "rows sorted by data")
+    b = engine.pin_letters(b, set(b.axes[0]), "experts chosen by data")
+    b = engine.reduce(b, set(b.axes[0]))
+    return batched(engine, a, Value(b.axes[1:], b.size, b.factors, b.pinned))
+
+
 @rule("_trilinear")
 def trilinear(
     context: Context, a: Value, b: Value, c: Value, ea: Any, eb: Any, ec: Any, sums: Sequence[int], unroll: int = 1

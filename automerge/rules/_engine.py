@@ -132,7 +132,7 @@ class Engine:
         """One factor that determines several, and the coordinates of pinned letters."""
         if len(factors) == 1 and not pins - set(factors[0].letters):
             return factors[0]
-        letters = tuple(c for c in value.letters if c in pins or any(c in f.letters for f in factors))
+        letters = tuple(c for c in value.size if c in pins or any(c in f.letters for f in factors))
         shape = tuple(value.size[c] for c in letters)
         made = Factor(letters, self.axes.fresh(shape))
         for f in factors:

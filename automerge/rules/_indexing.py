@@ -203,7 +203,7 @@ def grid_sample(context: Context, x: Value, grid: Value, *_: Any) -> Value:
     return engine.elementwise([x, copy_letters(where)])
 
 
-@rule("one_hot_index", "nonzero", "bincount", "unique_dim", "_unique2", "searchsorted_pinned")
+@rule("nonzero", "bincount", "histc", "unique_dim", "_unique2")
 def positions(context: Context, x: Value, *_: Any, **__: Any) -> Any:
     context.engine.pin_all(x, "positions are read from it")
     value = context.node.meta["val"]

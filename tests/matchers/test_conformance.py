@@ -23,7 +23,7 @@ MATCHERS: dict[str, Matcher] = {
     "anchored": FrankWolfe(anchor=1),
     "restarts": FrankWolfe(start="barycentre", restarts=1, seed=3),
     "normalised": FrankWolfe(block_weights="normalised"),
-    "plain": FrankWolfe(candidates=(), polish=0, max_iterations=3),
+    "plain": FrankWolfe(start="identity", softness=0, polish=0, max_iterations=3),
 }
 
 
@@ -82,7 +82,7 @@ def test_planted_permutations_of_deep_chains(sizes: tuple[int, ...], count: int)
     moved = symmetry.apply(base, element)
     assert match([base, moved], symmetry).between(0, 1) == element
     models = hand.planted(symmetry, 2, count, torch.float32)
-    ends = match(models, symmetry, FrankWolfe(candidates=())).apply(models)
+    ends = match(models, symmetry, FrankWolfe(start="identity", softness=0)).apply(models)
     assert all(torch.equal(ends[0][n], other[n]) for other in ends for n in other)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from automerge._errors import CheckpointError, MatchingError, OutputError
+from automerge.groups import Element
 from automerge.matchers import FrankWolfe, Matching, match
 from tests import _symmetries as hand
 
@@ -64,7 +65,7 @@ def test_cycle_error_is_measured() -> None:
     assert matching.cycle_error() == 0.0
 
     class Broken(Matching):
-        def between(self, a: int, b: int):  # noqa: ANN202
+        def between(self, a: int, b: int) -> Element:
             return self.to_universe[a]
 
     assert Broken(matching.to_universe, symmetry).cycle_error() > 0

@@ -1,0 +1,133 @@
+"""One row: infer on a model, and verify the answer."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from automerge._errors import InvarianceError
+from automerge._verify import verify
+from automerge.infer import infer_graph
+from automerge.symmetry import Symmetry
+from automerge.trace import trace
+from zoo.coverage._case import Case, catalogue, short
+
+
+@dataclass
+class Row:
+    """What was measured on one model.
+
+    Attributes:
+        library: torchvision, timm or transformers.
+        name: as given to ``--only``.
+        title: as the table shows it.
+        status: ``ok`` (answered), ``failed`` (trace or inference raised), ``setup`` (the model does not build or run here),
+            ``timeout`` or ``died`` (the process ended, for want of memory).
+        parameters: how many.
+        inputs: the shapes of the example inputs.
+        cpu_seconds: processor seconds of trace and inference, on one thread.
+        wall_seconds: wall time of the same, on a machine that may do other things.
+        groups: the number of generators.
+        free: the share of parameter axes' positions that are free.
+        pins: (reason, positions), the most frequent first.
+        unruled: operators without a rule, with their place.
+        error: what verification measured; None if it did not pass or did not run.
+        randomised: whether verification could randomise the weights.
+        message: what went wrong.
+        notes: from the symmetry and the case.
+    """
+
+    library: str
+    name: str
+    title: str = ""
+    status: str = "ok"
+    parameters: int = 0
+    inputs: list[list[int]] = field(default_factory=list)
+    cpu_seconds: float = 0.0
+    wall_seconds: float = 0.0
+    groups: int = 0
+    free: float = 0.0
+    pins: list[tuple[str, int]] = field(default_factory=list)
+    unruled: list[str] = field(default_factory=list)
+    error: float | None = None
+    randomised: bool = True
+    message: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def warm_up() -> None:
+    """Lazy imports and first calls, so that no row pays for them."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 4), nn.Softmax(-1))
+    image = torch.randn(1, 3, 5, 5)
+    verify(net, (image,), infer_graph(trace(net, image))[0], elements=1)
+
+
+def measure(library: str, name: str, elements: int = 1) -> Row:
+    """Build, infer and verify one model; whatever it raises is in the row."""
+    torch.manual_seed(0)
+    row = Row(library, name, title=name)
+    try:
+        case = catalogue(library).build(name)
+        row.title = case.title or name
+        row.notes = [case.note] if case.note else []
+        row.parameters = sum(p.numel() for p in case.model.parameters())
+        row.inputs = [list(t.shape) for t in (*case.args, *case.kwargs.values()) if isinstance(t, torch.Tensor)]
+        with torch.no_grad():
+            case.model.eval()(*case.args, **case.kwargs)
+    except Exception as error:
+        row.status, row.message = "setup", _text(error)
+        return row
+    gc.collect()
+    try:
+        symmetry = _infer(row, case)
+    except Exception as error:
+        row.status, row.message = "failed", _text(error)
+        return row
+    _verify(row, case, symmetry, elements)
+    return row
+
+
+def _infer(row: Row, case: Case) -> Symmetry:
+    wall, cpu = time.perf_counter(), time.process_time()
+    symmetry, _ = infer_graph(trace(case.model, case.args, case.kwargs))
+    row.cpu_seconds, row.wall_seconds = time.process_time() - cpu, time.perf_counter() - wall
+    row.groups, row.free = len(symmetry.sets), symmetry.free_share
+    counts: Counter[str] = Counter()
+    for pin in symmetry.pins:
+        counts[pin.reason] += pin.count
+    row.pins = [(short(reason), n) for reason, n in counts.most_common(6)]
+    row.unruled = [short(u) for u in symmetry.unruled]
+    row.notes += [short(n) for n in symmetry.notes]
+    return symmetry
+
+
+def _verify(row: Row, case: Case, symmetry: Symmetry, elements: int) -> None:
+    message = ""
+    for args in (case.small, case.args):
+        if args is None:
+            continue
+        try:
+            outcome = verify(case.model, args, symmetry, case.kwargs, elements=elements)
+        except InvarianceError as error:
+            row.message = _text(error)
+            return
+        except Exception as error:
+            message = f"verification: {_text(error)}"
+            continue
+        row.error, row.randomised = outcome.error, outcome.randomised
+        return
+    row.message = message
+
+
+def _text(error: Exception) -> str:
+    return short(f"{type(error).__name__}: {error}".strip())[:700]
