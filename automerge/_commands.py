@@ -10,9 +10,9 @@ from typing import Any
 from automerge import _demo
 from automerge._console import Console
 from automerge._data import Batches
+from automerge._errors import InvarianceError
 from automerge._factory import UsageError, build_model, draw_inputs, load_batches, parse_input
 from automerge._files import write_text
-from automerge._errors import InvarianceError
 from automerge._verify import verify as verify_symmetry
 from automerge.infer import infer
 from automerge.io import StateDict, check_state_dict, check_writable, load_state_dict
@@ -101,6 +101,8 @@ def merge(options: argparse.Namespace) -> None:
             repair=options.repair,
             coordinates="universe" if options.reference is None else options.reference,
         )
+    if result.matching.stats.get("interrupted"):
+        raise KeyboardInterrupt
     result.save(options.output, options.force)
     console.show(result.report())
     console.show(f"written to {options.output}")

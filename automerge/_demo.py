@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from automerge._console import Console
+from automerge._console import Advance, Console
 from automerge._factory import UsageError, add_current_directory
 from automerge._files import make_directory, write_text
 from automerge._version import __version__
@@ -157,12 +157,8 @@ def _room(
 ) -> dict[str, Any]:
     """Everything for one architecture; plain data that is the same for the same seed."""
     folder = settings.out
-    states: list[StateDict] = []
-    for k in range(settings.models):
-        seed = settings.seed * 1000 + k
-        path = folder / f"{room.name}-{seed}.safetensors"
-        with console.stage("train") as advance:
-            states.append(train(room.factory, digits, recipe, seed, path=path, report=advance).state_dict)
+    with console.stage("train") as advance:
+        states = [_network(k, room, settings, train, digits, recipe, advance) for k in range(settings.models)]
     network = room.factory().eval()
     example = room.test_batches[0][0][:4]
     network.load_state_dict(states[0])
@@ -170,6 +166,8 @@ def _room(
         symmetry = infer(network, example)
     with console.stage("match"):
         matching = match(states, symmetry, FrankWolfe())
+    if matching.stats.get("interrupted"):
+        raise KeyboardInterrupt
     merged = _merge_all(room, network, states, symmetry, matching, console)
     merged["universe, repaired"].save(folder / f"{room.name}-merged.safetensors", force=True)
     with console.stage("evaluate"):
@@ -184,6 +182,19 @@ def _room(
         "cycle_error": cycle_error(matching).value,
         "path": path_data,
     }
+
+
+def _network(
+    number: int, room: Room, settings: Settings, train: Callable[..., Any], digits: Any, recipe: Any, advance: Advance
+) -> StateDict:
+    """Train or read one network, and move the bar of all."""
+    seed = settings.seed * 1000 + number
+    path = settings.out / f"{room.name}-{seed}.safetensors"
+
+    def report(done: int, of: int) -> None:
+        advance(number * of + done, settings.models * of)
+
+    return train(room.factory, digits, recipe, seed, path=path, report=report).state_dict
 
 
 def _merge_all(
@@ -254,17 +265,18 @@ def _path(
             network, moved[0], moved[1], room.test_batches, repair="reset", repair_data=data
         )
     plot_barrier(before, after, folder / f"{room.name}-path.png", others=others, title=room.title, force=True)
-    return {"before": before.to_dict(), "after": after.to_dict(), **{k: b.to_dict() for k, b in others.items()}}
+    named = {"before matching": before, "after": after, **others}
+    return {name: value.to_dict() for name, value in named.items()}
 
 
 def _show(room: Room, result: Mapping[str, Any], seconds: Mapping[str, float], console: Console) -> None:
     rows = [[row["name"], f"{100 * row['accuracy']:.2f}", f"{row['loss']:.4f}"] for row in result["rows"]]
     sizes = ", ".join(str(size) for size in sorted(result["groups"], reverse=True))
-    before, after = (result["path"][key]["loss_barrier"] for key in ("before", "after"))
+    barriers = ", ".join(f"{data['loss_barrier']:.4f} {name}" for name, data in result["path"].items())
     notes = [
         f"permutation groups: {sizes} units; {result['free_share']:.1%} of the axes' positions are free",
         f"cycle error of the universe's pairwise maps: {result['cycle_error']:g}",
-        f"loss barrier between two models: {before:.4f} before matching, {after:.4f} after",
+        f"loss barrier between two models: {barriers}",
     ]
     console.table(room.title, ["held-out digits", "accuracy %", "loss"], rows, notes)
     console.show("  seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()) + "\n")

@@ -76,10 +76,10 @@ class Structure:
                 np.add.at(colour, rows[:, 0], _hash(i + 1, rows[:, 1], rows[:, 2] + 1))
         return colour
 
-    def cycles(self) -> list[int]:
+    def cycles(self) -> np.ndarray:
         """The strongly connected component of every vertex (x + flip(x) relates vertices in circles)."""
         graph = coo_matrix((np.ones(self.source.size, np.int8), (self.source, self.target)), shape=(self.n, self.n))
-        return connected_components(graph, directed=True, connection="strong")[1].tolist()
+        return connected_components(graph, directed=True, connection="strong")[1]
 
     def _refine(self, colour: np.ndarray) -> np.ndarray:
         _, now = np.unique(colour, return_inverse=True)
@@ -98,21 +98,127 @@ class Structure:
                 return now
 
 
+class _Adjacency:
+    """Compressed rows of edges among vertices that may move: (kind, other end) for each vertex, sorted."""
+
+    def __init__(self, n: int, kind: np.ndarray, at: np.ndarray, other: np.ndarray) -> None:
+        order = np.lexsort((other, kind, at))
+        self.kind, self.other = kind[order], other[order]
+        self.start = np.searchsorted(at[order], np.arange(n + 1))
+
+    def block(self, vertices: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """Kinds ``(d,)`` and ends ``(len(vertices), d)`` if all vertices have the same kinds of edges, else None."""
+        low, high = self.start[vertices], self.start[vertices + 1]
+        degree = high - low
+        if not (degree == degree[0]).all():
+            return None
+        at = low[:, None] + np.arange(degree[0])
+        kinds = self.kind[at]
+        if not (kinds == kinds[:1]).all():
+            return None
+        return kinds[0], self.other[at]
+
+    def row(self, v: int) -> list[tuple[int, int]]:
+        """The edges of one vertex."""
+        part = slice(self.start[v], self.start[v + 1])
+        return list(zip(self.kind[part].tolist(), self.other[part].tolist(), strict=True))
+
+
 class _Swapper:
-    """Adjacency among vertices that may move, and the propagation of one candidate swap."""
+    """Candidate exchanges of vertices: a whole bucket at once where it is regular, else one pair at a time."""
 
     def __init__(self, structure: Structure) -> None:
-        self.structure = structure
-        self.colour = structure.colour.tolist()
-        counts = np.bincount(structure.colour, minlength=1)
-        self.moving = counts[structure.colour] > 1
+        n = structure.n
+        self.colour = structure.colour
+        self.moving = np.bincount(structure.colour, minlength=1)[structure.colour] > 1
         both = self.moving[structure.source] & self.moving[structure.target]
-        self.out: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        self.into: dict[int, dict[int, list[int]]] = defaultdict(dict)
-        kinds, sources, targets = (a[both].tolist() for a in (structure.edge_type, structure.source, structure.target))
-        for kind, s, t in zip(kinds, sources, targets, strict=True):
-            self.out[s].append((kind, t))
-            self.into[t].setdefault(kind, []).append(s)
+        kind, source, target = structure.edge_type[both], structure.source[both], structure.target[both]
+        self.outward = _Adjacency(n, kind, source, target)
+        self.inward = _Adjacency(n, kind, target, source)
+        self._row = np.full(n, -1, np.int64)
+        self._column = np.full(n, -1, np.int64)
+        self._out: dict[int, list[tuple[int, int]]] = {}
+        self._into: dict[int, dict[int, list[int]]] = {}
+
+    def buckets(self, cycle: np.ndarray) -> list[np.ndarray]:
+        """Vertices of equal colour with equal images outside their own cycle; roots first."""
+        out = self.outward
+        at = np.repeat(np.arange(self.colour.size), np.diff(out.start))
+        outside = cycle[at] != cycle[out.other]
+        key = np.zeros(self.colour.size, np.uint64)
+        with np.errstate(over="ignore"):
+            np.add.at(key, at[outside], _hash(out.kind[outside], out.other[outside]))
+        chosen = np.flatnonzero(self.moving)
+        rows = np.stack([self.colour[chosen].astype(np.uint64), key[chosen]], 1)
+        _, group = np.unique(rows, axis=0, return_inverse=True)
+        order = np.argsort(group.reshape(-1), kind="stable")
+        cuts = np.flatnonzero(np.diff(group.reshape(-1)[order])) + 1
+        parts = [chosen[p] for p in np.split(order, cuts)]
+        return sorted((p for p in parts if p.size > 1), key=lambda p: (bool(key[p[0]]), int(p[0])))
+
+    # ------------------------------------------------------------ a whole bucket
+    def bundle(self, bucket: np.ndarray) -> np.ndarray | None:
+        """The table of a bucket whose members all have clusters of one shape in order; None if that does not check out."""
+        n = bucket.size
+        line = np.arange(n)
+        columns = [bucket]
+        self._row[bucket], self._column[bucket] = line, 0
+        try:
+            done = 0
+            while done < len(columns):
+                block = self.inward.block(columns[done])
+                done += 1
+                if block is None:
+                    return None
+                for ends in block[1].T:
+                    if self._row[ends[0]] < 0:
+                        if (self._row[ends] >= 0).any():
+                            return None
+                        self._row[ends], self._column[ends] = line, len(columns)
+                        columns.append(ends)
+                        if not np.array_equal(self._row[ends], line):
+                            return None
+                    elif not self._parallel(ends, line):
+                        return None
+            if not all(self._keeps(c, line) for c in columns):
+                return None
+            return np.stack(columns, 1)
+        finally:
+            for c in columns:
+                self._row[c] = self._column[c] = -1
+
+    def _parallel(self, ends: np.ndarray, line: np.ndarray) -> bool:
+        return np.array_equal(self._row[ends], line) and bool((self._column[ends] == self._column[ends[0]]).all())
+
+    def _keeps(self, column: np.ndarray, line: np.ndarray) -> bool:
+        """Every edge out of a column stays in its unit, or leads to one vertex that does not move."""
+        block = self.outward.block(column)
+        if block is None or not (self.colour[column] == self.colour[column[0]]).all():
+            return False
+        for ends in block[1].T:
+            if self._row[ends[0]] < 0:
+                if not (ends == ends[0]).all():
+                    return False
+            elif not self._parallel(ends, line):
+                return False
+        return True
+
+    # ------------------------------------------------------------ one pair
+    def out(self, v: int) -> list[tuple[int, int]]:
+        """Edges out of a vertex."""
+        found = self._out.get(v)
+        if found is None:
+            found = self._out[v] = self.outward.row(v)
+        return found
+
+    def into(self, v: int) -> dict[int, list[int]]:
+        """Edges into a vertex, by kind."""
+        found = self._into.get(v)
+        if found is None:
+            found = self._into[v] = {}
+            for kind, source in self.inward.row(v):
+                found.setdefault(kind, []).append(source)
+        return found
 
     def swap(self, u: int, v: int) -> list[tuple[int, int]] | None:
         """The smallest automorphism found that exchanges u and v: its pairs, u's side first; None if there is none."""
@@ -142,7 +248,7 @@ class _Swapper:
             return False
         image[a], image[b] = b, a
         pairs.append((a, b))
-        out_a, out_b = self.out.get(a, []), self.out.get(b, [])
+        out_a, out_b = self.out(a), self.out(b)
         if len(out_a) != len(out_b):
             return False
         for (ka, ta), (kb, tb) in zip(out_a, out_b, strict=True):
@@ -150,47 +256,41 @@ class _Swapper:
                 return False
             if ta != tb:
                 forced.append((ta, tb))
-        for kind in self.into.get(a, {}):
+        for kind in self.into(a):
             members.append((kind, a, b))
         return True
 
     def _match(self, kind: int, a: int, b: int, image: dict[int, int]) -> list[tuple[int, int]] | None:
-        mine = [w for w in self.into[a].get(kind, []) if w not in image]
-        theirs = [w for w in self.into.get(b, {}).get(kind, []) if w not in image]
+        mine = [w for w in self.into(a).get(kind, []) if w not in image]
+        theirs = [w for w in self.into(b).get(kind, []) if w not in image]
         if len(mine) != len(theirs):
             return None
         free: dict[tuple, list[int]] = defaultdict(list)
         for w in reversed(theirs):
-            free[(self.colour[w], *self.out[w])].append(w)
+            free[(self.colour[w], *self.out(w))].append(w)
         found, left = [], []
         for w in mine:
-            key = (self.colour[w], *((k, image.get(t, t)) for k, t in self.out[w]))
+            key = (self.colour[w], *((k, image.get(t, t)) for k, t in self.out(w)))
             if free.get(key):
                 found.append((w, free[key].pop()))
             else:
                 left.append(w)
-        if left:
-            by_colour: dict[int, list[int]] = defaultdict(list)
-            rest = {w for ws in free.values() for w in ws}
-            for w in reversed(theirs):
-                if w in rest:
-                    by_colour[self.colour[w]].append(w)
-            for w in left:
-                if not by_colour.get(self.colour[w]):
-                    return None
-                found.append((w, by_colour[self.colour[w]].pop()))
+        rest = sorted((w for ws in free.values() for w in ws), reverse=True)
+        for w in left:  # nothing forces the choice: in order
+            choice = next((x for x in reversed(rest) if self.colour[x] == self.colour[w]), None)
+            if choice is None:
+                return None
+            rest.remove(choice)
+            found.append((w, choice))
         return found
 
     def _exact(self, image: dict[int, int]) -> bool:
         """Every edge at a moved vertex is mapped onto an edge of its type."""
         for a, b in image.items():
-            mine, theirs = self.out.get(a, []), self.out.get(b, [])
-            if [(k, image.get(t, t)) for k, t in mine] != theirs:
+            if [(k, image.get(t, t)) for k, t in self.out(a)] != self.out(b):
                 return False
-            into = self.into.get(a, {})
-            for sources in into.values():
-                if any(w not in image for w in sources):
-                    return False
+            if any(w not in image for sources in self.into(a).values() for w in sources):
+                return False
         return True
 
 
@@ -202,37 +302,24 @@ def search(structure: Structure, wanted: np.ndarray | None = None) -> list[UnitS
         wanted: bool per vertex; sets without any such vertex are dropped (they move no parameter).
     """
     swapper = _Swapper(structure)
-    cycle = structure.cycles()
-    buckets: dict[tuple, list[int]] = defaultdict(list)
-    for v in np.flatnonzero(swapper.moving).tolist():
-        outside = ((k, t) for k, t in swapper.out.get(v, ()) if cycle[t] != cycle[v])
-        buckets[(swapper.colour[v], *outside)].append(v)
-    found: list[UnitSet] = []
-    place: dict[int, dict[tuple[int, int], int]] = defaultdict(dict)
-    for bucket in sorted((b for b in buckets.values() if len(b) > 1), key=lambda b: (swapper.out.get(b[0], []) == [], b[0])):
-        for table in _sets_of(bucket, swapper, place):
-            number = len(found)
-            found.append(UnitSet(table))
-            for row, vertices in enumerate(table.tolist()):
-                for column, v in enumerate(vertices):
-                    place[v][number, column] = row
-    kept = [s for s in found if wanted is None or wanted[s.table].any()]
+    found: dict[bytes, UnitSet] = {}
+    last = np.full((structure.n, 2), -1, np.int64)  # the latest set and column of each vertex
+    for bucket in swapper.buckets(structure.cycles()):
+        places = last[bucket]
+        if places[0, 0] >= 0 and (places == places[0]).all():
+            continue  # they were exchanged along with others already
+        table = swapper.bundle(bucket)
+        for made in [table] if table is not None else _sets_of(bucket.tolist(), swapper):
+            units = np.sort(made, axis=1)
+            found.setdefault(units[np.lexsort(units.T[::-1])].tobytes(), UnitSet(made))
+            last[made.reshape(-1), 0] = len(found)
+            last[made.reshape(-1), 1] = np.tile(np.arange(made.shape[1]), made.shape[0])
+    kept = [s for s in found.values() if wanted is None or wanted[s.table].any()]
     return sorted(kept, key=lambda s: s.table.shape[1])
 
 
-def _same_column(bucket: list[int], place: dict[int, dict[tuple[int, int], int]]) -> bool:
-    common = set(place[bucket[0]]) if bucket[0] in place else set()
-    for v in bucket[1:]:
-        common &= set(place[v]) if v in place else set()
-        if not common:
-            return False
-    return bool(common)
-
-
-def _sets_of(bucket: list[int], swapper: _Swapper, place: dict) -> list[np.ndarray]:
-    """The symmetric groups among vertices with equal colour and equal images."""
-    if _same_column(bucket, place):
-        return []
+def _sets_of(bucket: list[int], swapper: _Swapper) -> list[np.ndarray]:
+    """The symmetric groups among vertices with equal colour and equal images, from pairwise exchanges."""
     tables: list[np.ndarray] = []
     known: list[set[frozenset[int]]] = []
     left = list(bucket)

@@ -361,21 +361,21 @@ def _supersets(u: int, full: int) -> Iterator[int]:
 def _along(bundle: Bundle, mixed: Mapping[tuple[int, int], torch.Tensor], total: torch.Tensor) -> np.ndarray:
     """One bundle's f along a segment, by powers of the step (the constant term is not meant)."""
     d = len(bundle.spaces)
-    terms: list[torch.Tensor] = []
-    for size in range(d + 1):
-        of_size = [mixed[bundle.full, u] for u in range(bundle.full + 1) if u.bit_count() == size]
-        terms.append(reduce(torch.add, of_size))
+    of_size = [[mixed[bundle.full, u] for u in range(bundle.full + 1) if u.bit_count() == size] for size in range(d + 1)]
     basis = [poly.polymul([0.0] * j + [1.0], poly.polypow([1.0, -1.0], d - j)) for j in range(d + 1)]
-    sums = [_sum(x) for x in terms]
+    rest = total - _sum(of_size[0][0])
     out = np.zeros(1)
-    if terms[0].shape[0] > 1:
-        for j in range(d + 1):
-            for k in range(j, d + 1):
-                both = _dot(sums[j], sums[k]) - _dot(terms[j], terms[k])
-                out = poly.polyadd(out, (0.5 if j == k else 1.0) * both * poly.polymul(basis[j], basis[k]))
-    rest = total - sums[0]
+    for j, parts in enumerate(of_size):
+        linear = sum(_dot(rest, x) for part in parts for x in part)
+        out = poly.polyadd(out, linear * basis[j])
+    if of_size[0][0].shape[0] == 1:
+        return out
+    terms = [reduce(torch.add, parts) for parts in of_size]
+    sums = [_sum(x) for x in terms]
     for j in range(d + 1):
-        out = poly.polyadd(out, _dot(rest, sums[j]) * basis[j])
+        for k in range(j, d + 1):
+            both = _dot(sums[j], sums[k]) - _dot(terms[j], terms[k])
+            out = poly.polyadd(out, (0.5 if j == k else 1.0) * both * poly.polymul(basis[j], basis[k]))
     return out
 
 
