@@ -169,7 +169,7 @@ def _split(structure: Structure, q: Path, k: int, gain: np.ndarray, outer: Path)
     half = len(q)
     block = gain.transpose(*at, *(i + half for i in at))
     others = block.size // (m * m)
-    side = int(round(others**0.5))
+    side = round(others**0.5)
     return mine, block.reshape(m, side, m, side)
 
 

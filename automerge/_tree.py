@@ -1,13 +1,13 @@
 """The nested groups behind the flat generators: trees of roles.
 
 A generator is *nested* in a unit of another when everything that it moves lies inside that unit. The inner generators
-of different outer units that the outer permutation swaps onto each other are the *members* of one *role*; a role without
-a parent is the root of a *tree*. The group of a tree is an iterated wreath product. An element of it is one array for
+of different outer units that the outer permutation swaps onto each other are the *members* of one *role*; a role
+without a parent is the root of a *tree*. The group of a tree is an iterated wreath product. An element of it is one array for
 each role, of shape ``(*sizes of the ancestors, size)``: at the new position ``(u, a, ...)`` it says where the last
 coordinate comes from, so that ``new[u, a] = old[p[u], q[u, a]]``.
 
-A set of roles that is closed under taking parents is a *space*: the grid of their coordinates, on which the group acts by
-permutations.
+A set of roles that is closed under taking parents is a *space*: the grid of their coordinates, on which the group acts
+by permutations.
 """
 
 from __future__ import annotations

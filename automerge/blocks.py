@@ -2,10 +2,11 @@
 
 Everything downstream (objective, gradient, matchers) works on `Blocks` and knows nothing of architectures. Along every
 axis of a parameter each position has coordinates: the unit of each role that acts there. Positions with the same set of
-roles form a *segment*, a grid of those units times a pinned rest; the product of one segment per axis is a `Block`. Where
-a slot is confined by ``within``, the coordinates of one axis depend on another axis; the parameter is then first cut into
-the *regions* that the slices make, and regions that the group swaps are reassembled: either the shared outer coordinate
-is kept once (batched expert weights), or the block is embedded block-diagonally with a mask (grouped kernels).
+roles form a *segment*, a grid of those units times a pinned rest; the product of one segment per axis is a `Block`.
+Where a slot is confined by ``within``, the coordinates of one axis depend on another axis; the parameter is then first
+cut into the *regions* that the slices make, and regions that the group swaps are reassembled: either the shared outer
+coordinate is kept once (batched expert weights), or the block is embedded block-diagonally with a mask (grouped
+kernels).
 """
 
 from __future__ import annotations

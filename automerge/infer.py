@@ -14,7 +14,7 @@ from automerge._errors import UnknownOperatorError
 from automerge._search import Structure, search
 from automerge._verify import check_replay
 from automerge._verify import verify as check_symmetry
-from automerge.rules import Analysis, analyse
+from automerge.rules import Analysis, analyse, is_state
 from automerge.symmetry import Generator, Symmetry
 from automerge.trace import TraceInfo, trace
 
@@ -121,7 +121,7 @@ def infer_graph(graph: fx.GraphModule) -> tuple[Symmetry, Analysis]:
 def _shapes(graph: fx.GraphModule) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for node in graph.graph.nodes:
-        if node.op == "placeholder" and node.meta["kind"] == "state" and node.meta["val"].is_floating_point():
+        if node.op == "placeholder" and node.meta["kind"] == "state" and is_state(node.meta["val"]):
             shapes[node.meta["name"]] = tuple(node.meta["val"].shape)
     return shapes
 

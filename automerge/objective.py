@@ -1,8 +1,8 @@
 """The universe objective on blocks: value, gradient and segment polynomial in O(N).
 
-With X_m model m's blocks moved to the universe and T their sum, ``f = sum_{l<m} <X_l, X_m> = (|T|^2 - sum_m |X_m|^2) / 2``
-and ``df/dX_m = T - X_m`` (C2M3, arXiv 2405.17897, eq. 4 and Alg. 1, rewritten). Blocks that nothing moves add a constant
-and are left out, and so are normalisation statistics.
+With X_m model m's blocks moved to the universe and T their sum,
+``f = sum_{l<m} <X_l, X_m> = (|T|^2 - sum_m |X_m|^2) / 2`` and ``df/dX_m = T - X_m`` (C2M3, arXiv 2405.17897, Alg. 1,
+rewritten). Blocks that nothing moves add a constant and are left out, and so are normalisation statistics.
 
 Blocks with the same spaces are laid side by side in a `Bundle`, of shape ``(N, n1, pinned)`` or
 ``(N, n1, pinned, n2, ...)``: the first and the last axis move, so that both gradient contractions are plain matrix
@@ -153,7 +153,7 @@ def gather(tensor: torch.Tensor, dim: int, sigma: torch.Tensor) -> torch.Tensor:
 
 
 def act(tensor: torch.Tensor, dim: int, matrix: torch.Tensor) -> torch.Tensor:
-    """Apply matrices ``(N, n, n)`` along ``dim``: ``out[m, .., i, ..] = sum_j matrix[m, i, j] tensor[m, .., j, ..]``."""
+    """Along ``dim``: ``out[m, .., i, ..] = sum_j matrix[m, i, j] tensor[m, .., j, ..]``; matrices ``(N, n, n)``."""
     front = tensor.movedim(dim, 1)
     out = torch.bmm(matrix, front.reshape(*front.shape[:2], -1))
     return out.reshape(front.shape).movedim(1, dim).contiguous()
@@ -197,7 +197,7 @@ class Segment:
         models: which models move.
         sigma: the vertex, per space ``(models, n)``.
         coefficients: f along the way minus f at its start, float64, by powers of the step.
-        parts: per bundle ``(S, U) -> `` the weights moved along S: by the vertex along U, by the iterate along the rest.
+        parts: per bundle ``(S, U) ->`` the weights moved along S: by the vertex along U, else by the iterate.
     """
 
     models: slice
@@ -250,9 +250,9 @@ class State:
         state = cls.__new__(cls)
         state.objective = objective
         state.plan = []
-        for s in sigma:
-            plan = matrices(s, objective.dtype).mul_((1 - shares)[:, None, None])
-            state.plan.append(plan.add_(shares[:, None, None] / s.shape[1]))
+        for permutation in sigma:
+            plan = matrices(permutation, objective.dtype).mul_((1 - shares)[:, None, None])
+            state.plan.append(plan.add_(shares[:, None, None] / permutation.shape[1]))
         state.parts = []
         for bundle in objective.bundles:
             held = {0: bundle.weights}
@@ -359,9 +359,11 @@ def _supersets(u: int, full: int) -> Iterator[int]:
 
 
 def _along(bundle: Bundle, mixed: Mapping[tuple[int, int], torch.Tensor], total: torch.Tensor) -> np.ndarray:
-    """One bundle's f along a segment, by powers of the step (the constant term is not meant)."""
+    """One bundle's objective along a segment, by powers of the step (the constant term is not meant)."""
     d = len(bundle.spaces)
-    of_size = [[mixed[bundle.full, u] for u in range(bundle.full + 1) if u.bit_count() == size] for size in range(d + 1)]
+    of_size = [
+        [mixed[bundle.full, u] for u in range(bundle.full + 1) if u.bit_count() == size] for size in range(d + 1)
+    ]
     basis = [poly.polymul([0.0] * j + [1.0], poly.polypow([1.0, -1.0], d - j)) for j in range(d + 1)]
     rest = total - _sum(of_size[0][0])
     out = np.zeros(1)
@@ -377,29 +379,3 @@ def _along(bundle: Bundle, mixed: Mapping[tuple[int, int], torch.Tensor], total:
             both = _dot(sums[j], sums[k]) - _dot(terms[j], terms[k])
             out = poly.polyadd(out, (0.5 if j == k else 1.0) * both * poly.polymul(basis[j], basis[k]))
     return out
-
-
-def maximise_polynomial(coefficients: np.ndarray) -> tuple[float, float]:
-    """The step in [0, 1] with the largest value of a polynomial, end points included, and its gain over 0.
-
-    Args:
-        coefficients: by rising powers.
-
-    Examples:
-        >>> maximise_polynomial(np.array([0.0, 1.0, -1.0]))
-        (0.5, 0.25)
-        >>> maximise_polynomial(np.array([0.0, 1.0, 1.0]))
-        (1.0, 2.0)
-    """
-    slope = poly.polyder(coefficients)
-    size = float(np.abs(slope).max(initial=0.0))
-    if size == 0:
-        return 0.0, 0.0
-    slope = poly.polytrim(slope / size, 1e-14)
-    roots = poly.polyroots(slope)
-    inside = [float(r.real) for r in roots if abs(r.imag) < 1e-6 and 0 < r.real < 1]
-    start = float(coefficients[0])
-    gain, step = max(
-        ((float(poly.polyval(t, coefficients)) - start, t) for t in (*inside, 0.0, 1.0)), key=lambda x: x[0]
-    )
-    return (step, gain) if gain > 0 else (0.0, 0.0)

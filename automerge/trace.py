@@ -19,6 +19,8 @@ import torch
 from torch import fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import module as _nn_module
+from torch.nn.parameter import UninitializedTensorMixin
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from automerge._aliases import Tracked, read, write
@@ -42,6 +44,8 @@ class TraceInfo:
         inputs: placeholder name -> path of the tensor in ``(args, kwargs)``.
         outputs: the number of output tensors.
         data_dependent: where a python value was read from a tensor that depends on inputs or parameters.
+        reads: nodes whose values python read (``.item()``, ``.tolist()``, ``if tensor``); they must not change either.
+        rewritten: state-dict names that the forward pass writes to (they are put back).
         unknown: places where a tensor of unknown provenance entered (treated as a constant).
     """
 
@@ -50,6 +54,8 @@ class TraceInfo:
     inputs: dict[str, str] = field(default_factory=dict)
     outputs: int = 0
     data_dependent: list[str] = field(default_factory=list)
+    reads: list[str] = field(default_factory=list)
+    rewritten: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
 
 
@@ -94,7 +100,7 @@ def trace(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) 
     positional, keywords = recorder.add_inputs(positional, keywords)
     with prepared(model), recorder.watch_modules():
         try:
-            with torch.no_grad(), recorder:
+            with torch.no_grad(), recorder, _Readers(recorder):
                 result = model(*positional, **keywords)
         except TraceError:
             raise
@@ -105,6 +111,8 @@ def trace(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) 
                 f"{type(model).__name__} does not run on the example inputs ({shapes})"
                 f"{recorder.where()}: {type(error).__name__}: {text}"
             ) from error
+        finally:
+            recorder.restore()
     return recorder.finish(result)
 
 
@@ -131,7 +139,7 @@ def record(function: Callable[..., Any], tensors: Sequence[torch.Tensor], *, mod
 def prepared(model: nn.Module) -> Iterator[None]:
     """Eval mode, unfused attention and recurrences, and everything put back afterwards (buffers included)."""
     modes = [(m, m.training) for m in model.modules()]
-    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_inference()]
+    registered = [(m, dict(m._parameters), dict(m._buffers)) for m in model.modules()]
     fastpath = torch.backends.mha.get_fastpath_enabled()
     mkldnn, recurrent = torch._C._get_mkldnn_enabled(), any(isinstance(m, nn.RNNBase) for m in model.modules())
     model.eval()
@@ -146,10 +154,11 @@ def prepared(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fastpath)
         for module, mode in modes:
             module.training = mode
-        with torch.no_grad():
-            for buffer, version, value in buffers:
-                if buffer._version != version and buffer.shape == value.shape:
-                    buffer.copy_(value)
+        for module, parameters, buffers in registered:  # a forward pass may bind other tensors to these names
+            if any(module._parameters.get(n) is not p for n, p in parameters.items()):
+                module._parameters.update(parameters)
+            if any(module._buffers.get(n) is not b for n, b in buffers.items()):
+                module._buffers.update(buffers)
 
 
 class _Recorder(TorchDispatchMode):
@@ -166,6 +175,7 @@ class _Recorder(TorchDispatchMode):
         self.layouts: dict[tuple[Any, ...], Tracked] = {}
         self.alive: list[torch.Tensor] = []
         self.tainted: set[fx.Node] = set()
+        self.states: list[tuple[torch.Tensor, fx.Node]] = []
         self._add_state(model)
 
     # ------------------------------------------------------------ placeholders
@@ -176,6 +186,8 @@ class _Recorder(TorchDispatchMode):
         for name, tensor in tensors:
             if name not in persistent or not isinstance(tensor, torch.Tensor):
                 continue
+            if isinstance(tensor, UninitializedTensorMixin):
+                raise TraceError(f"{name} is not initialised yet (a lazy module); run the model once on real inputs first")
             key = (id(tensor),) if tensor.numel() == 0 else _layout(tensor)
             if key in first:
                 self.info.aliases[name] = first[key]
@@ -184,7 +196,17 @@ class _Recorder(TorchDispatchMode):
                 continue
             first[key] = name
             node = self._placeholder(name, tensor, "state")
+            self.states.append((tensor, node))
             self.info.names[node.name] = name
+
+    def restore(self) -> None:
+        """Put back parameters and buffers that the forward pass wrote to."""
+        for tensor, node in self.states:
+            before = node.meta["val"]
+            if tensor.numel() and before.data_ptr() != tensor.data_ptr() and before.shape == tensor.shape:
+                self.info.rewritten.append(node.meta["name"])
+                with torch.no_grad():
+                    tensor.detach().copy_(before)
 
     def _placeholder(self, name: str, tensor: torch.Tensor, kind: str) -> fx.Node:
         word = "".join(c if c.isalnum() else "_" for c in name).strip("_") or kind
@@ -268,17 +290,23 @@ class _Recorder(TorchDispatchMode):
             return read(self, self._lookup(tensor))
 
         node_args, node_kwargs = map_tensors(to_node, tuple(args)), map_tensors(to_node, dict(kwargs))
-        if func in (aten._local_scalar_dense.default, aten.item.default):
-            if node_args[0] in self.tainted:
-                self.info.data_dependent.append(f"{_source()}{self.where()}")
+        if func in _READS:
+            for node in node_args:
+                self.note_read(node)
             return func(*args, **kwargs)
         if func._schema.is_mutable:
             return write(self, func, args, kwargs, node_args, node_kwargs)
         out = func(*args, **kwargs)
         self.record(func, args, node_args, node_kwargs, out)
-        if func in (aten.nonzero.default, aten.equal.default) and any(isinstance(a, fx.Node) and a in self.tainted for a in node_args):
+        if func is aten.nonzero.default and node_args[0] in self.tainted:
             self.info.data_dependent.append(f"{_source()}{self.where()}")
         return out
+
+    def note_read(self, node: Any) -> None:
+        """Python sees a tensor's values: from here on the trace holds for those values only."""
+        if isinstance(node, fx.Node) and node in self.tainted:
+            self.info.data_dependent.append(f"{_source()}{self.where()}")
+            self.info.reads.append(node.name)
 
     def record(self, func: Any, args: Any, node_args: Any, node_kwargs: Any, out: Any) -> fx.Node:
         """Emit one functional operator and register its outputs, as views of their base where the schema says so."""
@@ -315,6 +343,25 @@ class _Recorder(TorchDispatchMode):
         module = fx.GraphModule(self.root, self.graph)
         module.meta["trace"] = self.info
         return module
+
+
+_READS = (aten._local_scalar_dense.default, aten.item.default, aten.equal.default, aten.is_nonzero.default)
+
+
+class _Readers(TorchFunctionMode):
+    """Notes the ways in which python reads a whole tensor without any operator."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _WHOLE_READS and isinstance(args[0], torch.Tensor):
+            self.recorder.note_read(read(self.recorder, self.recorder._lookup(args[0])))
+        return func(*args, **(kwargs or {}))
+
+
+_WHOLE_READS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}
 
 
 def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from automerge._polynomial import maximise_polynomial
 from automerge.blocks import decompose
-from automerge.objective import Objective, State, maximise_polynomial
+from automerge.objective import Objective, State
 from tests import _symmetries as hand
 from tests._all_pairs import AllPairs
 

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 
 from automerge._errors import MatchingError
+from automerge._polynomial import maximise_polynomial
 from automerge._tree import Perms
 from automerge.blocks import decompose
 from automerge.matchers._base import Matcher, Matching, Model, Progress, check_models
 from automerge.matchers._polish import Polisher
 from automerge.matchers._starts import identity_elements, induced, random_plan, signature, vertices
-from automerge.objective import Objective, State, maximise_polynomial
+from automerge.objective import Objective, State
 from automerge.symmetry import Symmetry
 
 _STARTS = ("signature", "identity", "barycentre", "sinkhorn")

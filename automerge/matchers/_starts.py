@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -11,32 +12,43 @@ from automerge._oracle import maximise
 from automerge._tree import Perms
 from automerge.objective import Objective
 
-
-def vertex(objective: Objective, gains: Sequence[torch.Tensor | np.ndarray]) -> tuple[list[np.ndarray], Perms]:
-    """The group element of one model with the largest gain.
-
-    Args:
-        objective: the problem.
-        gains: per space ``(n, n)``, new position by old position.
-
-    Returns:
-        The permutation of every space, and the element itself.
-    """
-    blocks = objective.blocks
-    perms: Perms = {}
-    arrays = [g.detach().cpu().numpy() if isinstance(g, torch.Tensor) else g for g in gains]
-    for root in blocks.structure.roots:
-        mine = {s.roles: g for s, g in zip(blocks.spaces, arrays, strict=True) if s.root == root}
-        perms.update(maximise(blocks.structure, root, mine)[1])
-    return blocks.induced(perms), perms
+_THREADED = 256
 
 
 def vertices(objective: Objective, gains: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[Perms]]:
-    """`vertex` for several models: per space ``(models, n)`` and the elements."""
+    """For each of several models the group element with the largest gain.
+
+    Trees are independent problems; large ones are solved in as many threads as torch uses (scipy's solver lets go of
+    the interpreter's lock).
+
+    Args:
+        objective: the problem.
+        gains: per space ``(models, n, n)``: model, new position, old position.
+
+    Returns:
+        Per space the permutations ``(models, n)``, and the elements themselves.
+    """
+    if not gains:
+        return [], []
+    blocks = objective.blocks
     host = [g.detach().cpu().numpy() for g in gains]
-    found = [vertex(objective, [g[m] for g in host]) for m in range(host[0].shape[0])] if host else []
-    columns = zip(*(sigma for sigma, _ in found), strict=True)
-    return [torch.from_numpy(np.stack(c)).to(objective.device) for c in columns], [perms for _, perms in found]
+    places = [(m, root) for m in range(host[0].shape[0]) for root in blocks.structure.roots]
+
+    def solve(place: tuple[int, int]) -> Perms:
+        m, root = place
+        mine = {s.roles: g[m] for s, g in zip(blocks.spaces, host, strict=True) if s.root == root}
+        return maximise(blocks.structure, root, mine)[1]
+
+    workers = torch.get_num_threads()
+    if workers > 1 and len(places) > 1 and max(g.shape[1] for g in host) >= _THREADED:
+        with ThreadPoolExecutor(workers) as pool:
+            solved = list(pool.map(solve, places))
+    else:
+        solved = [solve(place) for place in places]
+    elements: list[Perms] = [{} for _ in range(host[0].shape[0])]
+    for (m, _), perms in zip(places, solved, strict=True):
+        elements[m].update(perms)
+    return induced(objective, elements), elements
 
 
 def identity_elements(objective: Objective) -> list[Perms]:
@@ -56,8 +68,8 @@ def signature(objective: Objective, reference: int = 0) -> tuple[list[torch.Tens
     """Match every model to a reference by what does not depend on the order of any other space.
 
     Along every axis the entries of each position are sorted over all other moving axes; positions are then assigned by
-    the inner products of these signatures. The sum is a bound on what any element can reach, and for copies of one
-    network with distinct entries the planted element attains it (Cauchy-Schwarz), so that it is found exactly.
+    the distances of these signatures. For copies of one network with distinct entries the planted element has distance
+    zero and no other has, so that it is found exactly.
     """
     gains = [
         torch.zeros(objective.count, s.size, s.size, dtype=objective.dtype, device=objective.device)
@@ -68,8 +80,10 @@ def signature(objective: Objective, reference: int = 0) -> tuple[list[torch.Tens
             front = bundle.weights.movedim(dim, 1)
             value = _sorted(front, [_place(k, dim) for k in bundle.dims if k != dim])
             flat = value.reshape(*value.shape[:2], -1)
+            flat = flat - flat[reference].mean(dim=0)
+            squares = 0.5 * flat.square().sum(dim=2)
             for m in range(objective.count):
-                gains[space][m] += flat[reference] @ flat[m].T
+                gains[space][m] += flat[reference] @ flat[m].T - squares[reference][:, None] - squares[m][None]
     return vertices(objective, gains)
 
 
@@ -97,7 +111,7 @@ def barycentre(objective: Objective) -> list[torch.Tensor]:
 
 
 def random_plan(objective: Objective, rng: np.random.Generator, sweeps: int = 20) -> list[torch.Tensor]:
-    """A random point of the hull: Sinkhorn-normalised noise on plain trees, a mean of random elements on nested ones."""
+    """A random point of the hull: Sinkhorn-normalised noise on plain trees, a mean of elements on nested ones."""
     out = [torch.empty_like(p) for p in barycentre(objective)]
     structure = objective.blocks.structure
     for m in range(objective.count):

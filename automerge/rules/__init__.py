@@ -19,10 +19,10 @@ from torch import fx
 from automerge.rules import _contraction, _indexing, _movement, _reduction  # noqa: F401  (they register themselves)
 from automerge.rules._decompose import decomposition
 from automerge.rules._engine import Engine
-from automerge.rules._registry import Context, Unruled, find_rule, operator_name, register_rule, values_in
+from automerge.rules._registry import Context, Unruled, carries, find_rule, operator_name, register_rule, values_in
 from automerge.rules._value import Factor, Value, plain
 
-__all__ = ["Analysis", "Context", "Engine", "Factor", "Unruled", "Value", "analyse", "register_rule"]
+__all__ = ["Analysis", "Context", "Engine", "Factor", "Unruled", "Value", "analyse", "is_state", "register_rule"]
 
 _DEBUG = bool(os.environ.get("AUTOMERGE_DEBUG"))
 Splits = Mapping[tuple[str, int, int], np.ndarray]
@@ -67,6 +67,11 @@ def analyse(graph: fx.GraphModule, splits: Splits | None = None) -> Analysis:
     return _Run(graph, splits or {}).run()
 
 
+def is_state(tensor: torch.Tensor) -> bool:
+    """Whether a state-dict tensor is a block of numbers (integer and boolean buffers are constants)."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 class _Run:
     def __init__(self, graph: fx.GraphModule, splits: Splits) -> None:
         self.graph = graph
@@ -77,7 +82,9 @@ class _Run:
         self.values: dict[fx.Node, Any] = {}
         self.constant: set[fx.Node] = set()
         self.statistics: list[Value] = []
-        self.live, self.used = _liveness(graph)
+        info = graph.meta["trace"]
+        self.reads = [n for n in graph.graph.nodes if n.name in info.reads]
+        self.live, self.used = _liveness(graph, self.reads)
 
     def run(self) -> Analysis:
         for node in self.graph.graph.nodes:
@@ -86,9 +93,13 @@ class _Run:
             self.engine.axes.where = place(node)
             if node.op == "output":
                 for value in values_in(self.fetch(node.args)):
-                    self.engine.pin_all(value, "model output")
+                    self.engine.pin_all(value.settle(), "model output")
             else:
                 self.visit(node)
+        for node in self.reads:
+            self.engine.axes.where = place(node)
+            for value in values_in([self.read(node)]):
+                self.engine.pin_all(value.settle(), "python read its values")
         self.out.values = self.values
         axes = self.engine.axes
         for value in self.statistics:
@@ -106,7 +117,7 @@ class _Run:
         elif node.op == "placeholder":
             if node.meta["kind"] == "input":
                 self.values[node] = plain(value.shape, pinned=True)
-            elif value.is_floating_point() or value.is_complex():
+            elif is_state(value):
                 self.values[node] = self.out.states[node.meta["name"]] = self.parameter(node.meta["name"], tuple(value.shape))
             else:
                 self.constant.add(node)
@@ -201,7 +212,11 @@ class _Run:
     def call(self, rule: Any, node: fx.Node) -> Any:
         used = self.used.get(node, {0})
         context = Context(self.engine, node, used, self.statistics)
-        return rule(context, *self.fetch(node.args), **self.fetch(node.kwargs))
+        args, kwargs = self.fetch(node.args), self.fetch(node.kwargs)
+        if not carries(node.target):
+            for value in values_in([*args, *kwargs.values()]):
+                value.settle()
+        return rule(context, *args, **kwargs)
 
     def checked(self, node: fx.Node, result: Any) -> Any:
         """A rule's answer must have the shape of what really came out."""
@@ -224,7 +239,7 @@ class _Run:
         """Pin what an operator without a rule touches."""
         name = operator_name(node.target)
         for value in values_in([*self.fetch(list(node.args)), *self.fetch(dict(node.kwargs)).values()]):
-            self.engine.pin_all(value, f"touched by {name}, which has no rule")
+            self.engine.pin_all(value.settle(), f"touched by {name}, which has no rule")
         value = node.meta["val"]
         if isinstance(value, torch.Tensor):
             return plain(value.shape, pinned=True)
@@ -237,13 +252,15 @@ class _Sub(_Run):
     def __init__(self, parent: _Run, graph: fx.GraphModule, values: dict[fx.Node, Any], sources: Sequence[fx.Node]) -> None:
         self.graph, self.splits, self.engine, self.out = graph, parent.splits, parent.engine, parent.out
         self.values, self.constant, self.statistics = values, set(), parent.statistics
-        self.live, self.used = _liveness(graph)
+        self.live, self.used = _liveness(graph, [])
         placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
         for inside, source in zip(placeholders, sources, strict=True):
             if source in parent.constant:
                 self.constant.add(inside)
                 inside.meta["val"] = source.meta["val"]
             values[inside] = parent.read(source)
+            for value in values_in([values[inside]]):
+                value.settle()
 
     def result(self) -> Any:
         for node in self.graph.graph.nodes:
@@ -254,11 +271,11 @@ class _Sub(_Run):
         raise AssertionError("a graph without an output")
 
 
-def _liveness(graph: fx.GraphModule) -> tuple[set[fx.Node], dict[fx.Node, set[int]]]:
-    """The nodes that the output depends on, and which outputs of a multi-output node are read."""
+def _liveness(graph: fx.GraphModule, reads: Sequence[fx.Node]) -> tuple[set[fx.Node], dict[fx.Node, set[int]]]:
+    """The nodes that the output (or a value read by python) depends on, and which outputs of a node are read."""
     live: set[fx.Node] = set()
     used: dict[fx.Node, set[int]] = {}
-    todo = [n for n in graph.graph.nodes if n.op == "output"]
+    todo = [n for n in graph.graph.nodes if n.op == "output"] + list(reads)
     while todo:
         node = todo.pop()
         if node in live:

@@ -446,6 +446,19 @@ class Engine:
         axes = tuple(((made,) if index.size > 1 else ()) if k == axis else a for k, a in enumerate(value.axes))
         return Value(axes, size, factors, pinned)
 
+    def piece(self, value: Value, axis: int, index: np.ndarray) -> Value:
+        """`take` that singles out its positions only when the piece is used for anything but to be joined again."""
+        before = len(self.axes.marks)
+        out = self.take(value, axis, index)
+        marks = self.axes.marks[before:]
+        if out is value:
+            return out
+        del self.axes.marks[before:]
+        out.points = value.points
+        out.obligations = [lambda: self.axes.marks.extend(marks), *value.obligations] if marks else value.obligations
+        out.origin = (value, axis, np.asarray(index))
+        return out
+
     def concatenate(self, values: Sequence[Value], axis: int, same: Sequence[object]) -> Value:
         """Join along one axis; ``same[i]`` is equal for operands that are the very same tensor."""
         singles = [self._segment(v, axis) for v in values]
@@ -519,6 +532,12 @@ class Engine:
     def constant(self, array: np.ndarray) -> Value:
         """A tensor by its values: positions with equal slices are interchangeable, all others pinned."""
         value = plain(array.shape)
+        if _exchangeable(array):
+            first, second = (a for a in value.axes if a)
+            rows, columns = self.axes.fresh((array.shape[-1],)), self.axes.fresh((array.shape[-1],))
+            self.axes.tie(rows, columns)
+            value.factors = [Factor(first, rows), Factor(second, columns)]
+            return value
         for k, axis in enumerate(value.axes):
             if not axis:
                 continue
@@ -531,6 +550,15 @@ class Engine:
                 self.axes.mark(labels, classes)
                 value.factors.append(Factor(axis, labels))
         return value
+
+
+def _exchangeable(array: np.ndarray) -> bool:
+    """Whether this is one number on the diagonal of a square and another off it."""
+    if array.ndim != 2 or array.shape[0] != array.shape[1] or array.shape[0] < 3:
+        return False
+    expected = np.full_like(array, array[0, 1])
+    np.fill_diagonal(expected, array[0, 0])
+    return array[0, 0] != array[0, 1] and np.array_equal(array, expected)
 
 
 def _slice_classes(array: np.ndarray, axis: int) -> np.ndarray:

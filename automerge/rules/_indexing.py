@@ -10,9 +10,9 @@ import torch
 
 from automerge.rules._engine import Engine
 from automerge.rules._movement import gathered, without_axis
-from automerge.rules._reduction import axes_of
+from automerge.rules._reduction import axes_of, fits, normalised
 from automerge.rules._registry import Context, Unruled, rule, values_in
-from automerge.rules._value import Value, copy_letters, plain
+from automerge.rules._value import Factor, Value, copy_letters, plain
 
 
 def looked_up(engine: Engine, table: Value, axis: int, index: Value, reason: str) -> Value:
@@ -36,6 +36,26 @@ def constant_index(value: Any) -> np.ndarray | None:
 @rule("embedding")
 def embedding(context: Context, weight: Value, index: Value, *_: Any, **__: Any) -> Value:
     return index_select(context, weight, 0, index, "index into an embedding")
+
+
+@rule("embedding_renorm")
+def embedding_renorm(context: Context, weight: Value, index: Value, *_: Any) -> Value:
+    engine = context.engine
+    engine.pin_all(index, "index into an embedding")
+    weight = engine.pin_letters(weight, set(weight.axes[0]), "index into an embedding")
+    return normalised(engine, weight, [1])
+
+
+@rule("_embedding_bag", "_embedding_bag_forward_only")
+def embedding_bag(context: Context, weight: Value, index: Value, offsets: Value, *args: Any) -> tuple[Value | None, ...]:
+    engine = context.engine
+    for v in (index, offsets, *(a for a in args if isinstance(a, Value))):
+        engine.pin_all(v, "index into an embedding")
+    weight = engine.pin_letters(weight, set(weight.axes[0]), "index into an embedding")
+    rest = engine.reduce(weight, set(weight.axes[0]))
+    bags = plain([context.out(0).shape[0]], pinned=True)
+    out = Value((bags.axes[0], rest.axes[1]), rest.size | bags.size, rest.factors, rest.pinned | bags.pinned)
+    return (out, *(plain(context.out(i).shape, pinned=True) for i in range(1, 4)))
 
 
 @rule("index_select")
@@ -85,11 +105,27 @@ def _generic_index(context: Context, x: Value, given: Sequence[tuple[int, Value]
     return engine.elementwise([shaped, wide])
 
 
-@rule("gather", "take_along_dim")
+def points_into(engine: Engine, x: Value, dim: int, index: Value) -> np.ndarray | None:
+    """The labels of an axis, if the index tensor holds positions along exactly such an axis."""
+    points = index.points
+    if points is None or x.shape[dim] != points.size:
+        return None
+    touching = [f for f in x.factors if set(f.letters) & set(x.axes[dim])]
+    if set(x.axes[dim]) & x.pinned or any(not set(f.letters) <= set(x.axes[dim]) for f in touching):
+        return None
+    return points
+
+
+@rule("gather", "take_along_dim", carries=True)
 def gather(context: Context, x: Value, dim: int, index: Value, **_: Any) -> Value:
-    """The axis read is pinned; the others are paired with the index's where they are whole."""
+    """The axis read is pinned, unless the index came from that very axis; the others are paired with the index's."""
     dim %= max(len(x.axes), 1)
     engine = context.engine
+    points = points_into(engine, x.settle(), dim, index)
+    if points is not None and all(n == m for k, (n, m) in enumerate(zip(x.shape, index.shape, strict=True)) if k != dim):
+        x = tie_axis(engine, x, dim, points)
+        return engine.elementwise([engine.reduce(x, set(x.axes[dim])), copy_letters(bare(index))])
+    index.settle()
     for k, (n, m) in enumerate(zip(x.shape, index.shape, strict=True)):
         if k != dim and n != m:
             x = engine.take(x, k, np.arange(m))
@@ -98,12 +134,50 @@ def gather(context: Context, x: Value, dim: int, index: Value, **_: Any) -> Valu
     return engine.elementwise([rest, copy_letters(index)])
 
 
+def bare(value: Value) -> Value:
+    """A value without its promises, where a rule has seen to them."""
+    return Value(value.axes, value.size, value.factors, value.pinned)
+
+
+def tie_axis(engine: Engine, x: Value, dim: int, labels: np.ndarray) -> Value:
+    """Give an axis (as one letter) the labels, tied to those it has."""
+    x, letter = engine.merge_axis(x, dim)
+    if letter is None:
+        return x
+    vector = Value(tuple((letter,) if k == dim else () for k in range(len(x.axes))), {letter: labels.size}, [Factor((letter,), labels)])
+    return engine.elementwise([x, vector])
+
+
+def scattered_to_points(context: Context, x: Value, dim: int, index: Value, others: Sequence[Value]) -> Value | None:
+    """A write at positions that came from an axis with the very labels of the one written."""
+    engine = context.engine
+    points = points_into(engine, x, dim, index)
+    sources = [v for v in others if len(v.axes) == len(x.axes)]
+    whole = all(v.shape[k] == x.shape[k] for v in [index, *sources] for k in range(len(x.axes)) if k != dim)
+    if points is None or not whole:
+        return None
+    x = tie_axis(engine, x, dim, points)
+    parts = []
+    for v in [bare(index), *sources]:
+        parts.append(copy_letters(v))
+    ranks = engine.elementwise(parts)
+    gone = set(ranks.axes[dim])
+    return engine.elementwise([x, engine.reduce(ranks, gone)])
+
+
 @rule("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "index_put", "_index_put_impl",
-      "_unsafe_index_put", "masked_scatter", "put", "one_hot")  # fmt: skip
+      "_unsafe_index_put", "masked_scatter", "put", carries=True)  # fmt: skip
 def scatter(context: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
     """Writes at given positions: the axis written is pinned, and so is everything written."""
     name = context.node.target._schema.name.split("::")[1]
     engine = context.engine
+    if name in ("scatter", "scatter_add") and isinstance(args[0], int) and x.axes:
+        rest = [v.settle() for v in values_in([x, *args[2:], *kwargs.values()])]
+        made = scattered_to_points(context, x, args[0] % len(x.axes), args[1], rest[1:])
+        if made is not None:
+            return made
+    for v in values_in([x, *args, *kwargs.values()]):
+        v.settle()
     if name in ("index_put", "_index_put_impl", "_unsafe_index_put"):
         return _index_put(context, x, args[0], args[1])
     if not isinstance(args[0], int):
@@ -153,13 +227,68 @@ def sort(context: Context, x: Value, *args: Any, **kwargs: Any) -> Any:
     dim = (dict(zip(arguments, (x, *args), strict=False)) | kwargs).get("dim", -1)
     (axis,) = axes_of(x, dim)
     value = context.node.meta["val"]
+    points = None
     if name == "argsort" or 1 in context.used:
-        x = context.engine.pin_letters(x, set(x.axes[axis]), "the order of a sort is used")
+        x, points = pointing(context.engine, x, axis, "the order of a sort is used")
     out = context.engine.reduce(x, set(x.axes[axis]))
     length = (value if isinstance(value, torch.Tensor) else value[0]).shape[axis]
     rank = plain([length], pinned=True)
     out = Value(tuple(rank.axes[0] if k == axis else a for k, a in enumerate(out.axes)), out.size | rank.size, out.factors, out.pinned | rank.pinned)
-    return out if isinstance(value, torch.Tensor) else (out, out)
+    if isinstance(value, torch.Tensor):
+        return promise(context.engine, out, points, "the order of a sort is used") if name == "argsort" else out
+    return out, promise(context.engine, out, points, "the order of a sort is used")
+
+
+def pointing(engine: Engine, x: Value, axis: int, reason: str) -> tuple[Value, np.ndarray | None]:
+    """The labels of an axis whose positions an index will name; the axis is pinned where it has no labels of its own."""
+    x, letter = engine.merge_axis(x, axis)
+    mine = x.touching(letter) if letter is not None else []
+    if letter is not None and letter not in x.pinned and len(mine) == 1 and mine[0].letters == (letter,):
+        if engine.axes.injective(mine[0].labels):
+            return x, mine[0].labels
+    return engine.pin_letters(x, set(x.axes[axis]), reason), None
+
+
+def promise(engine: Engine, value: Value, points: np.ndarray | None, reason: str) -> Value:
+    """An index tensor that pins the axis it points into, unless it is only used to read or write along that axis."""
+    out = Value(value.axes, dict(value.size), list(value.factors), set(value.pinned), points=points)
+    if points is not None:
+        where = engine.axes.where
+
+        def pin() -> None:
+            now, engine.axes.where = engine.axes.where, where
+            engine.axes.pin(points, reason)
+            engine.axes.where = now
+
+        out.obligations = [pin]
+    return out
+
+
+@rule("max", "min", "median", "nanmedian", "mode", "kthvalue")
+def extremum(context: Context, x: Value, *args: Any, **kwargs: Any) -> Any:
+    """The value is a symmetric function; the index names a position, so it pins the axis if anyone reads it."""
+    if args and isinstance(args[0], Value):
+        return context.engine.elementwise([x, args[0]])
+    arguments = [a.name for a in context.node.target._schema.arguments]
+    dim = (dict(zip(arguments, (x, *args), strict=False)) | kwargs).get("dim")
+    if isinstance(context.node.meta["val"], torch.Tensor):
+        return fits(context.engine, x, axes_of(x, None), context.shape)
+    axes = axes_of(x, -1 if dim is None else dim)
+    points = None
+    if 1 in context.used and len(axes) == 1:
+        x, points = pointing(context.engine, x, axes[0], "the position of an extremum is used")
+    value = fits(context.engine, x, axes, tuple(context.out(0).shape))
+    return value, promise(context.engine, value, points, "the position of an extremum is used")
+
+
+@rule("argmax", "argmin")
+def argument(context: Context, x: Value, dim: int | None = None, keepdim: bool = False) -> Value:
+    axes = axes_of(x, dim)
+    reason = "the position of an extremum is used"
+    if len(axes) != 1 or dim is None:
+        return fits(context.engine, context.engine.pin_all(x, reason), axes, context.shape)
+    x, points = pointing(context.engine, x, axes[0], reason)
+    return promise(context.engine, fits(context.engine, x, axes, context.shape), points, reason)
 
 
 @rule("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "diff", "renorm_scan")

@@ -13,35 +13,37 @@ from automerge.rules._registry import Context, Unruled, rule
 from automerge.rules._value import Factor, Value, drop_constant, new_letter, plain
 
 
-@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "flatten", "unflatten", "view_copy")
+@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "flatten", "unflatten", "view_copy",
+      carries=True)  # fmt: skip
 def view(context: Context, x: Value, *_: Any, **__: Any) -> Value:
     if not context.node.meta["val"].dtype.is_complex and context.node.args[0].meta["val"].numel() != context.node.meta["val"].numel():
         raise Unruled("a view that changes the element size")
-    return context.engine.reshape(x, context.shape)
+    return context.engine.reshape(x, context.shape).carry(x)
 
 
 @rule("clone", "contiguous", "alias", "detach", "_to_copy", "to", "lift_fresh", "lift_fresh_copy", "positive", "dropout",
-      "native_dropout_identity", "conj", "_conj", "resolve_conj", "resolve_neg", "real", "view_as")  # fmt: skip
+      "conj", "_conj", "conj_physical", "resolve_conj", "resolve_neg", "_to_dense", carries=True)  # fmt: skip
 def identity(context: Context, x: Value, *_: Any, **__: Any) -> Value:
-    return Value(x.axes, dict(x.size), list(x.factors), set(x.pinned))
+    out = Value(x.axes, dict(x.size), list(x.factors), set(x.pinned), origin=x.origin)
+    return out.carry(x)
 
 
 def permuted(x: Value, order: Sequence[int]) -> Value:
     """The value with its axes in another order."""
-    return Value(tuple(x.axes[d] for d in order), dict(x.size), list(x.factors), set(x.pinned))
+    return Value(tuple(x.axes[d] for d in order), dict(x.size), list(x.factors), set(x.pinned)).carry(x)
 
 
-@rule("permute")
+@rule("permute", carries=True)
 def permute(context: Context, x: Value, dims: Sequence[int]) -> Value:
     return permuted(x, [d % len(x.axes) for d in dims])
 
 
-@rule("t")
+@rule("t", carries=True)
 def t(context: Context, x: Value) -> Value:
     return permuted(x, range(len(x.axes))[::-1])
 
 
-@rule("transpose", "swapaxes")
+@rule("transpose", "swapaxes", carries=True)
 def transpose(context: Context, x: Value, a: int, b: int) -> Value:
     order = list(range(len(x.axes)))
     if order:
@@ -61,10 +63,10 @@ def expanded(x: Value, shape: Sequence[int]) -> Value:
             size[letter] = int(n)
             letters = (letter,)
         axes.append(letters)
-    return Value(tuple(axes), size, list(x.factors), set(x.pinned))
+    return Value(tuple(axes), size, list(x.factors), set(x.pinned)).carry(x)
 
 
-@rule("expand", "expand_as", "broadcast_to", "copy_expanded")
+@rule("expand", "expand_as", "broadcast_to", carries=True)
 def expand(context: Context, x: Value, *_: Any, **__: Any) -> Value:
     return expanded(x, context.shape)
 
@@ -110,16 +112,17 @@ def slice_index(n: int, start: int | None, stop: int | None, step: int | None) -
     return np.arange(n)[slice(start, None if stop is None or stop > big else stop, step or 1)]
 
 
-@rule("slice", "slice_copy")
+@rule("slice", "slice_copy", carries=True)
 def slice_(context: Context, x: Value, dim: int = 0, start: Any = None, stop: Any = None, step: int = 1) -> Value:
     dim %= len(x.axes)
-    return context.engine.take(x, dim, slice_index(x.shape[dim], start, stop, step))
+    return context.engine.piece(x, dim, slice_index(x.shape[dim], start, stop, step))
 
 
-@rule("select", "select_copy")
+@rule("select", "select_copy", carries=True)
 def select(context: Context, x: Value, dim: int, index: int) -> Value:
     dim %= len(x.axes)
-    return without_axis(context.engine.take(x, dim, np.array([index % x.shape[dim]])), dim)
+    taken = context.engine.piece(x, dim, np.array([index % x.shape[dim]]))
+    return without_axis(taken, dim).carry(taken)
 
 
 @rule("flip")
@@ -144,31 +147,34 @@ def roll(context: Context, x: Value, shifts: Any, dims: Any = ()) -> Value:
 
 
 @rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk", "unsafe_chunk", "tensor_split",
-      "split_copy", "split_with_sizes_copy")  # fmt: skip
+      "split_copy", "split_with_sizes_copy", carries=True)  # fmt: skip
 def split(context: Context, x: Value, sizes: Any, dim: int = 0) -> tuple[Value | None, ...]:
     dim %= len(x.axes)
     starts = np.cumsum([0, *(t.shape[dim] for t in context.node.meta["val"])])
     return tuple(
-        context.engine.take(x, dim, np.arange(a, b)) if i in context.used else None
+        context.engine.piece(x, dim, np.arange(a, b)) if i in context.used else None
         for i, (a, b) in enumerate(zip(starts[:-1], starts[1:], strict=True))
     )
 
 
-@rule("unbind", "unbind_copy")
+@rule("unbind", "unbind_copy", carries=True)
 def unbind(context: Context, x: Value, dim: int = 0) -> tuple[Value | None, ...]:
-    dim %= len(x.axes)
-    return tuple(
-        without_axis(context.engine.take(x, dim, np.array([i])), dim) if i in context.used else None for i in range(x.shape[dim])
-    )
+    return tuple(select(context, x, dim, i) if i in context.used else None for i in range(x.shape[dim]))
 
 
-@rule("cat", "concat", "concatenate")
+@rule("cat", "concat", "concatenate", carries=True)
 def cat(context: Context, tensors: Sequence[Value], dim: int = 0) -> Value:
     nodes = context.node.args[0]
     pairs = [(v, n) for v, n in zip(tensors, nodes, strict=True) if v.shape != (0,) and 0 not in v.shape]
     if len(pairs) == 1:
         return pairs[0][0]
     dim %= len(pairs[0][0].axes)
+    origins = [v.origin for v, _ in pairs]
+    if all(o is not None and o[0] is origins[0][0] and o[1] == dim for o in origins):  # type: ignore[index]
+        whole = origins[0][0]  # type: ignore[index]
+        return context.engine.take(whole.settle(), dim, np.concatenate([o[2] for o in origins]))  # type: ignore[index]
+    for v, _ in pairs:
+        v.settle()
     return context.engine.concatenate([v for v, _ in pairs], dim, [n for _, n in pairs])
 
 
@@ -257,6 +263,48 @@ def channel_shuffle(context: Context, x: Value, groups: int) -> Value:
     return context.engine.reshape(permuted(x, [0, 2, 1, *range(3, 3 + len(rest))]), context.shape)
 
 
+@rule("diag_embed", "diag")
+def diag_embed(context: Context, x: Value, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Value:
+    """A vector on a diagonal: both axes carry its labels."""
+    if offset or len(x.axes) + 1 != len(context.shape):
+        return by_index(context, x, *context.node.args[1:])
+    axis = x.axes[-1]
+    if any(set(f.letters) & set(axis) and not set(f.letters) <= set(axis) for f in x.factors):
+        raise Unruled("a diagonal of a joint axis")
+    other = {c: new_letter() for c in axis}
+    mine = [context.engine.injective(f) if set(f.letters) <= set(axis) else f for f in x.factors]
+    twin = [Factor(tuple(other[c] for c in f.letters), f.labels) for f in mine if set(f.letters) <= set(axis)]
+    size = x.size | {other[c]: x.size[c] for c in axis}
+    pinned = x.pinned | {other[c] for c in axis if c in x.pinned}
+    loose = set(axis) - pinned - {c for f in mine for c in f.letters}
+    factors = [*mine, *twin]
+    for c in loose:
+        labels = context.engine.axes.fresh((x.size[c],))
+        factors += [Factor((c,), labels), Factor((other[c],), labels)]
+    axes = [*x.axes[:-1]]
+    n = len(context.shape)
+    for position, letters in sorted([(dim1 % n, axis), (dim2 % n, tuple(other[c] for c in axis))]):
+        axes.insert(position, letters)
+    return Value(tuple(axes), size, factors, pinned)
+
+
+@rule("rand_like", "randn_like", "randint_like", "rand", "randn", "randint", "randperm", "normal_functional")
+def noise(context: Context, *_: Any, **__: Any) -> Value:
+    """Random numbers: every position has its own."""
+    return plain(context.shape, pinned=True)
+
+
+@rule("bernoulli", "normal", "uniform", "exponential", "multinomial", "poisson", "native_dropout", "binomial", "cauchy",
+      "log_normal", "geometric", "random")  # fmt: skip
+def sampled(context: Context, *args: Any, **__: Any) -> Any:
+    """A sample from a distribution given by the operands: they meet noise that has its own value everywhere."""
+    value = context.node.meta["val"]
+    if not isinstance(value, torch.Tensor) or any(v.shape != tuple(value.shape) for v in args if isinstance(v, Value)):
+        raise Unruled("a sample of another shape")
+    operands = [v for v in args if isinstance(v, Value)]
+    return context.engine.elementwise([*operands, plain(value.shape, pinned=True)])
+
+
 @rule("view_as_real")
 def view_as_real(context: Context, x: Value) -> Value:
     pair = plain([2], pinned=True)
@@ -279,6 +327,11 @@ def by_index(context: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
     shape = x.shape
     total = int(np.prod(shape, dtype=np.int64))
     positions = torch.arange(1, total + 1, dtype=torch.float64).reshape(shape)
+    if "as_strided" in context.node.target._schema.name:
+        real = context.node.args[0].meta["val"]
+        if real.storage_offset() or real.untyped_storage().nbytes() != total * real.element_size():
+            raise Unruled("as_strided over memory outside its operand")
+        positions = torch.empty_strided(real.shape, real.stride(), dtype=torch.float64).copy_(positions)
     moved = context.node.target(positions, *args, **kwargs)
     if tuple(moved.shape) != context.shape:
         raise Unruled("the operator depends on memory layout")

@@ -56,29 +56,6 @@ def pair_reduction(context: Context, x: Value, *args: Any, **kwargs: Any) -> tup
     return tuple(fits(context.engine, x, axes_of(x, dim), tuple(context.out(i).shape)) for i in range(2))
 
 
-@rule("max", "min", "median", "nanmedian", "mode", "kthvalue", "cummax_last")
-def extremum(context: Context, x: Value, *args: Any, **kwargs: Any) -> Any:
-    """The value is a symmetric function; the index names a position, so it pins the axis if anyone reads it."""
-    if args and isinstance(args[0], Value):
-        return context.engine.elementwise([x, args[0]])
-    arguments = [a.name for a in context.node.target._schema.arguments]
-    dim = (dict(zip(arguments, (x, *args), strict=False)) | kwargs).get("dim")
-    if isinstance(context.node.meta["val"], torch.Tensor):
-        return fits(context.engine, x, axes_of(x, None), context.shape)
-    axes = axes_of(x, -1 if dim is None else dim)
-    if 1 in context.used:
-        x = context.engine.pin_letters(x, {c for k in axes for c in x.axes[k]}, "the position of an extremum is used")
-    value = fits(context.engine, x, axes, tuple(context.out(0).shape))
-    return value, value
-
-
-@rule("argmax", "argmin")
-def argument(context: Context, x: Value, dim: int | None = None, keepdim: bool = False) -> Value:
-    axes = axes_of(x, dim)
-    x = context.engine.pin_letters(x, {c for k in axes for c in x.axes[k]}, "the position of an extremum is used")
-    return fits(context.engine, x, axes, context.shape)
-
-
 @rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax", "special_softmax")
 def softmax(context: Context, x: Value, dim: int, *_: Any, **__: Any) -> Value:
     return normalised(context.engine, x, axes_of(x, dim))
@@ -144,7 +121,7 @@ def batch_norm(
       "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "upsample_linear1d",
       "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
       "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "fractional_max_pool2d",
-      "max_unpool2d", "max_unpool3d", "upsample_nearest2d_vec", "lp_pool2d")  # fmt: skip
+      "lp_pool2d")  # fmt: skip
 def pooling(context: Context, x: Value, *args: Any, **kwargs: Any) -> Any:
     """Windows over spatial axes; a window that is the whole axis is a reduction."""
     engine = context.engine
@@ -159,6 +136,17 @@ def pooling(context: Context, x: Value, *args: Any, **kwargs: Any) -> Any:
             x = engine.pin_letters(x, set(x.axes[k]), "spatial axis of a window operator")
         x = repinned(engine, x, k, out.shape[k])
     return x if single else (x, x)
+
+
+@rule("max_unpool2d", "max_unpool3d")
+def unpooling(context: Context, x: Value, index: Value, *_: Any) -> Value:
+    """Values written where the pooling found them: the spatial axes are pinned, the others are those of both operands."""
+    x = context.engine.elementwise([x, index])
+    spatial = 2 if "2d" in context.node.target._schema.name else 3
+    for k in range(len(x.axes) - spatial, len(x.axes)):
+        x = context.engine.pin_letters(x, set(x.axes[k]), "spatial axis of a window operator")
+        x = repinned(context.engine, x, k, context.shape[k])
+    return x
 
 
 def _window(args: Sequence[Any], spatial: int, axis: int) -> int:

@@ -57,12 +57,20 @@ def operator_name(target: Any) -> str:
     return f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', target)}"
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a function as the rule of ATen operators, by their names without namespace."""
+_CARRYING: set[str] = set()
+
+
+def rule(*names: str, carries: bool = False) -> Callable[[Rule], Rule]:
+    """Register a function as the rule of ATen operators, by their names without namespace.
+
+    ``carries``: the rule itself sees to the obligations of its operands (see `Value`).
+    """
 
     def add(fn: Rule) -> Rule:
         for name in names:
             _RULES[f"aten::{name}"] = fn
+            if carries:
+                _CARRYING.add(f"aten::{name}")
         return fn
 
     return add
@@ -88,6 +96,7 @@ def register_rule(operator: Any, rule: Rule | None = None) -> Any:
     if rule is None:
         return lambda fn: register_rule(operator, fn)
     _RULES[operator_name(operator)] = rule
+    _CARRYING.discard(operator_name(operator))
     return rule
 
 
@@ -97,6 +106,11 @@ def find_rule(target: Any) -> Rule | None:
     if found is None and isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
         return pointwise
     return found
+
+
+def carries(target: Any) -> bool:
+    """Whether an operator's rule sees to the obligations of its operands."""
+    return operator_name(target) in _CARRYING
 
 
 def values_in(args: Sequence[Any]) -> list[Value]:

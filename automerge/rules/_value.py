@@ -12,7 +12,7 @@ moreover g maps the set of labels that occur onto itself. A letter without facto
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,10 @@ class Value:
         factors: the factors.
         pinned: letters whose coordinate means itself.
         data: the tensor itself, if it depends on nothing but constants.
+        origin: for a slice: the value it was taken from, the axis and the positions.
+        points: for an index tensor: its entries are positions along an axis with these labels.
+        obligations: constraints to be made unless a later rule shows that they are not needed (the pieces of a slice
+            are joined again; a position is only used to read from the axis that it came from).
     """
 
     axes: tuple[tuple[int, ...], ...]
@@ -49,6 +53,21 @@ class Value:
     factors: list[Factor] = field(default_factory=list)
     pinned: set[int] = field(default_factory=set)
     data: Any = None
+    origin: tuple[Value, int, np.ndarray] | None = None
+    points: np.ndarray | None = None
+    obligations: list[Callable[[], None]] = field(default_factory=list)
+
+    def settle(self) -> Value:
+        """Meet the obligations: called before any rule that is not known to carry them."""
+        while self.obligations:
+            self.obligations.pop()()
+        self.origin = self.points = None
+        return self
+
+    def carry(self, other: Value) -> Value:
+        """Take over what another value promises, for rules that leave its entries as they are."""
+        self.points, self.obligations = other.points, other.obligations
+        return self
 
     @property
     def shape(self) -> tuple[int, ...]:

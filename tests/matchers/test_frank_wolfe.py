@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from scipy.optimize import quadratic_assignment
 
 from automerge._errors import MatchingError
+from automerge._polynomial import maximise_polynomial
 from automerge.blocks import decompose
 from automerge.matchers import FrankWolfe, match
 from automerge.matchers._polish import Polisher
 from automerge.matchers._starts import identity_elements, induced, signature, vertices
-from automerge.objective import Objective, State, maximise_polynomial
+from automerge.objective import Objective, State
 from automerge.symmetry import Generator, Slot, Symmetry
 from tests import _symmetries as hand
 from tests._all_pairs import AllPairs

@@ -1,0 +1,291 @@
+"""Assertions about symmetries and matchings, straight from their definitions.
+
+They move parameters by the definition of a generator (``new[index[u]] = old[index[p[u]]]``), not by
+`automerge.Symmetry.apply`, so that they are an independent witness.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from automerge._tree_io import tensors_of
+from automerge._verify import double_precision, fresh_inputs, randomised
+from automerge.groups import Element
+from automerge.infer import infer
+from automerge.symmetry import Generator, Symmetry
+from automerge.testing._networks import Network, canonical
+from automerge.trace import normalise_args, prepared
+
+Given = tuple[tuple[Any, ...], dict[str, Any]]
+State = dict[str, torch.Tensor]
+
+
+def assert_invariant(
+    model: nn.Module,
+    args: Any,
+    symmetry: Symmetry,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    elements: int = 3,
+    seed: int = 0,
+    tolerance: float = 1e-10,
+) -> None:
+    """Random elements of the group leave the float64 output unchanged, with the model's own weights.
+
+    Args:
+        model: any module; it is copied, not changed.
+        args: a tensor, or a tuple or list of positional inputs.
+        symmetry: the group.
+        kwargs: keyword inputs.
+        elements: how many random elements.
+        seed: of the elements.
+        tolerance: the largest difference, relative to the largest output.
+
+    Raises:
+        AssertionError: naming a generator that changes the output by itself, if there is one.
+
+    Examples:
+        >>> from automerge import Generator, Slot, Symmetry
+        >>> unit = np.arange(4)[:, None]
+        >>> net = nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 1))
+        >>> shapes = {n: tuple(p.shape) for n, p in net.named_parameters()}
+        >>> whole = Symmetry(shapes, (Generator(4, (Slot("0.weight", 0, unit), Slot("2.weight", 1, unit))),))
+        >>> assert_invariant(net, torch.randn(2, 3), whole)
+        >>> half = Symmetry(shapes, (Generator(4, (Slot("0.weight", 0, unit),)),))
+        >>> assert_invariant(net, torch.randn(2, 3), half)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        AssertionError: exchanging the units of generator 0 (4 units: 0.weight[0]) changes the output by ...
+    """
+    subject = _Subject(model)
+    _check(subject, dict(subject.own), [normalise_args(args, kwargs)], symmetry, elements, seed, tolerance)
+
+
+def assert_sound(
+    model: nn.Module,
+    args: Any,
+    symmetry: Symmetry | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    elements: int = 3,
+    seed: int = 0,
+    tolerance: float = 1e-9,
+) -> Symmetry:
+    """The group is one of symmetries for all weights and inputs, as far as random ones can tell.
+
+    Weights and normalisation statistics are randomised first, because a fresh initialisation (zeros, ones) hides mistakes;
+    every generator is tried alone, then random elements; on the example and on other inputs. Where randomised weights give
+    no finite output, the model's own are used.
+
+    Args:
+        model: any module; it is copied, not changed.
+        args: a tensor, or a tuple or list of positional inputs.
+        symmetry: the group; inferred if not given.
+        kwargs: keyword inputs.
+        elements: how many random elements.
+        seed: of weights, inputs and elements.
+        tolerance: the largest difference, relative to the largest output.
+
+    Returns:
+        The symmetry, so that a test can go on with it.
+
+    Raises:
+        AssertionError: naming a generator that changes the output by itself, if there is one.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+        >>> len(assert_sound(net, torch.randn(2, 3)).generators())
+        1
+    """
+    group = infer(model, args, kwargs, verify=False) if symmetry is None else symmetry
+    given = normalise_args(args, kwargs)
+    subject = _Subject(model)
+    free = {n: subject.own[n] for n in group.shapes if n in subject.own}
+    state = subject.own | randomised(free, group.statistics, seed)
+    inputs: list[Given] = [given, fresh_inputs(*given, seed)]
+    try:
+        finite = all(bool(torch.isfinite(t).all()) for i in inputs for t in subject.run(state, i))
+    except Exception:
+        finite = False
+    if not finite:
+        state, inputs = dict(subject.own), [given]
+    _check(subject, state, inputs, group, elements, seed, tolerance, alone=True)
+    return group
+
+
+def assert_same_symmetry(found: Symmetry, expected: Symmetry | Network) -> None:
+    """Two symmetries have the same generators: nothing wrong, nothing missing.
+
+    The order of generators and of units, and the choice of corresponding positions inside wreathed units, do not count.
+
+    Raises:
+        AssertionError: listing the generators that only one of them has.
+
+    Examples:
+        >>> from automerge import infer
+        >>> net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+        >>> assert_same_symmetry(infer(net, torch.ones(1, 3)), infer(net, torch.zeros(2, 3)))
+    """
+    truth = expected.symmetry if isinstance(expected, Network) else expected
+    mine, theirs = canonical(found), canonical(truth)
+    if mine == theirs:
+        return
+    lines = []
+    for title, symmetry, other in (("found, not expected", found, theirs), ("expected, not found", truth, mine)):
+        for number, generator in enumerate(symmetry.generators()):
+            single = Symmetry(symmetry.shapes, (generator,))
+            if canonical(single)[0] not in other:
+                lines.append(f"  {title}: {_describe(number, generator)}")
+    sizes = [sorted(g.size for g in s.generators()) for s in (found, truth)]
+    raise AssertionError(f"found generators of sizes {sizes[0]}, expected {sizes[1]}\n" + "\n".join(lines))
+
+
+def assert_cycle_consistent(matching: Any) -> None:
+    """The maps between any two models invert each other, and around any triangle they compose to the identity, exactly.
+
+    Args:
+        matching: a `Matching`, or anything with a length and ``between(a, b) -> Element``.
+
+    Raises:
+        AssertionError: naming the cycle and how many positions it displaces.
+
+    Examples:
+        >>> from automerge import Generator, Matching, Slot, Symmetry
+        >>> unit = np.arange(3)[:, None]
+        >>> s = Symmetry({"a": (3,)}, (Generator(3, (Slot("a", 0, unit),)),))
+        >>> assert_cycle_consistent(Matching((s.random_element(0), s.random_element(1), s.identity()), s))
+    """
+    n = len(matching)
+    maps: dict[tuple[int, int], Element] = {(a, b): matching.between(a, b) for a in range(n) for b in range(n)}
+    for a in range(n):
+        _identity(maps[a, a], [a, a])
+    for a, b in itertools.permutations(range(n), 2):
+        _identity(maps[a, b].then(maps[b, a]), [a, b, a])
+    for a, b, c in itertools.permutations(range(n), 3):
+        _identity(maps[a, b].then(maps[b, c]).then(maps[c, a]), [a, b, c, a])
+
+
+def _identity(element: Element, cycle: Sequence[int]) -> None:
+    if not element.is_identity():
+        path = " -> ".join(map(str, cycle))
+        raise AssertionError(
+            f"the maps around the cycle {path} displace {element.moved()} positions; they must compose to the identity"
+        )
+
+
+# -------------------------------------------------------------------- how
+class _Subject:
+    """A float64 copy of a model, run with any state."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = copy.deepcopy(model).double().eval()
+        named = [
+            *self.model.named_parameters(remove_duplicate=False),
+            *self.model.named_buffers(remove_duplicate=False),
+        ]
+        self.tensors = dict(named)
+        self.own: State = {n: t.detach().clone() for n, t in named}
+
+    def run(self, state: State, given: Given) -> list[torch.Tensor]:
+        """The outputs with these values; a tied tensor takes the value of its first name."""
+        done: set[int] = set()
+        with torch.no_grad():
+            for name, tensor in self.tensors.items():
+                if name in state and id(tensor) not in done:
+                    done.add(id(tensor))
+                    tensor.copy_(state[name])
+        wide = [_double(v) for v in given[0]], {k: _double(v) for k, v in given[1].items()}
+        with prepared(self.model), double_precision():
+            return [t.detach().clone() for t in tensors_of(self.model(*wide[0], **wide[1]))]
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def permuted(state: State, generator: Generator, p: np.ndarray) -> State:
+    """The definition: for every slot, ``new[index[u]] = old[index[p[u]]]``, inside its window."""
+    out = dict(state)
+    for slot in generator.slots:
+        old = out[slot.param]
+        new = old.clone()
+        to: list[Any] = [slice(None)] * old.ndim
+        for axis, start, stop in slot.within:
+            to[axis] = slice(start, stop)
+        source = list(to)
+        to[slot.axis] = torch.from_numpy(slot.index.reshape(-1))
+        source[slot.axis] = torch.from_numpy(slot.index[p].reshape(-1))
+        new[tuple(to)] = old[tuple(source)]
+        out[slot.param] = new
+    return out
+
+
+def difference(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> float:
+    """The largest difference relative to the largest entry; infinite for other shapes, integers or non-finite entries."""
+    worst = 0.0
+    for x, y in zip(before, after, strict=True):
+        if x.shape != y.shape or not (x.is_floating_point() or x.is_complex()):
+            worst = max(worst, 0.0 if torch.equal(x, y) else float("inf"))
+        elif x.numel():
+            finite = torch.isfinite(x)
+            if not torch.equal(finite, torch.isfinite(y)):
+                return float("inf")
+            x, y = x[finite], y[finite]
+            scale = max(float(x.abs().max()), 1e-30) if x.numel() else 1.0
+            worst = max(worst, float((x - y).abs().max()) / scale if x.numel() else 0.0)
+    return worst
+
+
+def _check(
+    subject: _Subject,
+    state: State,
+    inputs: Sequence[Given],
+    symmetry: Symmetry,
+    elements: int,
+    seed: int,
+    tolerance: float,
+    alone: bool = False,
+) -> None:
+    generators = symmetry.generators()
+    missing = [s.param for g in generators for s in g.slots if s.param not in state]
+    if missing:
+        raise AssertionError(f"the model has no parameter {missing[0]!r}, which the symmetry moves")
+    rng = np.random.default_rng(seed)
+    before = [subject.run(state, given) for given in inputs]
+
+    def error(moved: State) -> float:
+        return max(difference(b, subject.run(moved, given)) for b, given in zip(before, inputs, strict=True))
+
+    worst = 0.0
+    for _ in range(elements if generators else 0):
+        moved = state
+        for g in generators:
+            moved = permuted(moved, g, rng.permutation(g.size))
+        worst = max(worst, error(moved))
+    if worst <= tolerance and not alone:
+        return
+    for number, g in enumerate(generators):
+        changed = max(error(permuted(state, g, p)) for p in (np.roll(np.arange(g.size), 1), rng.permutation(g.size)))
+        if not changed <= tolerance:
+            raise AssertionError(
+                f"exchanging the units of generator {_describe(number, g)} changes the output by {changed:.1e} (relative; "
+                f"allowed {tolerance:.0e}): it is no symmetry of {type(subject.model).__name__}"
+            )
+    if not worst <= tolerance:
+        raise AssertionError(
+            f"a random group element changes the output by {worst:.1e} (relative; allowed {tolerance:.0e}), though no "
+            "generator does so alone"
+        )
+
+
+def _describe(number: int, generator: Generator) -> str:
+    shown = [f"{s.param}[{s.axis}]" + (f" within {s.within}" if s.within else "") for s in generator.slots[:4]]
+    more = f" and {len(generator.slots) - 4} more" if len(generator.slots) > 4 else ""
+    return f"{number} ({generator.size} units: {', '.join(shown)}{more})"
