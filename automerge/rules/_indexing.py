@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from automerge.rules._contraction import repinned
 from automerge.rules._engine import Engine
 from automerge.rules._movement import gathered, without_axis
 from automerge.rules._reduction import axes_of, fits, normalised
@@ -295,6 +296,7 @@ def argument(context: Context, x: Value, dim: int | None = None, keepdim: bool =
 def scan(context: Context, x: Value, dim: int, *_: Any, **__: Any) -> Any:
     (axis,) = axes_of(x, dim)
     out = context.engine.pin_letters(x, set(x.axes[axis]), "a running sum along the axis")
+    out = normalised(context.engine, out, [axis])  # entries mix along the axis, so what is joint with it keeps one order
     return out if isinstance(context.node.meta["val"], torch.Tensor) else (out, out)
 
 
@@ -304,10 +306,7 @@ def fft(context: Context, x: Value, dims: Any, *_: Any) -> Value:
     engine = context.engine
     for k in axes:
         x = engine.pin_letters(x, set(x.axes[k]), "a Fourier transform along the axis")
-        if x.shape[k] != context.shape[k]:
-            rest = engine.reduce(x, set(x.axes[k]))
-            new = plain([context.shape[k]], pinned=True)
-            x = Value(tuple(new.axes[0] if i == k else a for i, a in enumerate(rest.axes)), rest.size | new.size, rest.factors, rest.pinned | new.pinned)
+        x = repinned(engine, x, k, context.shape[k])
     return x
 
 
