@@ -261,11 +261,12 @@ def _path(
     others = {}
     if any(name.endswith("running_mean") for name in states[0]):
         data = room.train_batches
-        others["after, BatchNorm reset"] = barrier(
-            network, moved[0], moved[1], room.test_batches, repair="reset", repair_data=data
-        )
+        for name, (a, b) in (("before", states[:2]), ("after", moved)):
+            others[f"{name}, BatchNorm reset"] = barrier(
+                network, a, b, room.test_batches, repair="reset", repair_data=data
+            )
     plot_barrier(before, after, folder / f"{room.name}-path.png", others=others, title=room.title, force=True)
-    named = {"before matching": before, "after": after, **others}
+    named = {"before": before, "after": after, **others}
     return {name: value.to_dict() for name, value in named.items()}
 
 
@@ -276,7 +277,7 @@ def _show(room: Room, result: Mapping[str, Any], seconds: Mapping[str, float], c
     notes = [
         f"permutation groups: {sizes} units; {result['free_share']:.1%} of the axes' positions are free",
         f"cycle error of the universe's pairwise maps: {result['cycle_error']:g}",
-        f"loss barrier between two models: {barriers}",
+        f"loss barrier between two models, matching: {barriers}",
     ]
     console.table(room.title, ["held-out digits", "accuracy %", "loss"], rows, notes)
     console.show("  seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()) + "\n")

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from automerge._aliases import Tracked, read, write
 from automerge._errors import TraceError
+from automerge._opaque import opaque_modules
 from automerge._tree_io import map_tensors, tensors_of
 
 aten = torch.ops.aten
@@ -100,7 +101,7 @@ def trace(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) 
     positional, keywords = recorder.add_inputs(positional, keywords)
     with prepared(model), recorder.watch_modules():
         try:
-            with torch.no_grad(), recorder, _Readers(recorder):
+            with torch.no_grad(), opaque_modules(recorder, model), recorder, _Readers(recorder):
                 result = model(*positional, **keywords)
         except TraceError:
             raise
@@ -287,7 +288,7 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
 
         def to_node(_: str, tensor: torch.Tensor) -> fx.Node:
-            return read(self, self._lookup(tensor))
+            return self.node_of(tensor)
 
         node_args, node_kwargs = map_tensors(to_node, tuple(args)), map_tensors(to_node, dict(kwargs))
         if func in _READS:
@@ -332,12 +333,25 @@ class _Recorder(TorchDispatchMode):
                 base = self._lookup(source)
         self._register(out, Tracked(node) if base is None else base.view(func, node_args, node_kwargs, item, node, out))
 
+    def node_of(self, tensor: torch.Tensor) -> fx.Node:
+        """The node that holds a tensor's present value."""
+        return read(self, self._lookup(tensor))
+
+    def record_call(self, target: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Emit a call that is no operator, and register its output tensor or tuple of tensors."""
+        node = self.emit(target, args, kwargs, out)
+        if isinstance(out, torch.Tensor):
+            self._register(out, Tracked(node))
+        else:
+            for i, value in enumerate(out):
+                self._register(value, Tracked(self.emit(operator.getitem, (node, i), {}, value)))
+
     def finish(self, result: Any) -> fx.GraphModule:
         outputs = tensors_of(result)
         if not outputs:
             raise TraceError("the model returned no tensor; automerge needs an output that it can compare")
         with torch.no_grad():
-            nodes = tuple(read(self, self._lookup(t)) for t in outputs)
+            nodes = tuple(self.node_of(t) for t in outputs)
         self.graph.output(nodes)
         self.info.outputs = len(nodes)
         module = fx.GraphModule(self.root, self.graph)
@@ -357,7 +371,7 @@ class _Readers(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _WHOLE_READS and isinstance(args[0], torch.Tensor):
-            self.recorder.note_read(read(self.recorder, self.recorder._lookup(args[0])))
+            self.recorder.note_read(self.recorder.node_of(args[0]))
         return func(*args, **(kwargs or {}))
 
 

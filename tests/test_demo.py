@@ -43,9 +43,7 @@ def test_report(folder: Path) -> None:
         assert len(rows) == 6
         assert all(0 <= row["accuracy"] <= 1 for row in rows.values())
         assert networks[room]["cycle_error"] == 0
-        assert (
-            networks[room]["path"]["after"]["loss_barrier"] <= networks[room]["path"]["before matching"]["loss_barrier"]
-        )
+        assert networks[room]["path"]["after"]["loss_barrier"] <= networks[room]["path"]["before"]["loss_barrier"]
         assert {"train", "infer and verify", "match", "merge", "repair", "evaluate"} <= set(report["seconds"][room])
     assert any("BatchNorm reset" in row["name"] for row in networks["resnet"]["rows"])
     assert any("REPAIR" in row["name"] for row in networks["mlp"]["rows"])

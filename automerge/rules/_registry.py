@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
+from automerge._opaque import CLASSES, OpaqueModule
 from automerge.rules._engine import Engine
 from automerge.rules._value import Value
 
@@ -50,6 +51,8 @@ def operator_name(target: Any) -> str:
     """``"aten::addmm"`` for an OpOverload or OpOverloadPacket; the plain name for anything else."""
     if isinstance(target, str):
         return target if "::" in target else target.replace(".", "::", 1)
+    if isinstance(target, OpaqueModule):
+        return f"{type(target.module).__name__} {target.path}"
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name
     if isinstance(target, torch._ops.OpOverloadPacket):
@@ -58,6 +61,7 @@ def operator_name(target: Any) -> str:
 
 
 _CARRYING: set[str] = set()
+_MODULE_RULES: dict[type[nn.Module], Rule] = {}
 
 
 def rule(*names: str, carries: bool = False) -> Callable[[Rule], Rule]:
@@ -77,13 +81,15 @@ def rule(*names: str, carries: bool = False) -> Callable[[Rule], Rule]:
 
 
 def register_rule(operator: Any, rule: Rule | None = None) -> Any:
-    """Register the rule of an operator; also usable as a decorator.
+    """Register the rule of an operator or of a module class; also usable as a decorator.
 
     Args:
-        operator: an OpOverload, an OpOverloadPacket, or a name such as ``"mylib::my_op"``.
-        rule: ``rule(context, *args, **kwargs)`` with a `Value` in place of every tensor argument; returns the `Value` of
-            the output, or a tuple of them. ``context.engine`` holds the operations (`Engine.elementwise`, `reduce`,
-            `contract`, `take`, `pin_all`, ...).
+        operator: an OpOverload, an OpOverloadPacket, a name such as ``"mylib::my_op"``, or a subclass of `torch.nn.Module`
+            whose instances are then traced as one node.
+        rule: ``rule(context, *args, **kwargs)`` with a `Value` in place of every tensor argument; for a module class
+            ``rule(context, state, *args, **kwargs)`` with ``state`` a dict from the module's own parameter and buffer names
+            to values. It returns the `Value` of the output, or a tuple of them. ``context.engine`` holds the operations
+            (`Engine.elementwise`, `reduce`, `contract`, `take`, `pin_all`, ...).
 
     Returns:
         The rule.
@@ -95,6 +101,10 @@ def register_rule(operator: Any, rule: Rule | None = None) -> Any:
     """
     if rule is None:
         return lambda fn: register_rule(operator, fn)
+    if isinstance(operator, type) and issubclass(operator, nn.Module):
+        CLASSES.add(operator)
+        _MODULE_RULES[operator] = rule
+        return rule
     _RULES[operator_name(operator)] = rule
     _CARRYING.discard(operator_name(operator))
     return rule
@@ -102,6 +112,8 @@ def register_rule(operator: Any, rule: Rule | None = None) -> Any:
 
 def find_rule(target: Any) -> Rule | None:
     """The rule of an operator, or None; pointwise operators share one."""
+    if isinstance(target, OpaqueModule):
+        return _MODULE_RULES.get(type(target.module))
     found = _RULES.get(operator_name(target))
     if found is None and isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
         return pointwise
@@ -121,6 +133,8 @@ def values_in(args: Sequence[Any]) -> list[Value]:
             found.append(a)
         elif isinstance(a, list | tuple):
             found += values_in(a)
+        elif isinstance(a, dict):
+            found += values_in(list(a.values()))
     return found
 
 
