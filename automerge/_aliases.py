@@ -125,7 +125,9 @@ def written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
     for i, a in enumerate(func._schema.arguments):
         if a.alias_info is not None and a.alias_info.is_write:
             value = args[i] if i < len(args) else kwargs.get(a.name)
-            targets += [t for t in (value if isinstance(value, list | tuple) else [value]) if isinstance(t, torch.Tensor)]
+            targets += [
+                t for t in (value if isinstance(value, list | tuple) else [value]) if isinstance(t, torch.Tensor)
+            ]
     return targets
 
 
@@ -133,7 +135,9 @@ def functional_of(func: Any) -> tuple[Any, set[str]]:
     """The operator without side effects that computes what an in-place or ``out=`` operator writes."""
     name = func._schema.name.split("::")[1]
     space = getattr(torch.ops, func.namespace)
-    outs = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write and a.kwarg_only}
+    outs = {
+        a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write and a.kwarg_only
+    }
     wanted = [a.name for a in func._schema.arguments if a.name not in outs]
     in_place = name.endswith("_") and not name.endswith("__")
     packet = getattr(space, name[:-1] if in_place else name, None)

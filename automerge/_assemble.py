@@ -86,7 +86,9 @@ class Assembler:
         return slots
 
     # ------------------------------------------------------------ reasons
-    def pins(self, generators: Sequence[Generator], shapes: dict[str, tuple[int, ...]], unused: Sequence[str]) -> list[Pin]:
+    def pins(
+        self, generators: Sequence[Generator], shapes: dict[str, tuple[int, ...]], unused: Sequence[str]
+    ) -> list[Pin]:
         """Why each position that no generator moves stays where it is."""
         free: dict[tuple[str, int], np.ndarray] = {}
         for g in generators:

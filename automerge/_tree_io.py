@@ -22,7 +22,11 @@ def map_tensors(fn: Callable[[str, torch.Tensor], Any], tree: Any, path: str = "
     if isinstance(tree, list | tuple):
         return type(tree)(map_tensors(fn, v, f"{path}[{i}]") for i, v in enumerate(tree))
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        values = {f.name: map_tensors(fn, getattr(tree, f.name), f"{path}.{f.name}") for f in dataclasses.fields(tree) if f.init}
+        values = {
+            f.name: map_tensors(fn, getattr(tree, f.name), f"{path}.{f.name}")
+            for f in dataclasses.fields(tree)
+            if f.init
+        }
         return dataclasses.replace(tree, **values)
     if isinstance(tree, Mapping):
         items = {k: map_tensors(fn, v, f"{path}[{k!r}]") for k, v in tree.items()}
@@ -48,7 +52,9 @@ def _collect(tree: Any, found: list[torch.Tensor], seen: set[int]) -> None:
     if isinstance(tree, torch.Tensor):
         found.append(tree)
         return
-    if tree is None or isinstance(tree, bool | int | float | complex | str | bytes | torch.dtype | torch.device | torch.Size):
+    if tree is None or isinstance(
+        tree, bool | int | float | complex | str | bytes | torch.dtype | torch.device | torch.Size
+    ):
         return
     if id(tree) in seen:
         return

@@ -126,7 +126,9 @@ def fresh_inputs(args: Any, kwargs: Any, seed: int) -> tuple[Any, Any]:
     def change(_: str, x: torch.Tensor) -> torch.Tensor:
         if x.is_floating_point():
             finite = torch.isfinite(x)
-            if not bool(finite.all()) or (x.numel() > 2 and bool(((x == 0) | (x == 1)).all()) and x.unique().numel() == 2):
+            if not bool(finite.all()) or (
+                x.numel() > 2 and bool(((x == 0) | (x == 1)).all()) and x.unique().numel() == 2
+            ):
                 return x
             scale = float(x.std()) if x.numel() > 1 else 0.0
             noise = torch.randn(x.shape, generator=rng, dtype=torch.float64).to(x.device, x.dtype)
@@ -259,7 +261,9 @@ def trial_elements(symmetry: Symmetry, count: int, seed: int) -> Iterator[Elemen
         if i % 3 == 0:
             half = rng.random(len(symmetry.sets)) < 0.5
         chosen = (half, ~half, np.ones_like(half))[i % 3]
-        yield symmetry.element([_cycle(g.size, rng) if c else np.arange(g.size) for g, c in zip(symmetry.sets, chosen, strict=True)])
+        yield symmetry.element(
+            [_cycle(g.size, rng) if c else np.arange(g.size) for g, c in zip(symmetry.sets, chosen, strict=True)]
+        )
 
 
 def _cycle(n: int, rng: np.random.Generator) -> np.ndarray:
@@ -315,7 +319,7 @@ def check_replay(model: nn.Module, args: Any, kwargs: Any, graph: fx.GraphModule
     given = fresh_inputs(positional, keywords, 1)
     info = graph.meta["trace"]
     if info.rewritten:
-        return f"the forward pass writes to {', '.join(info.rewritten[:3])}; what was traced is the pass with their present values"
+        return f"the forward pass writes to {', '.join(info.rewritten[:3])}; the trace holds for their present values"
     if any("rand" in str(n.target) or "bernoulli" in str(n.target) for n in graph.graph.nodes):
         return "the forward pass draws random numbers; the groups hold for any fixed draw"
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
@@ -326,7 +330,9 @@ def check_replay(model: nn.Module, args: Any, kwargs: Any, graph: fx.GraphModule
             expected = tensors_of(model(*given[0], **given[1]))
         same = _difference([t.double() for t in expected], [t.double() for t in replayed]) < 1e-2
     except Exception as error:
-        return f"the recorded graph could not be replayed on other inputs ({type(error).__name__}); the groups hold for the recorded path"
+        return (
+            f"the recorded graph does not replay on other inputs ({type(error).__name__}); the groups hold for its path"
+        )
     if same:
         return None
     return "on other inputs the model takes another path than the recorded one; the groups hold for the recorded path"

@@ -131,7 +131,9 @@ class Element:
     def moved(self) -> int:
         """The number of axis positions that do not stay where they are."""
         return sum(
-            int(np.count_nonzero(a != axis_index(self.shapes[n], k))) for n, m in self.maps.items() for k, a in enumerate(m)
+            int(np.count_nonzero(a != axis_index(self.shapes[n], k)))
+            for n, m in self.maps.items()
+            for k, a in enumerate(m)
         )
 
     def apply_to(self, name: str, tensor: ArrayLike) -> ArrayLike:
@@ -148,7 +150,10 @@ class Element:
             return NotImplemented
         names = set(self.maps) | set(other.maps)
         return all(
-            all(np.array_equal(_shrink(a, k), _shrink(b, k)) for k, (a, b) in enumerate(zip(self._of(n), other._of(n), strict=True)))
+            all(
+                np.array_equal(_shrink(a, k), _shrink(b, k))
+                for k, (a, b) in enumerate(zip(self._of(n), other._of(n), strict=True))
+            )
             if n in self.shapes and n in other.shapes
             else False
             for n in names

@@ -140,7 +140,9 @@ class Symmetry:
             SymmetryError: if the number of permutations is wrong, or one is not a permutation.
         """
         if len(permutations) != len(self.sets):
-            raise SymmetryError(f"expected {len(self.sets)} permutations, one for each generator, got {len(permutations)}")
+            raise SymmetryError(
+                f"expected {len(self.sets)} permutations, one for each generator, got {len(permutations)}"
+            )
         maps: dict[str, IndexArrays] = {}
         for i, (generator, p) in enumerate(zip(self.sets, permutations, strict=True)):
             perm = np.asarray(p, dtype=np.int64)
@@ -217,7 +219,12 @@ class Symmetry:
                     "size": g.size,
                     "name": g.name,
                     "slots": [
-                        {"param": s.param, "axis": s.axis, "index": s.index.tolist(), "within": [list(w) for w in s.within]}
+                        {
+                            "param": s.param,
+                            "axis": s.axis,
+                            "index": s.index.tolist(),
+                            "within": [list(w) for w in s.within],
+                        }
                         for s in g.slots
                     ],
                 }
@@ -242,7 +249,9 @@ class Symmetry:
         try:
             data = json.loads(text)
             if data.get("format") != _FORMAT:
-                raise SymmetryError(f"this is not a symmetry file: expected the format {_FORMAT!r}, got {data.get('format')!r}")
+                raise SymmetryError(
+                    f"this is not a symmetry file: expected the format {_FORMAT!r}, got {data.get('format')!r}"
+                )
             return Symmetry(
                 shapes={n: tuple(s) for n, s in data["shapes"].items()},
                 sets=tuple(
@@ -274,7 +283,9 @@ def _check_slot(shapes: Mapping[str, tuple[int, ...]], generator: Generator, slo
     if not 0 <= slot.axis < len(shape):
         raise SymmetryError(f"{where}: the parameter has {len(shape)} axes")
     if slot.index.ndim != 2 or slot.index.shape[0] != generator.size or not np.issubdtype(slot.index.dtype, np.integer):
-        raise SymmetryError(f"{where}: the index must be an integer table of shape ({generator.size}, k), got {slot.index.shape}")
+        raise SymmetryError(
+            f"{where}: the index must be an integer table of shape ({generator.size}, k), got {slot.index.shape}"
+        )
     flat = slot.index.reshape(-1)
     if flat.size and (flat.min() < 0 or flat.max() >= shape[slot.axis] or np.unique(flat).size != flat.size):
         raise SymmetryError(f"{where}: the index leaves the axis (length {shape[slot.axis]}) or names a position twice")

@@ -62,7 +62,7 @@ class TraceInfo:
 
 def normalise_args(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The positional and keyword arguments of a call, from a tensor, a tuple or list of inputs, and a dict."""
-    if isinstance(args, torch.Tensor) or isinstance(args, Mapping) or not isinstance(args, list | tuple):
+    if isinstance(args, (torch.Tensor, Mapping)) or not isinstance(args, list | tuple):
         positional: tuple[Any, ...] = (args,) if args is not None else ()
     else:
         positional = tuple(args)
@@ -95,7 +95,9 @@ def trace(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) 
         ['aten.t.default', 'aten.addmm.default']
     """
     if not isinstance(model, nn.Module):
-        raise TraceError(f"expected a torch.nn.Module to trace, got {type(model).__name__}; pass an instance of the model")
+        raise TraceError(
+            f"expected a torch.nn.Module to trace, got {type(model).__name__}; pass an instance of the model"
+        )
     positional, keywords = normalise_args(args, kwargs)
     recorder = _Recorder(model)
     positional, keywords = recorder.add_inputs(positional, keywords)
@@ -117,7 +119,9 @@ def trace(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) 
     return recorder.finish(result)
 
 
-def record(function: Callable[..., Any], tensors: Sequence[torch.Tensor], *, module: str = "", source: str = "") -> fx.GraphModule:
+def record(
+    function: Callable[..., Any], tensors: Sequence[torch.Tensor], *, module: str = "", source: str = ""
+) -> fx.GraphModule:
     """Record a function of tensors; its nodes all carry the given module path and source line.
 
     Raises:
@@ -188,7 +192,9 @@ class _Recorder(TorchDispatchMode):
             if name not in persistent or not isinstance(tensor, torch.Tensor):
                 continue
             if isinstance(tensor, UninitializedTensorMixin):
-                raise TraceError(f"{name} is not initialised yet (a lazy module); run the model once on real inputs first")
+                raise TraceError(
+                    f"{name} is not initialised yet (a lazy module); run the model once on real inputs first"
+                )
             key = (id(tensor),) if tensor.numel() == 0 else _layout(tensor)
             if key in first:
                 self.info.aliases[name] = first[key]
@@ -323,7 +329,9 @@ class _Recorder(TorchDispatchMode):
                     self._track(func, args, node_args, node_kwargs, value, item, i)
         return node
 
-    def _track(self, func: Any, args: Any, node_args: Any, node_kwargs: Any, out: torch.Tensor, node: fx.Node, item: int | None) -> None:
+    def _track(
+        self, func: Any, args: Any, node_args: Any, node_kwargs: Any, out: torch.Tensor, node: fx.Node, item: int | None
+    ) -> None:
         base = None
         if func._schema.returns and func._schema.returns[0].alias_info is not None and args:
             source = args[0]
@@ -379,7 +387,14 @@ _WHOLE_READS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}
 
 
 def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.is_neg(), tensor.is_conj())
+    return (
+        tensor.data_ptr(),
+        tuple(tensor.shape),
+        tuple(tensor.stride()),
+        tensor.dtype,
+        tensor.is_neg(),
+        tensor.is_conj(),
+    )
 
 
 def _source() -> str:
@@ -390,5 +405,3 @@ def _source() -> str:
             return f"{name}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return ""
-
-

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import fx
 
-from automerge.rules import _contraction, _indexing, _movement, _reduction  # noqa: F401  (they register themselves)
+from automerge.rules import _contraction, _creation, _indexing, _movement, _reduction  # noqa: F401  (they register themselves)
+from automerge.rules._axes import Unruled
 from automerge.rules._decompose import decomposition
 from automerge.rules._engine import Engine
-from automerge.rules._registry import Context, Unruled, carries, find_rule, operator_name, register_rule, values_in
+from automerge.rules._registry import Context, carries, find_rule, operator_name, register_rule, values_in
 from automerge.rules._value import Factor, Value, plain
 
 __all__ = ["Analysis", "Context", "Engine", "Factor", "Unruled", "Value", "analyse", "is_state", "register_rule"]
@@ -118,7 +119,9 @@ class _Run:
             if node.meta["kind"] == "input":
                 self.values[node] = plain(value.shape, pinned=True)
             elif is_state(value):
-                self.values[node] = self.out.states[node.meta["name"]] = self.parameter(node.meta["name"], tuple(value.shape))
+                self.values[node] = self.out.states[node.meta["name"]] = self.parameter(
+                    node.meta["name"], tuple(value.shape)
+                )
             else:
                 self.constant.add(node)
         elif node.op == "get_attr" or self.is_constant(node):
@@ -249,7 +252,9 @@ class _Run:
 class _Sub(_Run):
     """The same run over the graph of a decomposition, sharing everything with its parent."""
 
-    def __init__(self, parent: _Run, graph: fx.GraphModule, values: dict[fx.Node, Any], sources: Sequence[fx.Node]) -> None:
+    def __init__(
+        self, parent: _Run, graph: fx.GraphModule, values: dict[fx.Node, Any], sources: Sequence[fx.Node]
+    ) -> None:
         self.graph, self.splits, self.engine, self.out = graph, parent.splits, parent.engine, parent.out
         self.values, self.constant, self.statistics = values, set(), parent.statistics
         self.live, self.used = _liveness(graph, [])

@@ -16,6 +16,10 @@ import numpy as np
 MAX_JOINT = 4_000_000
 
 
+class Unruled(Exception):
+    """A rule does not cover this use of its operator; the node is handled as if it had no rule."""
+
+
 @dataclass
 class Family:
     """Vertices ``start .. start + size``.
@@ -60,6 +64,8 @@ class Axes:
     def fresh(self, shape: tuple[int, ...], *, param: str | None = None, axis: int = 0, by: tuple = ()) -> np.ndarray:
         """A new family of vertices, as an array of the given shape."""
         size = int(np.prod(shape, dtype=np.int64))
+        if param is None and size > MAX_JOINT:
+            raise Unruled(f"a joint structure of {size:,} positions is over the bound of {MAX_JOINT:,}")
         start = self.count
         while start + size > len(self.root):
             self.root = np.concatenate([self.root, np.empty_like(self.root)])

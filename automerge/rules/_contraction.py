@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from automerge.rules._axes import Unruled
 from automerge.rules._engine import Engine
-from automerge.rules._registry import Context, Unruled, rule
+from automerge.rules._registry import Context, rule
 from automerge.rules._value import Value, common_refinement, copy_letters, new_letter, refine_axis, rename
 
 
@@ -87,7 +88,8 @@ def linear(context: Context, x: Value, w: Value, bias: Value | None = None) -> V
 @rule("_grouped_mm")
 def grouped_mm(context: Context, a: Value, b: Value, offsets: Value | None = None, *_: Any, **__: Any) -> Value:
     """Rows sorted by expert, each group times its expert's matrix; which rows are whose depends on data, so the experts
-    are pinned and their inner units keep one common order."""
+    are pinned and their inner units keep one common order.
+    """
     if len(a.axes) != 2 or len(b.axes) != 3 or offsets is None:
         raise Unruled("a grouped product with another layout")
     engine = context.engine

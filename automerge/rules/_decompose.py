@@ -44,7 +44,12 @@ def decomposition(node: fx.Node) -> fx.GraphModule | None:
         return function(*args, **kwargs)
 
     try:
-        graph = record(call, [n.meta["val"] for n in inputs], module=node.meta.get("module", ""), source=node.meta.get("source", ""))
+        graph = record(
+            call,
+            [n.meta["val"] for n in inputs],
+            module=node.meta.get("module", ""),
+            source=node.meta.get("source", ""),
+        )
     except (TraceError, NotImplementedError, RuntimeError, TypeError, AssertionError, ValueError, AttributeError):
         return None
     if any(n.target is target for n in graph.graph.nodes):

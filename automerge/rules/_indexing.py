@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from automerge.rules._axes import Unruled
 from automerge.rules._contraction import repinned
 from automerge.rules._engine import Engine
 from automerge.rules._movement import gathered, without_axis
 from automerge.rules._reduction import axes_of, fits, normalised
-from automerge.rules._registry import Context, Unruled, rule, values_in
+from automerge.rules._registry import Context, rule, values_in
 from automerge.rules._value import Factor, Value, copy_letters, plain
 
 
@@ -48,7 +49,9 @@ def embedding_renorm(context: Context, weight: Value, index: Value, *_: Any) -> 
 
 
 @rule("_embedding_bag", "_embedding_bag_forward_only")
-def embedding_bag(context: Context, weight: Value, index: Value, offsets: Value, *args: Any) -> tuple[Value | None, ...]:
+def embedding_bag(
+    context: Context, weight: Value, index: Value, offsets: Value, *args: Any
+) -> tuple[Value | None, ...]:
     engine = context.engine
     for v in (index, offsets, *(a for a in args if isinstance(a, Value))):
         engine.pin_all(v, "index into an embedding")
@@ -82,7 +85,7 @@ def index(context: Context, x: Value, indices: Sequence[Value | None]) -> Value:
         moved = positions[tuple(slice(None) if v is None else v.data.cpu() for v in indices)]
         return gathered(context.engine, x, moved.numpy())
     if len(given) == 1 and given[0][1].shape != () and given[0][1] is not None:
-        node = [n for n in context.node.args[1] if n is not None][0]
+        node = next(n for n in context.node.args[1] if n is not None)
         if node.meta["val"].dtype not in (torch.bool, torch.uint8):
             return looked_up(context.engine, x, given[0][0], given[0][1], "looked up by data")
     return _generic_index(context, x, given)
@@ -101,7 +104,12 @@ def _generic_index(context: Context, x: Value, given: Sequence[tuple[int, Value]
     rest = engine.reduce(x, {c for k in axes for c in x.axes[k]})
     where = engine.elementwise([copy_letters(v) for _, v in given])
     tail = len(rest.axes) - axes[-1] - 1
-    shaped = Value((*rest.axes[: axes[0]], *((),) * len(where.axes), *rest.axes[axes[-1] + 1 :]), rest.size, rest.factors, rest.pinned)
+    shaped = Value(
+        (*rest.axes[: axes[0]], *((),) * len(where.axes), *rest.axes[axes[-1] + 1 :]),
+        rest.size,
+        rest.factors,
+        rest.pinned,
+    )
     wide = Value((*where.axes, *((),) * tail), where.size, where.factors, where.pinned)
     return engine.elementwise([shaped, wide])
 
@@ -123,7 +131,9 @@ def gather(context: Context, x: Value, dim: int, index: Value, **_: Any) -> Valu
     dim %= max(len(x.axes), 1)
     engine = context.engine
     points = points_into(engine, x.settle(), dim, index)
-    if points is not None and all(n == m for k, (n, m) in enumerate(zip(x.shape, index.shape, strict=True)) if k != dim):
+    if points is not None and all(
+        n == m for k, (n, m) in enumerate(zip(x.shape, index.shape, strict=True)) if k != dim
+    ):
         x = tie_axis(engine, x, dim, points)
         return engine.elementwise([engine.reduce(x, set(x.axes[dim])), copy_letters(bare(index))])
     index.settle()
@@ -145,7 +155,11 @@ def tie_axis(engine: Engine, x: Value, dim: int, labels: np.ndarray) -> Value:
     x, letter = engine.merge_axis(x, dim)
     if letter is None:
         return x
-    vector = Value(tuple((letter,) if k == dim else () for k in range(len(x.axes))), {letter: labels.size}, [Factor((letter,), labels)])
+    vector = Value(
+        tuple((letter,) if k == dim else () for k in range(len(x.axes))),
+        {letter: labels.size},
+        [Factor((letter,), labels)],
+    )
     return engine.elementwise([x, vector])
 
 
@@ -185,7 +199,9 @@ def scatter(context: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
         raise Unruled("a write at data-dependent positions")
     dim = args[0] % max(len(x.axes), 1)
     others = values_in([*args, *kwargs.values()])
-    same = all(v.shape[k] == x.shape[k] for v in others if len(v.axes) == len(x.axes) for k in range(len(x.axes)) if k != dim)
+    same = all(
+        v.shape[k] == x.shape[k] for v in others if len(v.axes) == len(x.axes) for k in range(len(x.axes)) if k != dim
+    )
     if not same or name.startswith("index_"):
         for v in others:
             engine.pin_all(v, "written at given positions")
@@ -234,7 +250,12 @@ def sort(context: Context, x: Value, *args: Any, **kwargs: Any) -> Any:
     out = context.engine.reduce(x, set(x.axes[axis]))
     length = (value if isinstance(value, torch.Tensor) else value[0]).shape[axis]
     rank = plain([length], pinned=True)
-    out = Value(tuple(rank.axes[0] if k == axis else a for k, a in enumerate(out.axes)), out.size | rank.size, out.factors, out.pinned | rank.pinned)
+    out = Value(
+        tuple(rank.axes[0] if k == axis else a for k, a in enumerate(out.axes)),
+        out.size | rank.size,
+        out.factors,
+        out.pinned | rank.pinned,
+    )
     if isinstance(value, torch.Tensor):
         return promise(context.engine, out, points, "the order of a sort is used") if name == "argsort" else out
     return out, promise(context.engine, out, points, "the order of a sort is used")
@@ -244,9 +265,9 @@ def pointing(engine: Engine, x: Value, axis: int, reason: str) -> tuple[Value, n
     """The labels of an axis whose positions an index will name; the axis is pinned where it has no labels of its own."""
     x, letter = engine.merge_axis(x, axis)
     mine = x.touching(letter) if letter is not None else []
-    if letter is not None and letter not in x.pinned and len(mine) == 1 and mine[0].letters == (letter,):
-        if engine.axes.injective(mine[0].labels):
-            return x, mine[0].labels
+    free = letter is not None and letter not in x.pinned and len(mine) == 1 and mine[0].letters == (letter,)
+    if free and engine.axes.injective(mine[0].labels):
+        return x, mine[0].labels
     return engine.pin_letters(x, set(x.axes[axis]), reason), None
 
 
@@ -296,7 +317,9 @@ def argument(context: Context, x: Value, dim: int | None = None, keepdim: bool =
 def scan(context: Context, x: Value, dim: int, *_: Any, **__: Any) -> Any:
     (axis,) = axes_of(x, dim)
     out = context.engine.pin_letters(x, set(x.axes[axis]), "a running sum along the axis")
-    out = normalised(context.engine, out, [axis])  # entries mix along the axis, so what is joint with it keeps one order
+    out = normalised(
+        context.engine, out, [axis]
+    )  # entries mix along the axis, so what is joint with it keeps one order
     return out if isinstance(context.node.meta["val"], torch.Tensor) else (out, out)
 
 
@@ -338,4 +361,3 @@ def positions(context: Context, x: Value, *_: Any, **__: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return plain(value.shape, pinned=True)
     return tuple(plain(v.shape, pinned=True) for v in value)
-

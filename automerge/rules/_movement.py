@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from automerge.rules._axes import Unruled
 from automerge.rules._engine import Engine
-from automerge.rules._registry import Context, Unruled, rule
+from automerge.rules._registry import Context, rule
 from automerge.rules._value import Factor, Value, drop_constant, new_letter, plain
 
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "flatten", "unflatten", "view_copy",
       carries=True)  # fmt: skip
 def view(context: Context, x: Value, *_: Any, **__: Any) -> Value:
-    if not context.node.meta["val"].dtype.is_complex and context.node.args[0].meta["val"].numel() != context.node.meta["val"].numel():
+    if (
+        not context.node.meta["val"].dtype.is_complex
+        and context.node.args[0].meta["val"].numel() != context.node.meta["val"].numel()
+    ):
         raise Unruled("a view that changes the element size")
     return context.engine.reshape(x, context.shape).carry(x)
 
@@ -153,7 +158,7 @@ def split(context: Context, x: Value, sizes: Any, dim: int = 0) -> tuple[Value |
     starts = np.cumsum([0, *(t.shape[dim] for t in context.node.meta["val"])])
     return tuple(
         context.engine.piece(x, dim, np.arange(a, b)) if i in context.used else None
-        for i, (a, b) in enumerate(zip(starts[:-1], starts[1:], strict=True))
+        for i, (a, b) in enumerate(itertools.pairwise(starts))
     )
 
 
@@ -196,7 +201,9 @@ def scattered(engine: Engine, x: Value, source: Value, dim: int, index: np.ndarr
 
 
 @rule("slice_scatter")
-def slice_scatter(context: Context, x: Value, source: Value, dim: int = 0, start: Any = None, stop: Any = None, step: int = 1) -> Value:
+def slice_scatter(
+    context: Context, x: Value, source: Value, dim: int = 0, start: Any = None, stop: Any = None, step: int = 1
+) -> Value:
     dim %= len(x.axes)
     index = slice_index(x.shape[dim], start, stop, step)
     return scattered(context.engine, x, expanded(source, context.node.args[1].meta["val"].shape), dim, index)
@@ -211,14 +218,6 @@ def select_scatter(context: Context, x: Value, source: Value, dim: int, index: i
 @rule("copy")
 def copy(context: Context, x: Value, source: Value, *_: Any) -> Value:
     return expanded(source, context.shape)
-
-
-@rule("fill", "full_like", "zeros_like", "ones_like", "new_zeros", "new_ones", "new_full", "empty_like", "new_empty",
-      "zero", "zeros", "ones", "full", "empty", "new_empty_strided", "empty_strided")  # fmt: skip
-def filled(context: Context, *args: Any, **__: Any) -> Value:
-    if len(args) > 1 and isinstance(args[1], Value) and args[1].shape == ():
-        return expanded(args[1], context.shape)
-    return plain(context.shape)
 
 
 @rule("constant_pad_nd")
@@ -288,23 +287,6 @@ def diag_embed(context: Context, x: Value, offset: int = 0, dim1: int = -2, dim2
     return Value(tuple(axes), size, factors, pinned)
 
 
-@rule("rand_like", "randn_like", "randint_like", "rand", "randn", "randint", "randperm", "normal_functional")
-def noise(context: Context, *_: Any, **__: Any) -> Value:
-    """Random numbers: every position has its own."""
-    return plain(context.shape, pinned=True)
-
-
-@rule("bernoulli", "normal", "uniform", "exponential", "multinomial", "poisson", "native_dropout", "binomial", "cauchy",
-      "log_normal", "geometric", "random")  # fmt: skip
-def sampled(context: Context, *args: Any, **__: Any) -> Any:
-    """A sample from a distribution given by the operands: they meet noise that has its own value everywhere."""
-    value = context.node.meta["val"]
-    if not isinstance(value, torch.Tensor) or any(v.shape != tuple(value.shape) for v in args if isinstance(v, Value)):
-        raise Unruled("a sample of another shape")
-    operands = [v for v in args if isinstance(v, Value)]
-    return context.engine.elementwise([*operands, plain(value.shape, pinned=True)])
-
-
 @rule("view_as_real")
 def view_as_real(context: Context, x: Value) -> Value:
     pair = plain([2], pinned=True)
@@ -318,8 +300,13 @@ def view_as_complex(context: Context, x: Value) -> Value:
     return without_axis(x, len(x.axes) - 1)
 
 
-@rule("unfold", "as_strided", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
-      "replication_pad2d", "replication_pad3d", "diagonal", "rot90", "as_strided_scatter", "diagonal_copy", "unfold_copy")  # fmt: skip
+_INDEXED = (
+    "unfold unfold_copy as_strided as_strided_scatter rot90 diagonal diagonal_copy reflection_pad1d reflection_pad2d "
+    "reflection_pad3d replication_pad1d replication_pad2d replication_pad3d"
+)
+
+
+@rule(*_INDEXED.split())
 def by_index(context: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
     """Ask the operator itself: push positions through it and read where they went."""
     if any(isinstance(a, Value) for a in args):

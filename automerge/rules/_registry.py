@@ -43,10 +43,6 @@ class Context:
         return self.node.meta["val"][index]
 
 
-class Unruled(Exception):
-    """A rule does not cover this use of its operator; the node is handled as if it had no rule."""
-
-
 def operator_name(target: Any) -> str:
     """``"aten::addmm"`` for an OpOverload or OpOverloadPacket; the plain name for anything else."""
     if isinstance(target, str):

@@ -81,13 +81,19 @@ def resample(b: Builder, x: Layout) -> Built:
 
 
 def pixel_shuffle(b: Builder, x: Layout) -> Built | None:
-    """A unit owns a block of channels that becomes pixels."""
+    """A unit owns a block of channels that becomes pixels; a ramp gives the order of the pixels a meaning."""
     if b.space > 4:
         return None
     rows = b.fresh(3)
     b.space *= 2
     wide = tuple(Cell(c.units, c.at, (k,)) for c in rows for k in range(4))
-    return b.stack(b.mix(x, wide), nn.PixelShuffle(2)), b.retag(rows)
+    side = b.space
+
+    def forward(self: Block, x: torch.Tensor) -> torch.Tensor:
+        ramp = 1 + torch.arange(side**2, dtype=x.dtype).view(side, side) / side**2
+        return F.pixel_shuffle(self.parts[0](x), 2) * ramp
+
+    return Block("pixel shuffle", forward, b.mix(x, wide)), b.retag(rows)
 
 
 def pixel_unshuffle(b: Builder, x: Layout) -> Built | None:

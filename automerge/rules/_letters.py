@@ -1,0 +1,152 @@
+"""Letters of values: pinning, merging, joining, aligning operands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from automerge.rules._axes import Axes
+from automerge.rules._value import Factor, Value, common_refinement, new_letter, refine_axis, rename, spread
+
+
+class Letters:
+    """Operations on the letters of values over one `Axes`.
+
+    Attributes:
+        axes: the vertices and their relations.
+    """
+
+    def __init__(self) -> None:
+        self.axes = Axes()
+
+    def injective(self, factor: Factor) -> Factor:
+        """The factor itself if it names no vertex twice, else one with a fresh vertex per position."""
+        if self.axes.injective(factor.labels):
+            return factor
+        return Factor(factor.letters, self.axes.refine(factor.labels))
+
+    def pin_letters(self, value: Value, letters: set[int], reason: str) -> Value:
+        """Give the coordinates of some letters a meaning."""
+        letters = letters & set(value.size)
+        factors = []
+        for f in value.factors:
+            inside = [c for c in f.letters if c in letters]
+            if not inside:
+                factors.append(f)
+                continue
+            if len(inside) == len(f.letters):
+                self.pin_factor(f, reason)
+                continue
+            f = self.injective(f)
+            self._mark_coordinates(f, inside, reason)
+            factors.append(f)
+        return Value(value.axes, value.size, factors, value.pinned | letters)
+
+    def pin_factor(self, factor: Factor, reason: str) -> None:
+        """Fix every vertex of a factor."""
+        self.axes.pin(factor.labels, reason)
+
+    def _mark_coordinates(self, factor: Factor, letters: Sequence[int], reason: str) -> None:
+        shape = factor.labels.shape
+        at = np.zeros(shape, np.int64)
+        for c in letters:
+            k = factor.letters.index(c)
+            view = [1] * len(shape)
+            view[k] = shape[k]
+            at = at * shape[k] + np.arange(shape[k]).reshape(view)
+        self.axes.mark(factor.labels, at)
+
+    def pin_all(self, value: Value, reason: str) -> Value:
+        """Give every coordinate of a tensor a meaning."""
+        return self.pin_letters(value, set(value.size), reason)
+
+    def merge_axis(self, value: Value, axis: int) -> tuple[Value, int | None]:
+        """Make one axis a single letter; returns the value and the letter (None when the axis has length one)."""
+        letters = value.axes[axis]
+        if len(letters) <= 1:
+            return value, (letters[0] if letters else None)
+        merged = self.merge_letters(value, letters)
+        return merged, merged.axes[axis][0]
+
+    def merge_letters(self, value: Value, letters: Sequence[int]) -> Value:
+        """Replace adjacent letters by their product."""
+        letters = tuple(letters)
+        if len(letters) < 2:
+            return value
+        inside = set(letters)
+        one = new_letter()
+        total = int(np.prod([value.size[c] for c in letters], dtype=np.int64))
+        touched = [f for f in value.factors if inside & set(f.letters)]
+        pins = inside & value.pinned
+        rest = [f for f in value.factors if not inside & set(f.letters)]
+        size = {c: n for c, n in value.size.items() if c not in inside} | {one: total}
+        axes = []
+        for axis in value.axes:
+            if axis and inside & set(axis):
+                first = axis.index(letters[0])
+                axes.append((*axis[:first], one, *axis[first + len(letters) :]))
+            else:
+                axes.append(axis)
+        pinned = value.pinned - inside
+        if pins == inside or (pins and not touched):
+            rest += [self._over_merged(value, f, letters, one) for f in touched if set(f.letters) - inside]
+            return Value(tuple(axes), size, rest, pinned | {one})
+        if touched:
+            joint = self._joint(value, touched, pins)
+            outer = tuple(c for c in joint.letters if c not in inside)
+            full = spread(joint, (*outer, *letters), value.size)
+            labels = np.ascontiguousarray(full).reshape([*(value.size[c] for c in outer), total])
+            rest.append(Factor((*outer, one), labels))
+        return Value(tuple(axes), size, rest, pinned)
+
+    def _over_merged(self, value: Value, factor: Factor, letters: tuple[int, ...], one: int) -> Factor:
+        """A factor that is joint with pinned letters, over the product of those letters."""
+        outer = tuple(c for c in factor.letters if c not in letters)
+        whole = set(letters) <= set(factor.letters)
+        labels = np.ascontiguousarray(spread(factor, (*outer, *letters), value.size))
+        labels = labels.reshape([*(value.size[c] for c in outer), -1])
+        made = Factor((*outer, one), labels)
+        if not whole:
+            made = Factor(made.letters, self.axes.refine(labels))
+            self._mark_coordinates(made, [one], "joined with a pinned axis")
+        return made
+
+    def _joint(self, value: Value, factors: Sequence[Factor], pins: set[int]) -> Factor:
+        """One factor that determines several, and the coordinates of pinned letters."""
+        if len(factors) == 1 and not pins - set(factors[0].letters):
+            return factors[0]
+        letters = tuple(c for c in value.size if c in pins or any(c in f.letters for f in factors))
+        shape = tuple(value.size[c] for c in letters)
+        made = Factor(letters, self.axes.fresh(shape))
+        for f in factors:
+            self.axes.edge(made.labels, spread(f, letters, value.size))
+        if pins:
+            self._mark_coordinates(made, sorted(pins), "joined with a pinned axis")
+        return made
+
+    def align(self, values: Sequence[Value]) -> tuple[list[Value], tuple[tuple[int, ...], ...], dict[int, int]]:
+        """Broadcast: the values over common letters, and the axes of the result with the letters' lengths."""
+        ndim = max(len(v.axes) for v in values)
+        out = [Value(((),) * (ndim - len(v.axes)) + v.axes, v.size, v.factors, v.pinned) for v in values]
+        axes: list[tuple[int, ...]] = []
+        size: dict[int, int] = {}
+        for k in range(ndim):
+            who = [i for i, v in enumerate(out) if v.axes[k]]
+            if not who:
+                axes.append(())
+                continue
+            sizes: list[int] | None = [out[who[0]].size[c] for c in out[who[0]].axes[k]]
+            for i in who[1:]:
+                if sizes is not None:
+                    sizes = common_refinement(sizes, [out[i].size[c] for c in out[i].axes[k]])
+            letters: tuple[int, ...] = ()
+            for i in who:
+                v = self.merge_axis(out[i], k)[0] if sizes is None else refine_axis(out[i], k, sizes)
+                mine = v.axes[k]
+                if not letters:
+                    letters = tuple(new_letter() for _ in mine)
+                out[i] = rename(v, dict(zip(mine, letters, strict=True)))
+            axes.append(letters)
+            size.update({c: out[who[0]].size[c] for c in letters})
+        return out, tuple(axes), size

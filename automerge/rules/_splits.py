@@ -1,0 +1,107 @@
+"""Parameter axes that may have an order of their own for every position of another axis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from automerge.rules._axes import MAX_JOINT, Family
+from automerge.rules._letters import Letters
+from automerge.rules._value import Factor, Value
+
+
+class Splits(Letters):
+    """Notices where a parameter is used batched, and asks that its axes be split in the next pass.
+
+    Attributes:
+        requests: ``(param, axis, by axis) -> classes``: the axis gets an order for every class of positions of the other.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requests: dict[tuple[str, int, int], np.ndarray] = {}
+
+    def _ask_batched(self, values: Sequence[Value], batch: set[int]) -> None:
+        """A batched contraction: the other axes of a parameter may have an order for every batch position."""
+        for v in values:
+            outer = [g for g in v.factors if batch & set(g.letters)]
+            for f in v.factors:
+                if len(f.letters) == 1 and not batch & set(f.letters):
+                    for g in outer:
+                        self.request_split(f, g, batch)
+
+    def _ask_splits(self, values: Sequence[Value], lists: Sequence[Sequence[Factor]]) -> None:
+        """A joint factor meets a plain parameter axis whose own tensor has the other letters too."""
+        for i, mine in enumerate(lists):
+            for f in mine:
+                if len(f.letters) != 1 or self._source(f) is None:
+                    continue
+                for j, other in enumerate(lists):
+                    for g in other if i != j else ():
+                        extra = set(g.letters) - set(f.letters)
+                        if f.letters[0] in g.letters and extra and self._outer(extra, f, g, values[j], other):
+                            for h in mine:
+                                if extra & set(h.letters) and f.letters[0] not in h.letters:
+                                    self.request_split(f, h, extra)
+
+    def _outer(self, extra: set[int], f: Factor, g: Factor, value: Value, factors: Sequence[Factor]) -> bool:
+        """Whether the extra letters of a joint factor are the outer ones: its operand knows them without it."""
+        if not self.axes.injective(g.labels):
+            return False
+        known, mine = set(value.pinned), set(value.pinned)
+        for h in factors:
+            if h is not g and set(h.letters) <= extra:
+                known |= set(h.letters)
+            if h is not g and set(h.letters) <= {f.letters[0]}:
+                mine |= set(h.letters)
+        if extra <= known:
+            return True
+        return f.letters[0] not in mine and g.letters.index(f.letters[0]) == len(g.letters) - 1
+
+    def _source(self, factor: Factor) -> Family | None:
+        family = self.axes.family(factor.labels)
+        if family is None or family.param is None:
+            return None
+        return family
+
+    def request_split(self, inner: Factor, outer: Factor, batch: set[int]) -> None:
+        """Ask that ``inner``'s parameter axis get an order of its own for every batch position of ``outer``'s axis."""
+        family = self._source(inner)
+        if family is None or family.by:
+            return
+        other = self._same_param(outer, family.param)
+        if other is None or other[0].axis == family.axis or other[0].by:
+            return
+        axis, labels = other
+        coordinate = np.zeros(labels.shape, np.int64)
+        for c in outer.letters:
+            if c in batch:
+                k = outer.letters.index(c)
+                view = [1] * labels.ndim
+                view[k] = labels.shape[k]
+                coordinate = coordinate * labels.shape[k] + np.arange(labels.shape[k]).reshape(view)
+        classes = np.full(axis.size, -1, np.int64)
+        classes[labels.reshape(-1) - axis.start] = coordinate.reshape(-1)
+        if (classes.max() + 1) * family.size > MAX_JOINT:
+            return
+        if (classes < 0).any() or (family.param, axis.axis, family.axis) in self.requests:
+            return
+        self.requests.setdefault((family.param, family.axis, axis.axis), classes)
+
+    def _same_param(self, outer: Factor, param: str) -> tuple[Family, np.ndarray] | None:
+        """The outer factor as positions of another axis of the same parameter, looking through united families."""
+        numbers = np.unique(self.axes.family_of[outer.labels.reshape(-1)])
+        if numbers.size != 1:
+            return None
+        source = self.axes.families[numbers[0]]
+        if source.param == param:
+            return source, outer.labels
+        for number in self.axes.classes[self.axes.class_of[numbers[0]]]:
+            family = self.axes.families[number]
+            if family.param == param and not family.by:
+                vertices = np.arange(family.start, family.start + family.size)
+                back = dict(zip(self.axes.root[vertices].tolist(), vertices.tolist(), strict=True))
+                labels = np.array([back.get(r, -1) for r in self.axes.root[outer.labels.reshape(-1)].tolist()])
+                return (family, labels.reshape(outer.labels.shape)) if (labels >= 0).all() else None
+        return None
