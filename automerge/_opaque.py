@@ -35,7 +35,7 @@ def opaque_modules(recorder: Any, model: nn.Module) -> Iterator[None]:
     patched: list[nn.Module] = []
     for path, module in model.named_modules():
         if type(module) in CLASSES:
-            module.forward = _wrapper(recorder, path, module, module.forward)  # type: ignore[method-assign]
+            module.forward = _wrapper(recorder, path, module, module.forward)
             patched.append(module)
     try:
         yield

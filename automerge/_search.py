@@ -35,11 +35,11 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def _hash(*parts: np.ndarray | int) -> np.ndarray:
-    out = np.uint64(0)
+    out = np.asarray(np.uint64(0))
     with np.errstate(over="ignore"):
         for p in parts:
-            out = _mix(np.asarray(p).astype(np.uint64) + _MIX * (np.asarray(out) + np.uint64(1)))
-    return np.asarray(out)
+            out = _mix(np.asarray(p).astype(np.uint64) + _MIX * (out + np.uint64(1)))
+    return out
 
 
 class Structure:

@@ -34,7 +34,7 @@ def map_tensors(fn: Callable[[str, torch.Tensor], Any], tree: Any, path: str = "
     return tree
 
 
-def _rebuild_mapping(tree: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+def _rebuild_mapping(tree: Any, items: dict[Any, Any]) -> Any:
     try:
         return type(tree)(**items) if all(isinstance(k, str) for k in items) else type(tree)(items)  # type: ignore[call-arg]
     except TypeError:

@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import module as _nn_module
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -191,7 +191,7 @@ class _Recorder(TorchDispatchMode):
         for name, tensor in tensors:
             if name not in persistent or not isinstance(tensor, torch.Tensor):
                 continue
-            if isinstance(tensor, UninitializedTensorMixin):
+            if is_lazy(tensor):
                 raise TraceError(
                     f"{name} is not initialised yet (a lazy module); run the model once on real inputs first"
                 )

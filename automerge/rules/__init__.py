@@ -146,8 +146,8 @@ class _Run:
             if letters and k not in splits:
                 lines[k] = axes.fresh((shape[k],), param=name, axis=k)
                 value.factors.append(Factor(letters, lines[k]))
-        for k, by in splits.items():
-            value.factors.append(self._split_factor(value, name, k, by, lines))
+        for k, parts in splits.items():
+            value.factors.append(self._split_factor(value, name, k, parts, lines))
         return value
 
     def _split_factor(

@@ -105,10 +105,10 @@ def trilinear(
 ) -> Value:
     values = []
     for v, extra in ((a, ea), (b, eb), (c, ec)):
-        axes = list(v.axes)
+        wide = list(v.axes)
         for k in sorted(extra):
-            axes.insert(k, ())
-        values.append(Value(tuple(axes), v.size, v.factors, v.pinned))
+            wide.insert(k, ())
+        values.append(Value(tuple(wide), v.size, v.factors, v.pinned))
     product = context.engine.elementwise(values)
     gone = {letter for k in sums for letter in product.axes[k]}
     reduced = context.engine.reduce(product, gone)

@@ -70,7 +70,7 @@ def on_axis(value: Value | None, axis: int, ndim: int) -> list[Value]:
     """A vector laid along one axis of a tensor with ``ndim`` axes."""
     if value is None:
         return []
-    axes = [()] * ndim
+    axes: list[tuple[int, ...]] = [()] * ndim
     axes[axis] = value.axes[0]
     return [Value(tuple(axes), value.size, value.factors, value.pinned)]
 

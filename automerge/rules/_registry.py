@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from automerge._opaque import CLASSES, OpaqueModule
 from automerge.rules._engine import Engine
@@ -29,7 +29,7 @@ class Context:
     """
 
     engine: Engine
-    node: fx.Node
+    node: Any
     used: set[int]
     statistics: list[Value]
 

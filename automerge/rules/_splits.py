@@ -68,7 +68,7 @@ class Splits(Letters):
     def request_split(self, inner: Factor, outer: Factor, batch: set[int]) -> None:
         """Ask that ``inner``'s parameter axis get an order of its own for every batch position of ``outer``'s axis."""
         family = self._source(inner)
-        if family is None or family.by:
+        if family is None or family.param is None or family.by:
             return
         other = self._same_param(outer, family.param)
         if other is None or other[0].axis == family.axis or other[0].by:

@@ -150,7 +150,10 @@ def split_letter(value: Value, letter: int, sizes: Sequence[int]) -> Value:
 
 def rename(value: Value, names: dict[int, int]) -> Value:
     """The value with letters renamed."""
-    get = lambda c: names.get(c, c)  # noqa: E731
+
+    def get(c: int) -> int:
+        return names.get(c, c)
+
     return Value(
         tuple(tuple(get(c) for c in a) for a in value.axes),
         {get(c): n for c, n in value.size.items()},
@@ -193,7 +196,8 @@ def refine_axis(value: Value, axis: int, sizes: Sequence[int]) -> Value:
     """Split the letters of one axis so that their sizes become ``sizes`` (a refinement of them)."""
     todo = list(sizes)
     for letter in value.axes[axis]:
-        n, parts = value.size[letter], []
+        n = value.size[letter]
+        parts: list[int] = []
         while int(np.prod(parts, dtype=np.int64)) < n:
             parts.append(todo.pop(0))
         if len(parts) > 1:

@@ -106,7 +106,9 @@ def build(pick: Pick, kinds: tuple[str, ...] = KINDS, blocks: int = 4) -> Networ
     b.space = pick([2, 4]) if b.kind == "image" else 3
     channels = pick([2, 3])
     x: Layout = cells(Units(channels, pinned=True))
-    shape = {"vector": (3, channels), "tokens": (2, b.space, channels), "image": (2, channels, b.space, b.space)}[b.kind]
+    shape = {"vector": (3, channels), "tokens": (2, b.space, channels), "image": (2, channels, b.space, b.space)}[
+        b.kind
+    ]
     modules: list[nn.Module] = []
     count = pick(range(1, blocks + 1))
     for i in range(count):

@@ -204,7 +204,9 @@ def grouped_query(b: Builder, x: Layout) -> Built:
 
     def forward(self: Block, x: torch.Tensor) -> torch.Tensor:
         n, s, _ = x.shape
-        one, two, three = (f(x).view(n, s, -1, d).transpose(1, 2) for f, d in zip(self.parts, (dk, dk, dv), strict=False))
+        one, two, three = (
+            f(x).view(n, s, -1, d).transpose(1, 2) for f, d in zip(self.parts, (dk, dk, dv), strict=False)
+        )
         two, three = two.repeat_interleave(r, 1), three.repeat_interleave(r, 1)
         y = (one @ two.transpose(-1, -2)).softmax(-1) @ three
         return self.parts[3](y.transpose(1, 2).flatten(2))
