@@ -30,13 +30,13 @@ def map_tensors(fn: Callable[[str, torch.Tensor], Any], tree: Any, path: str = "
         return dataclasses.replace(tree, **values)
     if isinstance(tree, Mapping):
         items = {k: map_tensors(fn, v, f"{path}[{k!r}]") for k, v in tree.items()}
-        return type(tree)(items) if type(tree) in (dict,) else _rebuild_mapping(tree, items)
+        return items if type(tree) is dict else _rebuild_mapping(tree, items)
     return tree
 
 
 def _rebuild_mapping(tree: Any, items: dict[Any, Any]) -> Any:
     try:
-        return type(tree)(**items) if all(isinstance(k, str) for k in items) else type(tree)(items)  # type: ignore[call-arg]
+        return type(tree)(**items) if all(isinstance(k, str) for k in items) else type(tree)(items)
     except TypeError:
         return items
 

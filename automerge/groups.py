@@ -77,7 +77,9 @@ def inverse_index(index: IndexArrays) -> IndexArrays:
                 continue
             extent = tuple(index[axis].shape)
             at = tuple(done[k] if k in others else axis_index(extent, k) for k in range(ndim))
-            done[axis] = _shrink(np.argsort(_evaluate(index[axis], at), axis=axis), axis)
+            value = _evaluate(index[axis], at)
+            value = value.reshape((1,) * (ndim - value.ndim) + value.shape)
+            done[axis] = _shrink(np.argsort(value, axis=axis), axis)
         if len(done) == before:
             raise ValueError("the axes of this element depend on each other in a cycle")
     return tuple(done[k] for k in range(ndim))

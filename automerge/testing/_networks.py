@@ -20,7 +20,7 @@ from automerge.testing._spatial import IMAGE, TOKENS, to_vector
 KINDS = ("vector", "tokens", "image")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Network:
     """A network, example inputs, and its symmetry as it was decided while the network was built.
 

@@ -81,19 +81,22 @@ def resample(b: Builder, x: Layout) -> Built:
 
 
 def pixel_shuffle(b: Builder, x: Layout) -> Built | None:
-    """A unit owns a block of channels that becomes pixels; a ramp gives the order of the pixels a meaning."""
+    """A unit owns a block of channels that becomes pixels.
+
+    A ramp gives the order of the pixels a meaning, and a layer common to all pixels their channels one order.
+    """
     if b.space > 4:
         return None
     rows = b.fresh(3)
     b.space *= 2
     wide = tuple(Cell(c.units, c.at, (k,)) for c in rows for k in range(4))
-    side = b.space
+    side, after = b.space, b.fresh()
 
     def forward(self: Block, x: torch.Tensor) -> torch.Tensor:
         ramp = 1 + torch.arange(side**2, dtype=x.dtype).view(side, side) / side**2
-        return F.pixel_shuffle(self.parts[0](x), 2) * ramp
+        return self.parts[1](F.pixel_shuffle(self.parts[0](x), 2) * ramp).relu()
 
-    return Block("pixel shuffle", forward, b.mix(x, wide)), b.retag(rows)
+    return Block("pixel shuffle", forward, b.mix(x, wide), b.mix(b.retag(rows), after)), b.retag(after)
 
 
 def pixel_unshuffle(b: Builder, x: Layout) -> Built | None:

@@ -71,10 +71,13 @@ def build(name: str) -> Case:
     """One model with random weights at its default input size; verification takes a smaller one where it may."""
     module, _, model_name = name.partition(":")
     count = _count(model_name)
-    options = {} if count <= MOST else {"depth": _DEPTH}
-    note = "" if count <= MOST else f"{_DEPTH} blocks: the whole model has {count / 1e6:.0f} M parameters"
     torch.manual_seed(0)
-    model = timm.create_model(model_name, pretrained=False, **options).eval()
+    note = ""
+    if count > MOST and "vit" in model_name:
+        note = f"{_DEPTH} blocks: the whole model has {count / 1e6:.0f} M parameters"
+        model = timm.create_model(model_name, pretrained=False, depth=_DEPTH).eval()
+    else:
+        model = timm.create_model(model_name, pretrained=False).eval()
     channels, height, width = model.pretrained_cfg["input_size"]
     image = torch.randn(1, channels, height, width)
     small = None

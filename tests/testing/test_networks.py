@@ -1,0 +1,145 @@
+"""Random networks: the ground truth itself is checked, without inference."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import nn
+
+from automerge.testing import Network, assert_sound, free_positions, networks
+from automerge.testing._blocks import BLOCKS
+from automerge.testing._builder import Builder
+from automerge.testing._ledger import Cell, Ledger, Units, cells, distinct, grouped, whole
+from automerge.testing._networks import build
+from automerge.testing._spatial import IMAGE, TOKENS
+
+
+def random_network(seed: int, **options: Any) -> Network:
+    rng = np.random.default_rng(seed)
+    return build(lambda choices: choices[int(rng.integers(len(choices)))], **options)
+
+
+@settings(max_examples=40)
+@given(networks())
+def test_the_ground_truth_is_sound(network: Network) -> None:
+    assert_sound(network.model, network.args, network.symmetry)
+
+
+@settings(max_examples=20)
+@given(networks())
+def test_a_network_runs_and_knows_its_parameters(network: Network) -> None:
+    before = copy.deepcopy(network.model.state_dict())
+    out = network.model.eval()(*network.args)
+    assert bool(torch.isfinite(out).all())
+    named = dict(network.model.named_parameters()) | dict(network.model.named_buffers())
+    for name, shape in network.symmetry.shapes.items():
+        assert tuple(named[name].shape) == shape
+    assert network.sizes == tuple(sorted(g.size for g in network.generators))
+    assert dict(network.free) == free_positions(network.symmetry)
+    assert all(torch.equal(v, network.model.state_dict()[n]) for n, v in before.items())
+
+
+def test_the_algebra_is_covered() -> None:
+    """Every block is drawn, and its ground truth is not always empty."""
+    drawn: Counter[str] = Counter()
+    sizes: Counter[int] = Counter()
+    within = 0
+    for seed in range(300):
+        network = random_network(seed)
+        drawn.update(type(m).__name__ for m in network.model.modules())
+        drawn.update(m.text.split()[0] for m in network.model.modules() if hasattr(m, "text"))
+        sizes.update(network.sizes)
+        within += any(s.within for g in network.generators for s in g.slots)
+    wanted = {"attention", "grouped", "experts", "glu", "se", "shared,", "cat([x,", "cat", "x", "flip", "cumsum"}
+    wanted |= {"LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm1d", "BatchNorm2d", "ConvTranspose2d", "ParametrizedLinear"}
+    assert wanted <= set(drawn)
+    assert all(sizes[n] > 20 for n in (2, 3, 4, 5))
+    assert within > 8
+
+
+@pytest.mark.parametrize("kind", ["vector", "tokens", "image"])
+def test_every_block_is_sound_alone(kind: str) -> None:
+    table = BLOCKS | (IMAGE if kind == "image" else TOKENS if kind == "tokens" else {})
+    for name, make in table.items():
+        rng = np.random.default_rng(len(name))
+        for _ in range(3):
+            b = Builder(lambda choices, rng=rng: choices[int(rng.integers(len(choices)))], kind, 4)
+            first = cells(Units(6))
+            inp = b.mix(cells(Units(2, pinned=True)), first)
+            made = make(b, first)
+            if made is None:
+                continue
+            head = b.mix(made[1], cells(Units(2, pinned=True)))
+            model = nn.Sequential(inp, made[0], head)
+            shape = {"vector": (2, 2), "tokens": (2, 4, 2), "image": (2, 2, 4, 4)}[kind]
+            assert_sound(model, torch.randn(shape), b.ledger.symmetry(model))
+
+
+# -------------------------------------------------------------------- the books
+def test_copies_are_units_inside_units() -> None:
+    x = cells(Units(3))
+    apart = distinct(x + x)
+    assert len(set(apart)) == 6
+    assert apart[0].units.parent is x[0].units
+    assert distinct(x) == x
+
+
+def test_grouping_changes_units_in_place() -> None:
+    x = cells(Units(6))
+    parts = grouped(x, 2)
+    assert parts is not None
+    assert x[0].units.size == 3
+    assert [(outer is x[0].units.parent, number) for outer, number, _ in parts] == [(True, 0), (True, 1)]
+    assert grouped(x, 3) is None
+    both = cells(Units(2)) + cells(Units(2))
+    assert [outer for outer, _, _ in grouped(both, 2) or []] == [None, None]
+
+
+def test_a_slice_of_whole_sets_singles_out_nothing() -> None:
+    x = cells(Units(3)) + cells(Units(2))
+    assert whole(x, range(3))
+    assert not whole(x, range(2))
+
+
+def test_nested_ownership_becomes_a_wreath_product() -> None:
+    outer = Units(2)
+    inner = Units(3, outer)
+    layer = nn.Linear(1, 6)
+    books = Ledger()
+    books.own(layer.bias, 0, cells(inner))
+    generators = books.generators(layer)
+    assert [g.size for g in generators] == [3, 3, 2]
+    assert generators[-1].slots[0].index.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert Cell(inner, 4).under(outer) == (1, 1)
+    inner.pin()
+    assert books.generators(layer) == []
+
+
+# -------------------------------------------------------------------- imports
+def test_importing_has_no_side_effects() -> None:
+    program = """
+import sys, automerge
+assert "automerge.testing" not in sys.modules
+import automerge.testing
+automerge.testing.assert_sound
+assert "hypothesis" not in sys.modules
+automerge.testing.networks
+assert "hypothesis" in sys.modules and "pytest" not in sys.modules
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_unknown_names_are_refused() -> None:
+    import automerge.testing
+
+    assert "networks" in dir(automerge.testing)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        automerge.testing.nonsense  # noqa: B018
