@@ -31,6 +31,7 @@ class Verification:
         error: the largest difference of outputs, relative to the largest output.
         elements: how many random elements were tried, each on every input.
         inputs: how many inputs.
+        reacted: False if the outputs did not change when the moved weights were perturbed, so that nothing was checked.
         randomised: False if the model gave no finite output with randomised weights, so that its own were used.
         seconds: wall time.
     """
@@ -40,8 +41,11 @@ class Verification:
     inputs: int
     randomised: bool
     seconds: float
+    reacted: bool = True
 
     def __str__(self) -> str:
+        if not self.reacted:
+            return f"not verified: the outputs do not react to the weights that move, on {self.inputs} inputs"
         own = "" if self.randomised else ", with the model's own weights"
         return (
             f"verified: {self.elements} random elements on {self.inputs} inputs change the float64 output by at most "
@@ -140,12 +144,18 @@ def fresh_inputs(args: Any, kwargs: Any, seed: int) -> tuple[Any, Any]:
     return map_tensors(change, args), map_tensors(change, kwargs)
 
 
+def _memo(model: nn.Module) -> dict[int, Any]:
+    """Stand-ins for tensors that cannot be copied: results of earlier passes that a module keeps."""
+    kept = (v for m in model.modules() for v in vars(m).values() if isinstance(v, torch.Tensor) and not v.is_leaf)
+    return {id(t): t.detach().clone() for t in kept}
+
+
 class _Subject:
     """A float64 copy of the model whose weights can be set."""
 
     def __init__(self, model: nn.Module) -> None:
         try:
-            self.model = copy.deepcopy(model).double().eval()
+            self.model = copy.deepcopy(model, _memo(model)).double().eval()
         except Exception as error:
             raise TraceError(
                 f"{type(model).__name__} cannot be copied for verification ({type(error).__name__}: {error}); "
@@ -171,7 +181,11 @@ class _Subject:
 
 
 def _difference(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
-    """The largest relative difference; infinite where shapes, integers or non-finite entries disagree."""
+    """The largest relative difference; infinite where shapes, integers or non-finite entries disagree.
+
+    Every entry is held against its own size, or against a small quantile of the tensor where it is smaller than that, so that masked
+    (huge) entries do not hide the others.
+    """
     worst = 0.0
     if len(a) != len(b):
         return float("inf")
@@ -181,19 +195,28 @@ def _difference(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
         if not (x.is_floating_point() or x.is_complex()):
             worst = max(worst, 0.0 if torch.equal(x, y) else float("inf"))
             continue
-        if x.numel() == 0:
-            continue
         finite = torch.isfinite(x)
         if not torch.equal(finite, torch.isfinite(y)):
             return float("inf")
-        x, y = torch.where(finite, x, 0), torch.where(finite, y, 0)
-        worst = max(worst, float((x - y).abs().max()) / max(float(x.abs().max()), 1e-30))
+        x, y = x[finite], y[finite]
+        if x.numel():
+            size = x.abs()
+            worst = max(worst, float(((x - y).abs() / size.clamp(min=_floor(size))).max()))
     return worst
 
 
+def _floor(size: torch.Tensor) -> float:
+    """The size below which an entry of a tensor counts as zero."""
+    ordinary = size[(size > 0) & (size < 1e8)]
+    if not ordinary.numel():
+        return 1e-30
+    some = ordinary[:: max(1, ordinary.numel() // 100_000)]
+    return max(float(torch.quantile(some, 0.1)), 1e-4 * float(some.median()), 1e-30)
+
+
 def _finite(outputs: Sequence[torch.Tensor]) -> bool:
-    floats = [t for t in outputs if t.is_floating_point() and t.numel()]
-    return all(bool(torch.isfinite(t).any()) and float(t[torch.isfinite(t)].abs().max()) < 1e100 for t in floats)
+    floats = [t for t in outputs if (t.is_floating_point() or t.is_complex()) and t.numel()]
+    return all(bool(torch.isfinite(t).any()) for t in floats)
 
 
 def verify(
@@ -247,7 +270,26 @@ def verify(
             worst = max(worst, error)
             if not error <= tolerance:
                 raise InvarianceError(_failure(subject, base, moved, given, error))
-    return Verification(worst, elements if symmetry.sets else 0, len(inputs), ok, time.perf_counter() - start)
+    count = elements if symmetry.sets else 0
+    reacted = not count or _reacts(subject, base, symmetry, inputs, before)
+    return Verification(worst, count, len(inputs), ok, time.perf_counter() - start, reacted)
+
+
+def _reacts(
+    subject: _Subject, base: Mapping[str, torch.Tensor], symmetry: Symmetry, inputs: Sequence[Any], before: Sequence[Any]
+) -> bool:
+    """Whether the outputs depend on what the group moves: a dead output would agree with any claim."""
+    names = {s.param for g in symmetry.sets for s in g.slots}
+    rng = torch.Generator().manual_seed(1)
+    changed = dict(base)
+    for name, value in base.items():
+        if symmetry.aliases.get(name, name) in names and value.is_floating_point():
+            noise = torch.randn(value.shape, generator=rng, dtype=torch.float64).to(value.device)
+            changed[name] = value * (1 + 1e-2 * noise)
+    for alias, name in symmetry.aliases.items():
+        if alias in changed and name in changed:
+            changed[alias] = changed[name]
+    return any(_difference(values, subject.outputs(changed, *given)) > 1e-8 for values, given in zip(before, inputs, strict=True))
 
 
 def trial_elements(symmetry: Symmetry, count: int, seed: int) -> Iterator[Element]:

@@ -65,10 +65,9 @@ def infer(
     symmetry.stats.update(trace_seconds=traced - start, infer_seconds=done - traced)  # type: ignore[attr-defined]
     if verify:
         outcome = check_symmetry(model, args, symmetry, kwargs)
-        note = check_replay(model, args, kwargs, graph)
+        notes = [check_replay(model, args, kwargs, graph), None if outcome.reacted else str(outcome)]
         symmetry.stats.update(verify_seconds=time.perf_counter() - done, verified=outcome.error)  # type: ignore[attr-defined]
-        if note:
-            object.__setattr__(symmetry, "notes", (*symmetry.notes, note))
+        object.__setattr__(symmetry, "notes", (*symmetry.notes, *(n for n in notes if n)))
     return symmetry
 
 

@@ -99,6 +99,7 @@ def trace(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) 
             f"expected a torch.nn.Module to trace, got {type(model).__name__}; pass an instance of the model"
         )
     positional, keywords = normalise_args(args, kwargs)
+    _check_traceable(model, (positional, keywords))
     recorder = _Recorder(model)
     positional, keywords = recorder.add_inputs(positional, keywords)
     with prepared(model), recorder.watch_modules():
@@ -144,7 +145,7 @@ def record(
 def prepared(model: nn.Module) -> Iterator[None]:
     """Eval mode, unfused attention and recurrences, and everything put back afterwards (buffers included)."""
     modes = [(m, m.training) for m in model.modules()]
-    registered = [(m, dict(m._parameters), dict(m._buffers)) for m in model.modules()]
+    before = [(m, _attributes(m)) for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     fastpath = torch.backends.mha.get_fastpath_enabled()
     mkldnn, recurrent = torch._C._get_mkldnn_enabled(), any(isinstance(m, nn.RNNBase) for m in model.modules())
     model.eval()
@@ -159,11 +160,33 @@ def prepared(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fastpath)
         for module, mode in modes:
             module.training = mode
-        for module, parameters, buffers in registered:  # a forward pass may bind other tensors to these names
-            if any(module._parameters.get(n) is not p for n, p in parameters.items()):
-                module._parameters.update(parameters)
-            if any(module._buffers.get(n) is not b for n, b in buffers.items()):
-                module._buffers.update(buffers)
+        for module, attributes in before:
+            _put_back(module, attributes)
+
+
+_CONTAINERS = (list, dict, set)
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """A module's attributes, containers copied one level deep (its tensors are not copied)."""
+    return {k: type(v)(v) if type(v) in _CONTAINERS else v for k, v in vars(module).items()}
+
+
+def _put_back(module: nn.Module, attributes: dict[str, Any]) -> None:
+    """Undo what a forward pass bound to a module: counters, caches, buffers under their old names."""
+    now = vars(module)
+    for name in set(now) - set(attributes):
+        del now[name]
+    for name, value in attributes.items():
+        held = now.get(name)
+        if type(value) in _CONTAINERS and type(held) is type(value):
+            if isinstance(held, list):
+                held[:] = value
+            else:
+                held.clear()
+                held.update(value)
+        elif held is not value:
+            now[name] = value
 
 
 class _Recorder(TorchDispatchMode):
@@ -380,7 +403,17 @@ class _Readers(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _WHOLE_READS and isinstance(args[0], torch.Tensor):
             self.recorder.note_read(self.recorder.node_of(args[0]))
+        if func is torch.nn.functional.one_hot:
+            return _one_hot(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _one_hot(index: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
+    """`one_hot` without its look at the smallest and largest index when the number of classes is known."""
+    if num_classes <= 0:
+        return torch.ops.aten.one_hot(index, num_classes)
+    zeros = index.new_zeros((*index.shape, num_classes))
+    return zeros.scatter(-1, index.unsqueeze(-1), 1)
 
 
 _WHOLE_READS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}

@@ -101,6 +101,7 @@ class _Run:
             self.engine.axes.where = place(node)
             for value in values_in([self.read(node)]):
                 self.engine.pin_all(value.settle(), "python read its values")
+        self.engine.settle_requests()
         self.out.values = self.values
         axes = self.engine.axes
         for value in self.statistics:
@@ -139,9 +140,12 @@ class _Run:
         axes = self.engine.axes
         lines: dict[int, np.ndarray] = {}
         splits: dict[int, list[tuple[int, np.ndarray]]] = {}
+        outer: set[int] = set()
         for (param, axis, by), classes in self.splits.items():
-            if param == name:
+            # an axis is either split or splits others: requests that would nest are dropped
+            if param == name and by not in splits and axis not in outer:
                 splits.setdefault(axis, []).append((by, classes))
+                outer.add(by)
         for k, letters in enumerate(value.axes):
             if letters and k not in splits:
                 lines[k] = axes.fresh((shape[k],), param=name, axis=k)

@@ -85,6 +85,16 @@ def linear(context: Context, x: Value, w: Value, bias: Value | None = None) -> V
     return out if bias is None else context.engine.elementwise([out, bias])
 
 
+@rule("_cdist_forward", "_euclidean_dist", "cdist")
+def distances(context: Context, a: Value, b: Value, *_: Any) -> Value:
+    """Distances between rows: a contraction over their entries."""
+    n = max(len(a.axes), len(b.axes))
+    a = Value(((),) * (n - len(a.axes)) + a.axes, a.size, a.factors, a.pinned)
+    b = Value(((),) * (n - len(b.axes)) + b.axes, b.size, b.factors, b.pinned)
+    b = Value((*b.axes[:-2], b.axes[-1], b.axes[-2]), b.size, b.factors, b.pinned)
+    return batched(context.engine, a, b)
+
+
 @rule("_grouped_mm")
 def grouped_mm(context: Context, a: Value, b: Value, offsets: Value | None = None, *_: Any, **__: Any) -> Value:
     """Rows sorted by expert, each group times its expert's matrix; which rows are whose depends on data, so the experts

@@ -65,6 +65,8 @@ class Engine(Combine):
         if n == index.size and np.array_equal(index, np.arange(n)):
             return value
         value, letter = self.merge_axis(value, axis)
+        if letter is not None:
+            self.note_slice(value, letter, index)
         made = new_letter()
         size = {c: m for c, m in value.size.items() if c != letter}
         if index.size > 1:
@@ -143,9 +145,9 @@ class Engine(Combine):
         """One factor over the joined axis: each operand's labels, distinct operands kept apart."""
         segments: list[Factor] = []
         used: dict[int, np.ndarray] = {}
-        constant: dict[int, np.ndarray] = {}
+        shared: dict[int, np.ndarray] = {}
         for letters, factors, who in zip(own, parts, map(id, same), strict=True):
-            segment = self._operand_factor(both, letters, factors, constant.setdefault(who, self.axes.fresh((1,))))
+            segment = self._operand_factor(both, letters, factors, shared, who)
             # two different tensors may carry the same labels, and equal labels must mean equal values
             if any(np.intersect1d(segment.labels, labels).size for other, labels in used.items() if other != who):
                 segment = Factor(segment.letters, self.axes.refine(segment.labels))
@@ -161,17 +163,20 @@ class Engine(Combine):
         return drop_constant(Factor((made, *outer), np.concatenate(arrays)))
 
     def _operand_factor(
-        self, both: Value, letters: tuple[int, ...], factors: Sequence[Factor], constant: np.ndarray
+        self, both: Value, letters: tuple[int, ...], factors: Sequence[Factor], shared: dict[int, np.ndarray], who: int
     ) -> Factor:
+        """An operand's labels along the joined axis; the same operand gets the same ones each time."""
         pins = set(letters) & both.pinned
         if factors:
             return self._joint(both, factors, pins)
         shape = tuple(both.size[c] for c in letters)
-        if not pins:
-            return Factor(letters, np.broadcast_to(constant.reshape([1] * len(shape)), shape).copy())
-        labels = self.axes.fresh(shape)
-        self.axes.pin(labels, "position in a concatenation")
-        return Factor(letters, labels)
+        if who not in shared:
+            shared[who] = self.axes.fresh(shape if pins else (1,))
+            if pins:
+                self.axes.pin(shared[who], "position in a concatenation")
+        if pins:
+            return Factor(letters, shared[who])
+        return Factor(letters, np.broadcast_to(shared[who].reshape([1] * len(shape)), shape).copy())
 
     # ------------------------------------------------------------ constants
     def constant(self, array: np.ndarray) -> Value:

@@ -18,8 +18,16 @@ from automerge.rules._value import Factor, Value, copy_letters, plain
 
 
 def looked_up(engine: Engine, table: Value, axis: int, index: Value, reason: str) -> Value:
-    """``table`` read along one axis at data-dependent positions: that axis is pinned, the index's axes take its place."""
-    table = engine.pin_letters(table, set(table.axes[axis]), reason)
+    """``table`` read along one axis at data-dependent positions; the index's axes take its place.
+
+    That axis is pinned, unless the index points into exactly it (a codebook and its nearest entry).
+    """
+    points = points_into(engine, table, axis, index)
+    if points is not None:
+        table, index = tie_axis(engine, table, axis, points), bare(index)
+    else:
+        table = engine.pin_letters(table, set(table.axes[axis]), reason)
+        index.settle()
     rest = engine.reduce(table, set(table.axes[axis]))
     n = len(index.axes)
     shaped = Value((*rest.axes[:axis], *((),) * n, *rest.axes[axis + 1 :]), rest.size, rest.factors, rest.pinned)
@@ -35,9 +43,9 @@ def constant_index(value: Any) -> np.ndarray | None:
     return None
 
 
-@rule("embedding")
+@rule("embedding", carries=True)
 def embedding(context: Context, weight: Value, index: Value, *_: Any, **__: Any) -> Value:
-    return index_select(context, weight, 0, index, "index into an embedding")
+    return index_select(context, weight.settle(), 0, index, "index into an embedding")
 
 
 @rule("embedding_renorm")
@@ -62,9 +70,9 @@ def embedding_bag(
     return (out, *(plain(context.out(i).shape, pinned=True) for i in range(1, 4)))
 
 
-@rule("index_select")
+@rule("index_select", carries=True)
 def index_select(context: Context, x: Value, dim: int, index: Value, reason: str = "looked up by data") -> Value:
-    dim %= max(len(x.axes), 1)
+    dim %= max(len(x.settle().axes), 1)
     constant = constant_index(index)
     if constant is None:
         return looked_up(context.engine, x, dim, index, reason)
@@ -74,9 +82,10 @@ def index_select(context: Context, x: Value, dim: int, index: Value, reason: str
     return context.engine.reshape(taken, shape)
 
 
-@rule("index", "_unsafe_index")
+@rule("index", "_unsafe_index", carries=True)
 def index(context: Context, x: Value, indices: Sequence[Value | None]) -> Value:
     given = [(k, v) for k, v in enumerate(indices) if v is not None]
+    x.settle()
     if all(v.data is not None for _, v in given):
         shape = x.shape
         positions = torch.arange(int(np.prod(shape, dtype=np.int64))).reshape(shape)
@@ -94,8 +103,10 @@ def index(context: Context, x: Value, indices: Sequence[Value | None]) -> Value:
 def _generic_index(context: Context, x: Value, given: Sequence[tuple[int, Value]]) -> Value:
     engine = context.engine
     nodes = [n for n in context.node.args[1] if n is not None]
+    for _, v in given:
+        v.settle()
     if any(n.meta["val"].dtype in (torch.bool, torch.uint8) for n in nodes):
-        raise Unruled("selection by a data-dependent mask")
+        return _masked(context, x, given)
     axes = [k for k, _ in given]
     if axes != list(range(axes[0], axes[0] + len(axes))):
         raise Unruled("indices on separated axes")
@@ -112,6 +123,21 @@ def _generic_index(context: Context, x: Value, given: Sequence[tuple[int, Value]
     )
     wide = Value((*where.axes, *((),) * tail), where.size, where.factors, where.pinned)
     return engine.elementwise([shaped, wide])
+
+
+def _masked(context: Context, x: Value, given: Sequence[tuple[int, Value]]) -> Value:
+    """Rows chosen by a mask: its axes are pinned, and the result's rows are numbered."""
+    if len(given) != 1:
+        raise Unruled("a data-dependent mask among other indices")
+    engine = context.engine
+    axis, mask = given[0]
+    engine.pin_all(mask, "a data-dependent mask")
+    axes = range(axis, axis + len(mask.axes))
+    gone = {c for k in axes for c in x.axes[k]}
+    rest = engine.reduce(engine.pin_letters(x, gone, "a data-dependent mask"), gone)
+    rows = plain([context.shape[axis]], pinned=True)
+    out = (*rest.axes[:axis], *rows.axes, *rest.axes[axis + len(mask.axes) :])
+    return Value(out, rest.size | rows.size, rest.factors, rest.pinned | rows.pinned)
 
 
 def points_into(engine: Engine, x: Value, dim: int, index: Value) -> np.ndarray | None:
@@ -199,10 +225,12 @@ def scatter(context: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
         raise Unruled("a write at data-dependent positions")
     dim = args[0] % max(len(x.axes), 1)
     others = values_in([*args, *kwargs.values()])
+    if name in ("index_add", "index_copy", "index_fill"):
+        return _index_write(engine, x, dim, others)
     same = all(
         v.shape[k] == x.shape[k] for v in others if len(v.axes) == len(x.axes) for k in range(len(x.axes)) if k != dim
     )
-    if not same or name.startswith("index_"):
+    if not same:
         for v in others:
             engine.pin_all(v, "written at given positions")
         return engine.pin_all(x, "written at given positions")
@@ -215,6 +243,17 @@ def scatter(context: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
             sources.append(engine.reduce(v, set(v.axes[dim])))
     wide = engine.elementwise([x, *sources])
     return engine.pin_letters(wide, set(wide.axes[dim]), "written at given positions")
+
+
+def _index_write(engine: Engine, x: Value, dim: int, others: Sequence[Value]) -> Value:
+    """``x`` with slices along one axis written or added at positions given by a vector: that axis is pinned."""
+    index, *sources = others
+    x = engine.pin_letters(x, set(x.axes[dim]), "written at given positions")
+    n = len(x.axes)
+    parts = [Value(tuple(index.axes[0] if k == dim and index.axes else () for k in range(n)), index.size, index.factors, index.pinned)]
+    parts += [copy_letters(v) if len(v.axes) == n else Value(((),) * n, v.size, v.factors, v.pinned) for v in sources]
+    written = engine.elementwise(parts)
+    return engine.elementwise([x, engine.reduce(written, set(written.axes[dim]))])
 
 
 def _index_put(context: Context, x: Value, indices: Sequence[Value | None], values: Value) -> Value:
@@ -352,6 +391,27 @@ def grid_sample(context: Context, x: Value, grid: Value, *_: Any) -> Value:
     where = without_axis(where, len(where.axes) - 1)
     where = Value((where.axes[0], (), *where.axes[1:]), where.size, where.factors, where.pinned)
     return engine.elementwise([x, copy_letters(where)])
+
+
+@rule("_pack_padded_sequence")
+def pack_padded(context: Context, x: Value, lengths: Value, batch_first: bool) -> tuple[Value, Value]:
+    """Time and batch are packed into numbered rows; the features stay."""
+    engine = context.engine
+    gone = {c for axis in x.axes[:2] for c in axis}
+    rest = engine.reduce(engine.pin_letters(x, gone, "a packed sequence"), gone)
+    rows = plain([context.out(0).shape[0]], pinned=True)
+    data = Value((*rows.axes, *rest.axes[2:]), rest.size | rows.size, rest.factors, rest.pinned | rows.pinned)
+    return data, plain(context.out(1).shape, pinned=True)
+
+
+@rule("_pad_packed_sequence")
+def pad_packed(context: Context, x: Value, sizes: Value, *_: Any) -> tuple[Value, Value]:
+    """The inverse of packing."""
+    engine = context.engine
+    rest = engine.reduce(engine.pin_letters(x, set(x.axes[0]), "a packed sequence"), set(x.axes[0]))
+    rows = plain(context.out(0).shape[:2], pinned=True)
+    data = Value((*rows.axes, *rest.axes[1:]), rest.size | rows.size, rest.factors, rest.pinned | rows.pinned)
+    return data, plain(context.out(1).shape, pinned=True)
 
 
 @rule("nonzero", "bincount", "histc", "unique_dim", "_unique2")

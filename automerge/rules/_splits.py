@@ -21,6 +21,7 @@ class Splits(Letters):
     def __init__(self) -> None:
         super().__init__()
         self.requests: dict[tuple[str, int, int], np.ndarray] = {}
+        self._slices: dict[tuple[str, int, int], list[np.ndarray]] = {}
 
     def _ask_batched(self, values: Sequence[Value], batch: set[int]) -> None:
         """A batched contraction: the other axes of a parameter may have an order for every batch position."""
@@ -58,6 +59,33 @@ class Splits(Letters):
         if extra <= known:
             return True
         return f.letters[0] not in mine and g.letters.index(f.letters[0]) == len(g.letters) - 1
+
+    def note_slice(self, value: Value, letter: int, index: np.ndarray) -> None:
+        """A parameter is cut along one axis: each piece may have an order of its own along the other axes."""
+        outer = [g for g in value.factors if g.letters == (letter,)]
+        if len(outer) != 1 or np.unique(index).size == value.size[letter]:
+            return
+        for f in value.factors:
+            family = self._source(f) if len(f.letters) == 1 and f.letters != (letter,) else None
+            if family is None or family.param is None or family.by:
+                continue
+            other = self._same_param(outer[0], family.param)
+            if other is None or other[0].axis == family.axis or other[0].by:
+                continue
+            mask = np.zeros(other[0].size, bool)
+            mask[other[1][index] - other[0].start] = True
+            self._slices.setdefault((family.param, family.axis, other[0].axis), []).append(mask)
+
+    def settle_requests(self) -> None:
+        """Turn the cuts of a pass into requests: positions that every cut treats alike are one class."""
+        for (param, axis, by), masks in self._slices.items():
+            if (param, by, axis) in self.requests or (param, axis, by) in self.requests:
+                continue
+            if any(p == param and (a == by or b == axis) for p, a, b in self.requests):
+                continue
+            _, classes = np.unique(np.stack(masks, 1), axis=0, return_inverse=True)
+            if int(classes.max()) > 0:
+                self.requests[param, axis, by] = classes.reshape(-1).astype(np.int64)
 
     def _source(self, factor: Factor) -> Family | None:
         family = self.axes.family(factor.labels)

@@ -37,6 +37,7 @@ class Row:
         free: the share of parameter axes' positions that are free.
         pins: (reason, positions), the most frequent first.
         unruled: operators without a rule, with their place.
+        elements: how many random elements verification tried; each generator moves in at least one of two.
         error: what verification measured; None if it did not pass or did not run.
         randomised: whether verification could randomise the weights.
         message: what went wrong.
@@ -55,6 +56,7 @@ class Row:
     free: float = 0.0
     pins: list[tuple[str, int]] = field(default_factory=list)
     unruled: list[str] = field(default_factory=list)
+    elements: int = 0
     error: float | None = None
     randomised: bool = True
     message: str = ""
@@ -72,7 +74,7 @@ def warm_up() -> None:
     verify(net, (image,), infer_graph(trace(net, image))[0], elements=1)
 
 
-def measure(library: str, name: str, elements: int = 1) -> Row:
+def measure(library: str, name: str, elements: int = 2) -> Row:
     """Build, infer and verify one model; whatever it raises is in the row."""
     torch.manual_seed(0)
     row = Row(library, name, title=name)
@@ -124,7 +126,7 @@ def _verify(row: Row, case: Case, symmetry: Symmetry, elements: int) -> None:
         except Exception as error:
             message = f"verification: {_text(error)}"
             continue
-        row.error, row.randomised = outcome.error, outcome.randomised
+        row.error, row.elements, row.randomised = outcome.error, outcome.elements, outcome.randomised
         return
     row.message = message
 

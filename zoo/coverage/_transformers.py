@@ -64,6 +64,9 @@ def _model(kind: str, head: str, experts: str) -> nn.Module:
         config._experts_implementation = experts
     torch.manual_seed(0)
     auto = getattr(transformers, f"AutoModelFor{head}" if head else "AutoModel")
+    classes = auto._model_mapping[type(config)]
+    if isinstance(classes, tuple | list):
+        config.architectures = [classes[0].__name__]
     return auto.from_config(config).eval()
 
 
