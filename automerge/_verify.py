@@ -276,7 +276,11 @@ def verify(
 
 
 def _reacts(
-    subject: _Subject, base: Mapping[str, torch.Tensor], symmetry: Symmetry, inputs: Sequence[Any], before: Sequence[Any]
+    subject: _Subject,
+    base: Mapping[str, torch.Tensor],
+    symmetry: Symmetry,
+    inputs: Sequence[Any],
+    before: Sequence[Any],
 ) -> bool:
     """Whether the outputs depend on what the group moves: a dead output would agree with any claim."""
     names = {s.param for g in symmetry.sets for s in g.slots}
@@ -289,7 +293,10 @@ def _reacts(
     for alias, name in symmetry.aliases.items():
         if alias in changed and name in changed:
             changed[alias] = changed[name]
-    return any(_difference(values, subject.outputs(changed, *given)) > 1e-8 for values, given in zip(before, inputs, strict=True))
+    return any(
+        _difference(values, subject.outputs(changed, *given)) > 1e-8
+        for values, given in zip(before, inputs, strict=True)
+    )
 
 
 def trial_elements(symmetry: Symmetry, count: int, seed: int) -> Iterator[Element]:

@@ -120,6 +120,22 @@ def trace(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) 
     return recorder.finish(result)
 
 
+def _check_traceable(model: nn.Module, inputs: Any) -> None:
+    for name, tensor in [
+        *model.named_parameters(),
+        *model.named_buffers(),
+        *(("an input", t) for t in tensors_of(inputs)),
+    ]:
+        if is_lazy(tensor):
+            raise TraceError(f"{name} is not initialised yet (a lazy module); run the model once on real inputs first")
+        if tensor.is_meta:
+            raise TraceError(
+                f"{name} is on the meta device and has no values; materialise the model first (to_empty, then load)"
+            )
+        if tensor.layout is not torch.strided:
+            raise TraceError(f"{name} is a sparse tensor ({tensor.layout}); pass a dense one (tensor.to_dense())")
+
+
 def record(
     function: Callable[..., Any], tensors: Sequence[torch.Tensor], *, module: str = "", source: str = ""
 ) -> fx.GraphModule:
@@ -214,10 +230,6 @@ class _Recorder(TorchDispatchMode):
         for name, tensor in tensors:
             if name not in persistent or not isinstance(tensor, torch.Tensor):
                 continue
-            if is_lazy(tensor):
-                raise TraceError(
-                    f"{name} is not initialised yet (a lazy module); run the model once on real inputs first"
-                )
             key = (id(tensor),) if tensor.numel() == 0 else _layout(tensor)
             if key in first:
                 self.info.aliases[name] = first[key]

@@ -13,14 +13,15 @@ from automerge.rules._value import Value, plain
 
 
 @rule("fill", "full_like", "zeros_like", "ones_like", "new_zeros", "new_ones", "new_full", "empty_like", "new_empty",
-      "zero", "zeros", "ones", "full", "empty", "new_empty_strided", "empty_strided")  # fmt: skip
+      "zero", "zeros", "ones", "full", "empty", "new_empty_strided", "empty_strided",
+      carries=True)  # fmt: skip
 def filled(context: Context, *args: Any, **__: Any) -> Value:
     if len(args) > 1 and isinstance(args[1], Value) and args[1].shape == ():
         return expanded(args[1], context.shape)
     return plain(context.shape)
 
 
-@rule("rand_like", "randn_like", "randint_like", "rand", "randn", "randint", "randperm", "normal_functional")
+@rule("rand_like", "randn_like", "randint_like", "rand", "randn", "randint", "randperm", carries=True)
 def noise(context: Context, *_: Any, **__: Any) -> Value:
     """Random numbers: every position has its own."""
     return plain(context.shape, pinned=True)

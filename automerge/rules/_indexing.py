@@ -250,7 +250,14 @@ def _index_write(engine: Engine, x: Value, dim: int, others: Sequence[Value]) ->
     index, *sources = others
     x = engine.pin_letters(x, set(x.axes[dim]), "written at given positions")
     n = len(x.axes)
-    parts = [Value(tuple(index.axes[0] if k == dim and index.axes else () for k in range(n)), index.size, index.factors, index.pinned)]
+    parts = [
+        Value(
+            tuple(index.axes[0] if k == dim and index.axes else () for k in range(n)),
+            index.size,
+            index.factors,
+            index.pinned,
+        )
+    ]
     parts += [copy_letters(v) if len(v.axes) == n else Value(((),) * n, v.size, v.factors, v.pinned) for v in sources]
     written = engine.elementwise(parts)
     return engine.elementwise([x, engine.reduce(written, set(written.axes[dim]))])

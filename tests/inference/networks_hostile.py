@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import nn
 
 Factory = Callable[[], Any]
@@ -141,8 +141,15 @@ add(
     out=lin(6, 2),
 )
 add("FftAndBack", "", (x,), lambda s, x: s.out(torch.fft.ifft(torch.fft.fft(s.a(x))).real), a=lin(4, 6), out=lin(6, 2))
-add("StridedOfTransposed", "3x2", (x,), lambda s, x: s.out(torch.as_strided(s.a(x).t(), (2, 3), (6, 1))), a=lin(4, 6), out=lin(3, 2),
-    free={"a.weight": (6, 0), "out.weight": (0, 3)})  # fmt: skip
+add(
+    "StridedOfTransposed",
+    "3x2",
+    (x,),
+    lambda s, x: s.out(torch.as_strided(s.a(x).t(), (2, 3), (6, 1))),
+    a=lin(4, 6),
+    out=lin(3, 2),
+    free={"a.weight": (6, 0), "out.weight": (0, 3)},
+)
 add(
     "TopkThreshold",
     "6",
@@ -176,12 +183,32 @@ def _scatter_topk(s: Any, x: Any) -> Any:
 
 
 add("TopkScatter", "6", (x,), _scatter_topk, a=lin(4, 6), out=lin(6, 2))
-add("ArgmaxOneHot", "6", (x,), lambda s, x: (lambda h: s.out(F.one_hot(h.argmax(-1), 6).float() * h))(s.a(x)), a=lin(4, 6), out=lin(6, 2),
-    missing="an index-valued tensor is equivariant too")  # fmt: skip
-add("MaskOfBatch", "6", (x, torch.tensor([True, False])), lambda s, x, m: s.out(s.a(x).relu()[m]), a=lin(4, 6), out=lin(6, 2),
-    missing="boolean selection by data pins the other axes")  # fmt: skip
-add("PooledPositions", "5", (img,), lambda s, x: s.out(F.max_pool2d(s.a(x), 2, return_indices=True)[1].to(x.dtype)), a=conv(3, 5),
-    out=conv(5, 2))  # fmt: skip
+add(
+    "ArgmaxOneHot",
+    "6",
+    (x,),
+    lambda s, x: (lambda h: s.out(F.one_hot(h.argmax(-1), 6).float() * h))(s.a(x)),
+    a=lin(4, 6),
+    out=lin(6, 2),
+    missing="an index-valued tensor is equivariant too",
+)
+add(
+    "MaskOfBatch",
+    "6",
+    (x, torch.tensor([True, False])),
+    lambda s, x, m: s.out(s.a(x).relu()[m]),
+    a=lin(4, 6),
+    out=lin(6, 2),
+    missing="boolean selection by data pins the other axes",
+)
+add(
+    "PooledPositions",
+    "5",
+    (img,),
+    lambda s, x: s.out(F.max_pool2d(s.a(x), 2, return_indices=True)[1].to(x.dtype)),
+    a=conv(3, 5),
+    out=conv(5, 2),
+)
 
 add(
     "ArgsortGather",
@@ -252,8 +279,17 @@ add("PythonCounter", "6", (x,), _counter, a=lin(4, 6), out=lin(6, 2), missing="v
 add("PythonState", "6", (x,), _carried, a=lin(4, 6), out=lin(6, 2), missing="verify runs one copy again and again")
 layers("EmbeddingMaxNorm", "6", (torch.tensor([[1, 2, 0]]),), lambda: nn.Embedding(5, 6, max_norm=1.0), R, lin(6, 2))
 layers("EmbeddingBag", "6", (torch.tensor([[1, 2, 0]]),), lambda: nn.EmbeddingBag(5, 6), R, lin(6, 2))
-add("Noise", "6", (x,), lambda s, x: (lambda h: s.out(s.m(h) + (0.5 * s.v(h)).exp() * torch.randn_like(s.m(h))))(s.e(x).relu()),
-    e=lin(4, 6), m=lin(6, 3), v=lin(6, 3), out=lin(3, 2), free={"m.weight": (0, 6)})  # fmt: skip
+add(
+    "Noise",
+    "6",
+    (x,),
+    lambda s, x: (lambda h: s.out(s.m(h) + (0.5 * s.v(h)).exp() * torch.randn_like(s.m(h))))(s.e(x).relu()),
+    e=lin(4, 6),
+    m=lin(6, 3),
+    v=lin(6, 3),
+    out=lin(3, 2),
+    free={"m.weight": (0, 6)},
+)
 
 # ---------------------------------------------------------------- constants, identities
 add(
@@ -269,11 +305,26 @@ add(
     "DiagonalEmbed", "6", (x,), lambda s, x: s.out(s.a(x) @ torch.diag_embed(s.w)), a=lin(4, 6), w=par(6), out=lin(6, 2)
 )
 add("Diagonal", "6", (x,), lambda s, x: s.out(s.a(x) @ torch.diag(s.w)), a=lin(4, 6), w=par(6), out=lin(6, 2))
-add("DiagonalOfProduct", "6 5", (x,), lambda s, x: s.out(s.a(x) * (s.w @ s.v).diagonal()), a=lin(4, 6), w=par(6, 5), v=par(5, 6),
-    out=lin(6, 2))  # fmt: skip
+add(
+    "DiagonalOfProduct",
+    "6 5",
+    (x,),
+    lambda s, x: s.out(s.a(x) * (s.w @ s.v).diagonal()),
+    a=lin(4, 6),
+    w=par(6, 5),
+    v=par(5, 6),
+    out=lin(6, 2),
+)
 add("TraceOfProduct", "6 5", (x,), lambda s, x: (s.w @ s.v).trace() * x, w=par(6, 5), v=par(5, 6))
-add("SplitAndJoin", "6", (x,), lambda s, x: s.out(torch.cat([t.relu() for t in s.a(x).split(3, 1)], 1)), a=lin(4, 6), out=lin(6, 2),
-    missing="a slice singles its positions out even if all slices meet again")  # fmt: skip
+add(
+    "SplitAndJoin",
+    "6",
+    (x,),
+    lambda s, x: s.out(torch.cat([t.relu() for t in s.a(x).split(3, 1)], 1)),
+    a=lin(4, 6),
+    out=lin(6, 2),
+    missing="a slice singles its positions out even if all slices meet again",
+)
 add(
     "RollByHand",
     "6",
@@ -302,8 +353,18 @@ def _stack_last(s: Any, x: Any) -> Any:
 
 _slices = "slices of one parameter share the order of its other axes"
 # one order per layer: axis 2 of w1 and axis 1 of w2 within each slice of axis 0
-add("StackedResidual", "6 5x3", (x,), _stack_loop, i=par(4, 6), w1=par(3, 6, 5), w2=par(3, 5, 6), out=lin(6, 2), missing=_slices,
-    free={"w1": (0, 6, 5), "w2": (0, 5, 6)})  # fmt: skip
+add(
+    "StackedResidual",
+    "6 5x3",
+    (x,),
+    _stack_loop,
+    i=par(4, 6),
+    w1=par(3, 6, 5),
+    w2=par(3, 5, 6),
+    out=lin(6, 2),
+    missing=_slices,
+    free={"w1": (0, 6, 5), "w2": (0, 5, 6)},
+)
 add(
     "StackedLastAxis",
     "6 5x3",
@@ -315,16 +376,58 @@ add(
     out=lin(6, 2),
     missing=_slices,
 )
-add("StackedPlain", "6x3", (x,), lambda s, x: s.out((x @ s.i @ s.w[0]).relu() @ s.w[1]), i=par(4, 6), w=par(2, 6, 6), out=lin(6, 2),
-    missing=_slices)  # fmt: skip
-add("StackedBias", "6x2", (x,), lambda s, x: s.out(((s.a(x) + s.b[0]).relu() @ s.w + s.b[1]).tanh()), a=lin(4, 6), w=par(6, 6),
-    b=par(2, 6), out=lin(6, 2), missing=_slices)  # fmt: skip
-add("DecoderLayer", "8x2 12 2x2 4x8", (seq,), lambda s, x: s.out(s.d(s.i(x), s.j(x))), i=lin(5, 8), j=lin(5, 8), out=lin(8, 2),
-    d=lambda: nn.TransformerDecoderLayer(8, 2, 12, batch_first=True), missing=_slices)  # fmt: skip
-add("BatchedMiddle", "3 5x3 6x3", (x,), lambda s, x: torch.einsum("bej,jek->bk", torch.einsum("bei,iej->bej", torch.einsum(
-    "bd,ide->bei", x, s.u), s.w).relu(), s.v), u=par(5, 4, 3), w=par(5, 3, 6), v=par(6, 3, 2))  # fmt: skip
-add("BatchedLast", "6 3", (x,), lambda s, x: torch.einsum("bhe,e->bh", torch.einsum("bd,dhe->bhe", x, s.w).relu(), s.g) @ s.v,
-    w=par(4, 6, 3), g=par(3), v=par(6, 2))  # fmt: skip
+add(
+    "StackedPlain",
+    "6x3",
+    (x,),
+    lambda s, x: s.out((x @ s.i @ s.w[0]).relu() @ s.w[1]),
+    i=par(4, 6),
+    w=par(2, 6, 6),
+    out=lin(6, 2),
+    missing=_slices,
+)
+add(
+    "StackedBias",
+    "6x2",
+    (x,),
+    lambda s, x: s.out(((s.a(x) + s.b[0]).relu() @ s.w + s.b[1]).tanh()),
+    a=lin(4, 6),
+    w=par(6, 6),
+    b=par(2, 6),
+    out=lin(6, 2),
+    missing=_slices,
+)
+add(
+    "DecoderLayer",
+    "8x2 12 2x2 4x8",
+    (seq,),
+    lambda s, x: s.out(s.d(s.i(x), s.j(x))),
+    i=lin(5, 8),
+    j=lin(5, 8),
+    out=lin(8, 2),
+    d=lambda: nn.TransformerDecoderLayer(8, 2, 12, batch_first=True),
+    missing=_slices,
+)
+add(
+    "BatchedMiddle",
+    "3 5x3 6x3",
+    (x,),
+    lambda s, x: torch.einsum(
+        "bej,jek->bk", torch.einsum("bei,iej->bej", torch.einsum("bd,ide->bei", x, s.u), s.w).relu(), s.v
+    ),
+    u=par(5, 4, 3),
+    w=par(5, 3, 6),
+    v=par(6, 3, 2),
+)
+add(
+    "BatchedLast",
+    "6 3",
+    (x,),
+    lambda s, x: torch.einsum("bhe,e->bh", torch.einsum("bd,dhe->bhe", x, s.w).relu(), s.g) @ s.v,
+    w=par(4, 6, 3),
+    g=par(3),
+    v=par(6, 2),
+)
 
 # ---------------------------------------------------------------- attention
 layers(
@@ -335,17 +438,55 @@ layers(
     lambda: nn.TransformerEncoderLayer(8, 2, 12, batch_first=True),
     lin(8, 2),
 )
-layers("EncoderLayerNormFirst", "8 12 2 4x4", (seq,), lin(5, 8),
-       lambda: nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, norm_first=True, activation="gelu"), lin(8, 2))  # fmt: skip
-add("MultiheadOtherWidths", "8x2 6 3 2 4x4", (seq,), lambda s, x: s.out(s.a(s.i(x), s.k(x), s.v(x))[0]), i=lin(5, 8), k=lin(5, 6),
-    v=lin(5, 3), a=lambda: nn.MultiheadAttention(8, 2, kdim=6, vdim=3, batch_first=True), out=lin(8, 2))  # fmt: skip
-add("MultiheadBiasKv", "8x2 2 4x4", (seq,), lambda s, x: (lambda h: s.out(s.a(h, h, h)[0]))(s.i(x)), i=lin(5, 8), out=lin(8, 2),
-    a=lambda: nn.MultiheadAttention(8, 2, add_bias_kv=True, add_zero_attn=True, batch_first=True))  # fmt: skip
+layers(
+    "EncoderLayerNormFirst",
+    "8 12 2 4x4",
+    (seq,),
+    lin(5, 8),
+    lambda: nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, norm_first=True, activation="gelu"),
+    lin(8, 2),
+)
+add(
+    "MultiheadOtherWidths",
+    "8x2 6 3 2 4x4",
+    (seq,),
+    lambda s, x: s.out(s.a(s.i(x), s.k(x), s.v(x))[0]),
+    i=lin(5, 8),
+    k=lin(5, 6),
+    v=lin(5, 3),
+    a=lambda: nn.MultiheadAttention(8, 2, kdim=6, vdim=3, batch_first=True),
+    out=lin(8, 2),
+)
+add(
+    "MultiheadBiasKv",
+    "8x2 2 4x4",
+    (seq,),
+    lambda s, x: (lambda h: s.out(s.a(h, h, h)[0]))(s.i(x)),
+    i=lin(5, 8),
+    out=lin(8, 2),
+    a=lambda: nn.MultiheadAttention(8, 2, add_bias_kv=True, add_zero_attn=True, batch_first=True),
+)
 # the weights of every head are an output: heads are pinned
-add("MultiheadWeightsOut", "8 4x4", (seq,), lambda s, x: (lambda h: s.a(h, h, h, average_attn_weights=False))(s.i(x)), i=lin(5, 8),
-    a=lambda: nn.MultiheadAttention(8, 2, batch_first=True))  # fmt: skip
-add("MultiQuery", "3 4 3", (seq,), lambda s, x: s.out(attend(s.q(x).view(2, 7, 3, 4).transpose(1, 2), s.k(x)[:, None], s.v(x)[:, None])
-    .transpose(1, 2).flatten(2)), q=lin(5, 12), k=lin(5, 4), v=lin(5, 3), out=lin(9, 2))  # fmt: skip
+add(
+    "MultiheadWeightsOut",
+    "8 4x4",
+    (seq,),
+    lambda s, x: (lambda h: s.a(h, h, h, average_attn_weights=False))(s.i(x)),
+    i=lin(5, 8),
+    a=lambda: nn.MultiheadAttention(8, 2, batch_first=True),
+)
+add(
+    "MultiQuery",
+    "3 4 3",
+    (seq,),
+    lambda s, x: s.out(
+        attend(s.q(x).view(2, 7, 3, 4).transpose(1, 2), s.k(x)[:, None], s.v(x)[:, None]).transpose(1, 2).flatten(2)
+    ),
+    q=lin(5, 12),
+    k=lin(5, 4),
+    v=lin(5, 3),
+    out=lin(9, 2),
+)
 
 
 def _grouped_odd(s: Any, x: Any) -> Any:
@@ -407,9 +548,22 @@ def _swin_index() -> torch.Tensor:
     return ((i // 4)[:, None] - (i // 4)[None] + 3) * 7 + ((i % 4)[:, None] - (i % 4)[None] + 3)
 
 
-add("Swin", "6 5 2 3x4", (img.permute(0, 2, 3, 1),), _swin, i=lin(3, 6), qkv=lin(6, 18), p=lin(6, 6), table=par(49, 2), index=_swin_index,
-    mask=lambda: torch.where(torch.rand(4, 16, 16) > 0.5, 0.0, -100.0), n=lambda: nn.LayerNorm(24), r=lin(24, 5, bias=False),
-    out=lin(5, 2), free={"n.weight": (24,), "table": (0, 2), "r.weight": (5, 24)})  # fmt: skip
+add(
+    "Swin",
+    "6 5 2 3x4",
+    (img.permute(0, 2, 3, 1),),
+    _swin,
+    i=lin(3, 6),
+    qkv=lin(6, 18),
+    p=lin(6, 6),
+    table=par(49, 2),
+    index=_swin_index,
+    mask=lambda: torch.where(torch.rand(4, 16, 16) > 0.5, 0.0, -100.0),
+    n=lambda: nn.LayerNorm(24),
+    r=lin(24, 5, bias=False),
+    out=lin(5, 2),
+    free={"n.weight": (24,), "table": (0, 2), "r.weight": (5, 24)},
+)
 
 
 # ---------------------------------------------------------------- mixtures of experts
@@ -447,10 +601,29 @@ def _route_scatter(s: Any, x: Any) -> Any:
 
 
 _expert = lambda: nn.Sequential(nn.Linear(6, 8), nn.SiLU(), nn.Linear(8, 6))  # noqa: E731
-add("Mixtral", "6 8x3", (seq,), _mixtral, i=lin(5, 6), g=lin(6, 3), experts=lambda: nn.ModuleList(_expert() for _ in range(3)),
-    out=lin(6, 2), missing="index_add pins the axes that it does not write along")  # fmt: skip
-add("ExpertsGathered", "3 7x3 5x2", (x,), _route_gather, i=lin(4, 5), g=lin(5, 3), a=par(3, 5, 7), b=par(3, 7, 5), out=lin(5, 2),
-    missing="weights looked up by top-k: experts are interchangeable, and each has its own order")  # fmt: skip
+add(
+    "Mixtral",
+    "6 8x3",
+    (seq,),
+    _mixtral,
+    i=lin(5, 6),
+    g=lin(6, 3),
+    experts=lambda: nn.ModuleList(_expert() for _ in range(3)),
+    out=lin(6, 2),
+    missing="index_add pins the axes that it does not write along",
+)
+add(
+    "ExpertsGathered",
+    "3 7x3 5x2",
+    (x,),
+    _route_gather,
+    i=lin(4, 5),
+    g=lin(5, 3),
+    a=par(3, 5, 7),
+    b=par(3, 7, 5),
+    out=lin(5, 2),
+    missing="weights looked up by top-k: experts are interchangeable, and each has its own order",
+)
 add(
     "ExpertsMasked",
     "3 7x3 5x2",
@@ -473,12 +646,35 @@ add(
     b=par(3, 7, 5),
     out=lin(5, 2),
 )
-add("Codebook", "5 6", (x,), lambda s, x: s.out(s.c[(s.a(x)[:, None] - s.c).pow(2).sum(-1).argmin(-1)]), a=lin(4, 6), c=par(5, 6),
-    out=lin(6, 2), missing="an index-valued tensor is equivariant too")  # fmt: skip
-add("Cdist", "6 5", (x,), lambda s, x: s.out(torch.cdist(s.a(x), s.c).neg().exp()), a=lin(4, 6), c=par(5, 6), out=lin(5, 2),
-    missing="_cdist_forward has no rule")  # fmt: skip
-add("CosineCentres", "6 5", (x,), lambda s, x: s.out(F.cosine_similarity(s.a(x)[:, None], s.c[None], dim=-1)), a=lin(4, 6), c=par(5, 6),
-    out=lin(5, 2))  # fmt: skip
+add(
+    "Codebook",
+    "5 6",
+    (x,),
+    lambda s, x: s.out(s.c[(s.a(x)[:, None] - s.c).pow(2).sum(-1).argmin(-1)]),
+    a=lin(4, 6),
+    c=par(5, 6),
+    out=lin(6, 2),
+    missing="an index-valued tensor is equivariant too",
+)
+add(
+    "Cdist",
+    "6 5",
+    (x,),
+    lambda s, x: s.out(torch.cdist(s.a(x), s.c).neg().exp()),
+    a=lin(4, 6),
+    c=par(5, 6),
+    out=lin(5, 2),
+    missing="_cdist_forward has no rule",
+)
+add(
+    "CosineCentres",
+    "6 5",
+    (x,),
+    lambda s, x: s.out(F.cosine_similarity(s.a(x)[:, None], s.c[None], dim=-1)),
+    a=lin(4, 6),
+    c=par(5, 6),
+    out=lin(5, 2),
+)
 
 # ---------------------------------------------------------------- convolutions
 for _mode in ("circular", "reflect", "replicate"):
@@ -506,8 +702,16 @@ layers(
     R,
     conv(6, 2),
 )
-layers("Conv3dGrouped", "2 2x2 3x2", (torch.randn(1, 3, 3, 3, 3),), lambda: nn.Conv3d(3, 4, 1), R, lambda: nn.Conv3d(4, 6, 2, groups=2),
-       R, lambda: nn.Conv3d(6, 2, 1))  # fmt: skip
+layers(
+    "Conv3dGrouped",
+    "2 2x2 3x2",
+    (torch.randn(1, 3, 3, 3, 3),),
+    lambda: nn.Conv3d(3, 4, 1),
+    R,
+    lambda: nn.Conv3d(4, 6, 2, groups=2),
+    R,
+    lambda: nn.Conv3d(6, 2, 1),
+)
 layers(
     "PointwiseThenPixels",
     "5 4 2",
@@ -520,8 +724,16 @@ layers(
     nn.Flatten,
     lin(10, 2),
 )
-layers("WeightNormGrouped", "2 2x2 3x2", (img,), conv(3, 4), R,
-       lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 3, groups=2)), R, conv(6, 2))  # fmt: skip
+layers(
+    "WeightNormGrouped",
+    "2 2x2 3x2",
+    (img,),
+    conv(3, 4),
+    R,
+    lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 3, groups=2)),
+    R,
+    conv(6, 2),
+)
 layers(
     "WeightNormAxis1",
     "6 5",
@@ -533,8 +745,15 @@ layers(
     lin(5, 2),
 )
 add("TiedTransposedConv", "5", (img,), lambda s, x: F.conv_transpose2d(F.conv2d(x, s.w).relu(), s.w), w=par(5, 3, 3, 3))
-add("Deformable", "5", (img,), lambda s, x: (lambda h: s.out(F.grid_sample(h, s.off(h).permute(0, 2, 3, 1).tanh(), align_corners=False)))(
-    s.a(x)), a=conv(3, 5), off=conv(5, 2), out=conv(5, 2))  # fmt: skip
+add(
+    "Deformable",
+    "5",
+    (img,),
+    lambda s, x: (lambda h: s.out(F.grid_sample(h, s.off(h).permute(0, 2, 3, 1).tanh(), align_corners=False)))(s.a(x)),
+    a=conv(3, 5),
+    off=conv(5, 2),
+    out=conv(5, 2),
+)
 
 
 def _conditional(s: Any, x: Any) -> Any:
@@ -551,12 +770,33 @@ def _involution(s: Any, x: Any) -> Any:
 
 add("ConditionalConv", "5 4 6", (img,), _conditional, a=conv(3, 5), r=lin(5, 4), w=par(4, 6, 5, 3, 3), out=conv(6, 2))
 add("Involution", "2 3x2", (img,), _involution, a=conv(3, 6), k=conv(6, 18), out=conv(6, 2))
-add("ChannelConv", "", (img,), lambda s, x: (lambda h: s.out(h * s.c(h.mean((2, 3))[:, None]).sigmoid().transpose(1, 2)[..., None]))(
-    s.a(x)), a=conv(3, 6), c=lambda: nn.Conv1d(1, 1, 3, padding=1), out=conv(6, 2))  # fmt: skip
-add("SpatialGate", "6", (img,), lambda s, x: (lambda h: s.out(h * s.c(torch.cat([h.mean(1, True), h.amax(1, True)], 1)).sigmoid()))(
-    s.a(x)), a=conv(3, 6), c=conv(2, 1, 3, padding=1), out=conv(6, 2))  # fmt: skip
-add("FoldUnfold", "5 3", (img,), lambda s, x: s.out(F.fold(s.b(F.unfold(s.a(x), 2, stride=2).transpose(1, 2)).transpose(1, 2), (8, 8), 2,
-    stride=2)), a=conv(3, 5), b=lin(20, 12), out=conv(3, 2))  # fmt: skip
+add(
+    "ChannelConv",
+    "",
+    (img,),
+    lambda s, x: (lambda h: s.out(h * s.c(h.mean((2, 3))[:, None]).sigmoid().transpose(1, 2)[..., None]))(s.a(x)),
+    a=conv(3, 6),
+    c=lambda: nn.Conv1d(1, 1, 3, padding=1),
+    out=conv(6, 2),
+)
+add(
+    "SpatialGate",
+    "6",
+    (img,),
+    lambda s, x: (lambda h: s.out(h * s.c(torch.cat([h.mean(1, True), h.amax(1, True)], 1)).sigmoid()))(s.a(x)),
+    a=conv(3, 6),
+    c=conv(2, 1, 3, padding=1),
+    out=conv(6, 2),
+)
+add(
+    "FoldUnfold",
+    "5 3",
+    (img,),
+    lambda s, x: s.out(F.fold(s.b(F.unfold(s.a(x), 2, stride=2).transpose(1, 2)).transpose(1, 2), (8, 8), 2, stride=2)),
+    a=conv(3, 5),
+    b=lin(20, 12),
+    out=conv(3, 2),
+)
 
 # ---------------------------------------------------------------- recurrences and state spaces
 for _name, _cell in (("RNNCell", nn.RNNCell), ("GRUCell", nn.GRUCell)):
@@ -568,12 +808,31 @@ for _name, _cell in (("RNNCell", nn.RNNCell), ("GRUCell", nn.GRUCell)):
         r=lambda cell=_cell: cell(5, 6),
         out=lin(6, 2),
     )
-add("LstmProjected", "6x2 3x2", (seq,), lambda s, x: s.out(s.r(x)[0]), out=lin(6, 2),
-    r=lambda: nn.LSTM(5, 6, batch_first=True, proj_size=3, bidirectional=True))  # fmt: skip
-add("GruLearnedStart", "6", (seq,), lambda s, x: s.out(s.r(x, s.h.expand(1, 2, 6).contiguous())[0]), out=lin(6, 2), h=par(1, 1, 6),
-    r=lambda: nn.GRU(5, 6, batch_first=True))  # fmt: skip
-add("LstmStates", "6", (seq,), lambda s, x: (lambda r: s.out(torch.cat([r[1][0][0], r[1][1][0]], -1)))(s.r(x)), out=lin(12, 2),
-    r=lambda: nn.LSTM(5, 6, batch_first=True))  # fmt: skip
+add(
+    "LstmProjected",
+    "6x2 3x2",
+    (seq,),
+    lambda s, x: s.out(s.r(x)[0]),
+    out=lin(6, 2),
+    r=lambda: nn.LSTM(5, 6, batch_first=True, proj_size=3, bidirectional=True),
+)
+add(
+    "GruLearnedStart",
+    "6",
+    (seq,),
+    lambda s, x: s.out(s.r(x, s.h.expand(1, 2, 6).contiguous())[0]),
+    out=lin(6, 2),
+    h=par(1, 1, 6),
+    r=lambda: nn.GRU(5, 6, batch_first=True),
+)
+add(
+    "LstmStates",
+    "6",
+    (seq,),
+    lambda s, x: (lambda r: s.out(torch.cat([r[1][0][0], r[1][1][0]], -1)))(s.r(x)),
+    out=lin(12, 2),
+    r=lambda: nn.LSTM(5, 6, batch_first=True),
+)
 
 
 def _packed(s: Any, x: Any) -> Any:
@@ -581,8 +840,16 @@ def _packed(s: Any, x: Any) -> Any:
     return s.out(nn.utils.rnn.pad_packed_sequence(s.r(packed)[0], batch_first=True)[0])
 
 
-add("PackedSequence", "4 6", (seq,), _packed, i=lin(5, 4), r=lambda: nn.GRU(4, 6, batch_first=True), out=lin(6, 2),
-    missing="_pack_padded_sequence has no rule")  # fmt: skip
+add(
+    "PackedSequence",
+    "4 6",
+    (seq,),
+    _packed,
+    i=lin(5, 4),
+    r=lambda: nn.GRU(4, 6, batch_first=True),
+    out=lin(6, 2),
+    missing="_pack_padded_sequence has no rule",
+)
 
 
 def _s4d(s: Any, x: Any) -> Any:
@@ -595,8 +862,20 @@ def _s4d(s: Any, x: Any) -> Any:
     return s.out(F.gelu(y).transpose(-1, -2))
 
 
-add("S4D", "6 3x6", (seq,), _s4d, i=lin(5, 6), re=par(6, 3), im=par(6, 3), dt=par(6), c=par(6, 3, 2), d=par(6), out=lin(6, 2),
-    free={"re": (6, 3), "c": (6, 3, 0)})  # fmt: skip
+add(
+    "S4D",
+    "6 3x6",
+    (seq,),
+    _s4d,
+    i=lin(5, 6),
+    re=par(6, 3),
+    im=par(6, 3),
+    dt=par(6),
+    c=par(6, 3, 2),
+    d=par(6),
+    out=lin(6, 2),
+    free={"re": (6, 3), "c": (6, 3, 0)},
+)
 
 
 def _rwkv(s: Any, x: Any) -> Any:
@@ -612,22 +891,78 @@ def _rwkv(s: Any, x: Any) -> Any:
     return s.out(h + s.p(r * torch.stack(out, 1)))
 
 
-add("Rwkv", "6 4", (seq,), _rwkv, i=lin(5, 6), k=lin(6, 4), v=lin(6, 4), r=lin(6, 4), mk=par(6), mv=par(6), w=par(4), p=lin(4, 6),
-    out=lin(6, 2))  # fmt: skip
+add(
+    "Rwkv",
+    "6 4",
+    (seq,),
+    _rwkv,
+    i=lin(5, 6),
+    k=lin(6, 4),
+    v=lin(6, 4),
+    r=lin(6, 4),
+    mk=par(6),
+    mv=par(6),
+    w=par(4),
+    p=lin(4, 6),
+    out=lin(6, 2),
+)
 
 # ---------------------------------------------------------------- weights from weights
-add("Lora", "6 3", (x,), lambda s, x: s.out((s.a(x) + s.up(s.down(x)) * 2).relu()), a=lin(4, 6), down=lin(4, 3, False),
-    up=lin(3, 6, False), out=lin(6, 2))  # fmt: skip
-add("Dora", "6 3", (x,), lambda s, x: s.out(F.linear(x, s.m[:, None] * F.normalize(s.w + s.b @ s.a, dim=1)).relu()), w=par(6, 4),
-    a=par(3, 4), b=par(6, 3), m=par(6), out=lin(6, 2))  # fmt: skip
-add("HyperBias", "3 6", (x,), lambda s, x: s.out(F.linear(x, s.h(s.z).view(6, 4), s.hb(s.z)).relu()), z=par(3), h=lin(3, 24),
-    hb=lin(3, 6), out=lin(6, 2))  # fmt: skip
-add("HyperFromInput", "6", (x,), lambda s, x: s.out(torch.bmm(s.h(x).view(2, 6, 4), x[:, :, None]).squeeze(-1).relu()), h=lin(4, 24),
-    out=lin(6, 2))  # fmt: skip
-add("AutoencoderTied", "6 5", (x,), lambda s, x: F.linear(F.linear((x @ s.w.t()).relu(), s.v).relu(), s.v.t()).relu() @ s.w, w=par(6, 4),
-    v=par(5, 6))  # fmt: skip
-add("FunctionalCall", "6", (x,), lambda s, x: torch.func.functional_call(s.a, {"0.weight": s.w}, (x,)), w=par(6, 4),
-    a=lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)))  # fmt: skip
+add(
+    "Lora",
+    "6 3",
+    (x,),
+    lambda s, x: s.out((s.a(x) + s.up(s.down(x)) * 2).relu()),
+    a=lin(4, 6),
+    down=lin(4, 3, False),
+    up=lin(3, 6, False),
+    out=lin(6, 2),
+)
+add(
+    "Dora",
+    "6 3",
+    (x,),
+    lambda s, x: s.out(F.linear(x, s.m[:, None] * F.normalize(s.w + s.b @ s.a, dim=1)).relu()),
+    w=par(6, 4),
+    a=par(3, 4),
+    b=par(6, 3),
+    m=par(6),
+    out=lin(6, 2),
+)
+add(
+    "HyperBias",
+    "3 6",
+    (x,),
+    lambda s, x: s.out(F.linear(x, s.h(s.z).view(6, 4), s.hb(s.z)).relu()),
+    z=par(3),
+    h=lin(3, 24),
+    hb=lin(3, 6),
+    out=lin(6, 2),
+)
+add(
+    "HyperFromInput",
+    "6",
+    (x,),
+    lambda s, x: s.out(torch.bmm(s.h(x).view(2, 6, 4), x[:, :, None]).squeeze(-1).relu()),
+    h=lin(4, 24),
+    out=lin(6, 2),
+)
+add(
+    "AutoencoderTied",
+    "6 5",
+    (x,),
+    lambda s, x: F.linear(F.linear((x @ s.w.t()).relu(), s.v).relu(), s.v.t()).relu() @ s.w,
+    w=par(6, 4),
+    v=par(5, 6),
+)
+add(
+    "FunctionalCall",
+    "6",
+    (x,),
+    lambda s, x: torch.func.functional_call(s.a, {"0.weight": s.w}, (x,)),
+    w=par(6, 4),
+    a=lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)),
+)
 add("Vmap", "6", (x,), lambda s, x: torch.func.vmap(lambda y: s.out(s.a(y).relu()))(x), a=lin(4, 6), out=lin(6, 2))
 
 
@@ -728,8 +1063,15 @@ for _kind in (torch.float16, torch.bfloat16, torch.float64):
         (x.to(_kind),),
         "6",
     )
-add("ComplexParameters", "6", (x,), lambda s, x: torch.view_as_real((x.to(s.w.dtype) @ s.w).tanh() @ s.v), w=par(4, 6,
-    dtype=torch.complex64), v=par(6, 2, dtype=torch.complex64), free={"w": (0, 6), "v": (6, 0)})  # fmt: skip
+add(
+    "ComplexParameters",
+    "6",
+    (x,),
+    lambda s, x: torch.view_as_real((x.to(s.w.dtype) @ s.w).tanh() @ s.v),
+    w=par(4, 6, dtype=torch.complex64),
+    v=par(6, 2, dtype=torch.complex64),
+    free={"w": (0, 6), "v": (6, 0)},
+)
 
 
 def _tied_storage() -> nn.Module:

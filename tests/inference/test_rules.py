@@ -1,0 +1,53 @@
+"""Every rule: what it says is free is free, and what it says is pinned is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from automerge.rules._registry import _RULES
+from tests.inference._one_operator import OneOperator
+from tests.inference._rule_cases import CASES, TWINS, WITHOUT, Draw
+
+MODES = ("sum", "read", "out")
+
+
+@st.composite
+def uses(draw: Any, name: str) -> OneOperator:
+    """One use of an operator in a network around it."""
+    case = CASES[name](Draw(draw))
+    made = OneOperator(name, case, lambda: draw(st.sampled_from(MODES)), draw(st.integers(0, 99)))
+    made.case = case  # type: ignore[attr-defined]
+    return made
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rule(name: str) -> None:
+    @settings(max_examples=8, database=None)
+    @given(uses(name))
+    def check(network: Any) -> None:
+        code = network.module.code
+        assert not network.symmetry.unruled, network.symmetry.unruled
+        assert network.unsound() is None, f"{network.unsound()}\n{code}"
+        if network.case.complete:
+            assert network.missing() is None, f"{network.missing()}\n{code}"
+
+    check()
+
+
+def test_every_rule_has_a_case_or_a_reason() -> None:
+    names = {n.removeprefix("aten::") for n in _RULES if n.startswith("aten::")}
+    real = {n for n in names if hasattr(torch.ops.aten, n)}
+    assert real - set(CASES) - set(WITHOUT) - set(TWINS) == set()
+    assert all(_RULES[f"aten::{n}"] is _RULES[f"aten::{twin}"] for n, twin in TWINS.items() if n in real)
+    assert not set(CASES) & (set(WITHOUT) | set(TWINS))
+
+
+def test_no_rule_is_for_an_operator_that_does_not_exist() -> None:
+    """A rule for a name that PyTorch lacks is dead, or a typing error."""
+    gone = [n for n in _RULES if n.startswith("aten::") and not hasattr(torch.ops.aten, n.removeprefix("aten::"))]
+    assert gone == []
