@@ -26,7 +26,7 @@ def _members(generator: Generator) -> str:
 
 def symmetry_report(symmetry: Symmetry, *, limit: int = 40) -> str:
     """The report a person reads: groups with size and members, what is pinned and why, the free share."""
-    sets = sorted(symmetry.sets, key=lambda g: -len(g.slots))
+    sets = sorted(symmetry.sets, key=lambda g: (-len(g.slots), g.name))
     lines = [
         f"Symmetry: {len(sets)} groups over {len(symmetry.shapes)} parameters; "
         f"{symmetry.free_share:.1%} of the parameter axes' positions are free"

@@ -293,10 +293,8 @@ def _reacts(
     for alias, name in symmetry.aliases.items():
         if alias in changed and name in changed:
             changed[alias] = changed[name]
-    return any(
-        _difference(values, subject.outputs(changed, *given)) > 1e-8
-        for values, given in zip(before, inputs, strict=True)
-    )
+    after = (subject.outputs(changed, *given) for given in inputs)
+    return any(_difference(x, y) > 1e-8 for x, y in zip(before, after, strict=True))
 
 
 def trial_elements(symmetry: Symmetry, count: int, seed: int) -> Iterator[Element]:

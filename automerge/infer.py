@@ -105,6 +105,8 @@ def infer_graph(graph: fx.GraphModule) -> tuple[Symmetry, Analysis]:
         pins=tuple(assembler.pins(generators, shapes, unused)),
         unruled=tuple(analysis.unruled),
         notes=tuple(_notes(info)),
+        flow=_flow(graph),
+        axis_graph=axes.graph,
         stats={
             "passes": passes,
             "rules_seconds": ruled - clock,
@@ -123,6 +125,24 @@ def _shapes(graph: fx.GraphModule) -> dict[str, tuple[int, ...]]:
         if node.op == "placeholder" and node.meta["kind"] == "state" and is_state(node.meta["val"]):
             shapes[node.meta["name"]] = tuple(node.meta["val"].shape)
     return shapes
+
+
+def _flow(graph: fx.GraphModule) -> tuple[tuple[str, str], ...]:
+    """Module paths between which tensors pass; inputs and outputs are ``"input"`` and ``"output"``."""
+    pairs: dict[tuple[str, str], None] = {}
+
+    def home(node: fx.Node) -> str | None:
+        if node.op == "placeholder":
+            return "input" if node.meta["kind"] == "input" else None
+        return "output" if node.op == "output" else node.meta.get("module", "")
+
+    for node in graph.graph.nodes:
+        to = home(node)
+        for source in node.all_input_nodes:
+            here = home(source)
+            if here is not None and to is not None and here != to:
+                pairs[here, to] = None
+    return tuple(pairs)
 
 
 def _notes(info: TraceInfo) -> list[str]:

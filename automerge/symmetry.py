@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import networkx as nx
 import numpy as np
 import torch
 
@@ -96,6 +97,10 @@ class Symmetry:
         unruled: operators without a rule, with where they stand.
         notes: what a reader must know (data-dependent control flow, ...).
         stats: seconds and counts of the inference.
+        flow: ``(from, to)`` pairs of module paths between which tensors pass, in order of the first use; for pictures.
+        axis_graph: a networkx MultiGraph with one node per parameter axis (attributes ``param``, ``axis``, ``size``) or joint
+            axis that an operator made (``param`` None), and one edge per tie (attribute ``op``); its connected components are
+            what may move together. Not part of the JSON form.
 
     Examples:
         >>> unit = np.arange(3)[:, None]
@@ -115,6 +120,8 @@ class Symmetry:
     unruled: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     stats: Mapping[str, Any] = field(default_factory=dict)
+    flow: tuple[tuple[str, str], ...] = ()
+    axis_graph: nx.MultiGraph | None = None
 
     def __post_init__(self) -> None:
         for generator in self.sets:
@@ -236,6 +243,7 @@ class Symmetry:
             "unruled": list(self.unruled),
             "notes": list(self.notes),
             "stats": dict(self.stats),
+            "flow": [list(f) for f in self.flow],
         }
         return json.dumps(data)
 
@@ -264,6 +272,7 @@ class Symmetry:
                 unruled=tuple(data.get("unruled", ())),
                 notes=tuple(data.get("notes", ())),
                 stats=dict(data.get("stats", {})),
+                flow=tuple((a, b) for a, b in data.get("flow", ())),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SymmetryError(f"this is not a symmetry file: {type(error).__name__}: {error}") from error
