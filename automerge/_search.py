@@ -302,6 +302,7 @@ def search(structure: Structure, wanted: np.ndarray | None = None) -> list[UnitS
         wanted: bool per vertex; sets without any such vertex are dropped (they move no parameter).
     """
     swapper = _Swapper(structure)
+    shown = np.ones(structure.n, bool) if wanted is None else wanted
     found: dict[bytes, UnitSet] = {}
     last = np.full((structure.n, 2), -1, np.int64)  # the latest set and column of each vertex
     for bucket in swapper.buckets(structure.cycles()):
@@ -309,7 +310,7 @@ def search(structure: Structure, wanted: np.ndarray | None = None) -> list[UnitS
         if places[0, 0] >= 0 and (places == places[0]).all():
             continue  # they were exchanged along with others already
         table = swapper.bundle(bucket)
-        for made in [table] if table is not None else _sets_of(bucket.tolist(), swapper):
+        for made in [table] if table is not None else _sets_of(bucket.tolist(), swapper, shown):
             units = np.sort(made, axis=1)
             found.setdefault(units[np.lexsort(units.T[::-1])].tobytes(), UnitSet(made))
             last[made.reshape(-1), 0] = len(found)
@@ -318,8 +319,12 @@ def search(structure: Structure, wanted: np.ndarray | None = None) -> list[UnitS
     return sorted(kept, key=lambda s: s.table.shape[1])
 
 
-def _sets_of(bucket: list[int], swapper: _Swapper) -> list[np.ndarray]:
-    """The symmetric groups among vertices with equal colour and equal images, from pairwise exchanges."""
+def _sets_of(bucket: list[int], swapper: _Swapper, shown: np.ndarray) -> list[np.ndarray]:
+    """The symmetric groups among vertices with equal colour and equal images, from pairwise exchanges.
+
+    Exchanges with one reference form one group when they move the same vertices on the reference's side; only vertices
+    that are shown (they stand for a parameter) need to agree, and make up the table.
+    """
     tables: list[np.ndarray] = []
     known: list[set[frozenset[int]]] = []
     left = list(bucket)
@@ -333,7 +338,9 @@ def _sets_of(bucket: list[int], swapper: _Swapper) -> list[np.ndarray]:
             pairs = swapper.swap(reference, v)
             if pairs is None:
                 continue
-            pairs.sort()
+            pairs = sorted(p for p in pairs if shown[p[0]])
+            if not pairs:
+                continue
             mine = frozenset(a for a, _ in pairs)
             row = [b for _, b in pairs]
             groups[mine].setdefault(frozenset(row), row)

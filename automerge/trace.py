@@ -217,6 +217,7 @@ class _Recorder(TorchDispatchMode):
         self.stack: list[str] = []
         self.tracked: dict[int, Tracked] = {}
         self.layouts: dict[tuple[Any, ...], Tracked] = {}
+        self.registered: dict[int, tuple[Any, ...]] = {}
         self.alive: list[torch.Tensor] = []
         self.tainted: set[fx.Node] = set()
         self.states: list[tuple[torch.Tensor, fx.Node]] = []
@@ -298,11 +299,15 @@ class _Recorder(TorchDispatchMode):
         self.tracked[id(tensor)] = tracked
         if tensor.layout is torch.strided and tensor.numel():
             self.layouts[_layout(tensor)] = tracked
+            self.registered[id(tensor)] = _layout(tensor)
 
     def _lookup(self, tensor: torch.Tensor) -> Tracked:
         found = self.tracked.get(id(tensor))
-        if found is None and tensor.layout is torch.strided and tensor.numel():
-            found = self.layouts.get(_layout(tensor))  # x.data and the like make tensors that no operator announced
+        if tensor.layout is torch.strided and tensor.numel():
+            layout = _layout(tensor)
+            if found is None or self.registered.get(id(tensor), layout) != layout:
+                # x.data and the like make tensors that no operator announced; x.data = y points x elsewhere
+                found = self.layouts.get(layout)
         if found is None:
             found = Tracked(self._constant(tensor))
             self._register(tensor, found)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from automerge.rules import _contraction, _creation, _indexing, _movement, _reduction  # noqa: F401  (they register themselves)
+from automerge.rules import _contraction, _creation, _indexing, _movement, _reduction, _writing  # noqa: F401  (they register themselves)
 from automerge.rules._axes import Unruled
 from automerge.rules._decompose import decomposition
 from automerge.rules._engine import Engine
@@ -189,7 +189,7 @@ class _Run:
     def _constant_tensor(self, tensor: torch.Tensor) -> Value:
         if tensor.numel() == 0:
             return plain(tensor.shape)
-        array = tensor.detach().cpu()
+        array = tensor.detach().to_dense().cpu() if tensor.layout is not torch.strided else tensor.detach().cpu()
         array = array.float() if array.dtype in (torch.bfloat16, torch.float16) else array
         made = self.engine.constant(array.resolve_conj().resolve_neg().numpy())
         made.data = tensor

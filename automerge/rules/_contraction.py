@@ -52,7 +52,7 @@ def matmul(context: Context, a: Value, b: Value) -> Value:
     return context.engine.reshape(out, context.shape)
 
 
-@rule("addmm", "baddbmm", "addmv", "addbmm", "addmm_activation", "_addmm_activation")
+@rule("addmm", "baddbmm", "addmv", "addbmm", "_addmm_activation")
 def addmm(context: Context, c: Value, a: Value, b: Value, **_: Any) -> Value:
     if len(b.axes) == 1:
         return context.engine.elementwise([c, mv(context, a, b)])
@@ -70,11 +70,20 @@ def mv(context: Context, a: Value, b: Value) -> Value:
     return context.engine.contract(a, b, (a.axes[0],), set())
 
 
-@rule("dot", "vdot", "inner")
+@rule("dot", "vdot")
 def dot(context: Context, a: Value, b: Value) -> Value:
     b = copy_letters(b)
     a, b = pair_axes(context.engine, a, 0, b, 0)
     return context.engine.contract(a, b, (), set())
+
+
+@rule("inner")
+def inner(context: Context, a: Value, b: Value) -> Value:
+    if not a.axes or not b.axes:
+        return context.engine.elementwise([a, b])
+    b = copy_letters(b)
+    a, b = pair_axes(context.engine, a, len(a.axes) - 1, b, len(b.axes) - 1)
+    return context.engine.contract(a, b, (*a.axes[:-1], *b.axes[:-1]), set())
 
 
 @rule("linear")

@@ -13,7 +13,7 @@ from automerge.rules._contraction import repinned
 from automerge.rules._engine import Engine
 from automerge.rules._movement import gathered, without_axis
 from automerge.rules._reduction import axes_of, fits, normalised
-from automerge.rules._registry import Context, rule, values_in
+from automerge.rules._registry import Context, rule
 from automerge.rules._value import Factor, Value, copy_letters, plain
 
 
@@ -157,6 +157,9 @@ def gather(context: Context, x: Value, dim: int, index: Value, **_: Any) -> Valu
     dim %= max(len(x.axes), 1)
     engine = context.engine
     points = points_into(engine, x.settle(), dim, index)
+    if index.data is not None:
+        where = torch.arange(int(np.prod(x.shape, dtype=np.int64))).reshape(x.shape)
+        return gathered(engine, x, torch.gather(where, dim, index.data.cpu()).numpy())
     if points is not None and all(
         n == m for k, (n, m) in enumerate(zip(x.shape, index.shape, strict=True)) if k != dim
     ):
@@ -189,106 +192,13 @@ def tie_axis(engine: Engine, x: Value, dim: int, labels: np.ndarray) -> Value:
     return engine.elementwise([x, vector])
 
 
-def scattered_to_points(context: Context, x: Value, dim: int, index: Value, others: Sequence[Value]) -> Value | None:
-    """A write at positions that came from an axis with the very labels of the one written."""
-    engine = context.engine
-    points = points_into(engine, x, dim, index)
-    sources = [v for v in others if len(v.axes) == len(x.axes)]
-    whole = all(v.shape[k] == x.shape[k] for v in [index, *sources] for k in range(len(x.axes)) if k != dim)
-    if points is None or not whole:
-        return None
-    x = tie_axis(engine, x, dim, points)
-    parts = []
-    for v in [bare(index), *sources]:
-        parts.append(copy_letters(v))
-    ranks = engine.elementwise(parts)
-    gone = set(ranks.axes[dim])
-    return engine.elementwise([x, engine.reduce(ranks, gone)])
-
-
-@rule("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "index_put", "_index_put_impl",
-      "_unsafe_index_put", "masked_scatter", "put", carries=True)  # fmt: skip
-def scatter(context: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
-    """Writes at given positions: the axis written is pinned, and so is everything written."""
-    name = context.node.target._schema.name.split("::")[1]
-    engine = context.engine
-    if name in ("scatter", "scatter_add") and isinstance(args[0], int) and x.axes:
-        rest = [v.settle() for v in values_in([x, *args[2:], *kwargs.values()])]
-        made = scattered_to_points(context, x, args[0] % len(x.axes), args[1], rest[1:])
-        if made is not None:
-            return made
-    for v in values_in([x, *args, *kwargs.values()]):
-        v.settle()
-    if name in ("index_put", "_index_put_impl", "_unsafe_index_put"):
-        return _index_put(context, x, args[0], args[1])
-    if not isinstance(args[0], int):
-        raise Unruled("a write at data-dependent positions")
-    dim = args[0] % max(len(x.axes), 1)
-    others = values_in([*args, *kwargs.values()])
-    if name in ("index_add", "index_copy", "index_fill"):
-        return _index_write(engine, x, dim, others)
-    same = all(
-        v.shape[k] == x.shape[k] for v in others if len(v.axes) == len(x.axes) for k in range(len(x.axes)) if k != dim
-    )
-    if not same:
-        for v in others:
-            engine.pin_all(v, "written at given positions")
-        return engine.pin_all(x, "written at given positions")
-    x = engine.pin_letters(x, set(x.axes[dim]), "written at given positions")
-    sources = []
-    for v in others:
-        if len(v.axes) == len(x.axes):
-            v = copy_letters(v)
-            v = engine.pin_letters(v, set(v.axes[dim]), "written at given positions")
-            sources.append(engine.reduce(v, set(v.axes[dim])))
-    wide = engine.elementwise([x, *sources])
-    return engine.pin_letters(wide, set(wide.axes[dim]), "written at given positions")
-
-
-def _index_write(engine: Engine, x: Value, dim: int, others: Sequence[Value]) -> Value:
-    """``x`` with slices along one axis written or added at positions given by a vector: that axis is pinned."""
-    index, *sources = others
-    x = engine.pin_letters(x, set(x.axes[dim]), "written at given positions")
-    n = len(x.axes)
-    parts = [
-        Value(
-            tuple(index.axes[0] if k == dim and index.axes else () for k in range(n)),
-            index.size,
-            index.factors,
-            index.pinned,
-        )
-    ]
-    parts += [copy_letters(v) if len(v.axes) == n else Value(((),) * n, v.size, v.factors, v.pinned) for v in sources]
-    written = engine.elementwise(parts)
-    return engine.elementwise([x, engine.reduce(written, set(written.axes[dim]))])
-
-
-def _index_put(context: Context, x: Value, indices: Sequence[Value | None], values: Value) -> Value:
-    engine = context.engine
-    axes = [k for k, v in enumerate(indices) if v is not None]
-    covered = [indices[k] for k in axes]
-    simple = len(axes) == 1 and covered[0] is not None and len(covered[0].axes) == 1
-    if not simple:
-        for v in [*covered, values]:
-            if v is not None:
-                engine.pin_all(v, "written at given positions")
-        return engine.pin_all(x, "written at given positions")
-    k = axes[0]
-    x = engine.pin_letters(x, set(x.axes[k]), "written at given positions")
-    engine.pin_all(covered[0], "written at given positions")  # type: ignore[arg-type]
-    values = Value(((),) * (len(x.axes) - len(values.axes)) + values.axes, values.size, values.factors, values.pinned)
-    values = engine.pin_letters(values, set(values.axes[k]), "written at given positions")
-    out = engine.elementwise([x, engine.reduce(values, set(values.axes[k]))])
-    return engine.pin_letters(out, set(out.axes[k]), "written at given positions")
-
-
 @rule("sort", "topk", "argsort", "msort")
 def sort(context: Context, x: Value, *args: Any, **kwargs: Any) -> Any:
     """Sorted values are symmetric functions of the axis, numbered by rank; the order itself pins it, if anyone reads it."""
     name = context.node.target._schema.name.split("::")[1]
     arguments = [a.name for a in context.node.target._schema.arguments]
     dim = (dict(zip(arguments, (x, *args), strict=False)) | kwargs).get("dim", -1)
-    (axis,) = axes_of(x, dim)
+    (axis,) = axes_of(x, 0 if name == "msort" else dim)
     value = context.node.meta["val"]
     points = None
     if name == "argsort" or 1 in context.used:
@@ -359,7 +269,7 @@ def argument(context: Context, x: Value, dim: int | None = None, keepdim: bool =
     return promise(context.engine, fits(context.engine, x, axes, context.shape), points, reason)
 
 
-@rule("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "diff", "renorm_scan")
+@rule("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin")
 def scan(context: Context, x: Value, dim: int, *_: Any, **__: Any) -> Any:
     (axis,) = axes_of(x, dim)
     out = context.engine.pin_letters(x, set(x.axes[axis]), "a running sum along the axis")
@@ -369,7 +279,7 @@ def scan(context: Context, x: Value, dim: int, *_: Any, **__: Any) -> Any:
     return out if isinstance(context.node.meta["val"], torch.Tensor) else (out, out)
 
 
-@rule("_fft_r2c", "_fft_c2c", "_fft_c2r", "fft_fft", "fft_rfft")
+@rule("_fft_r2c", "_fft_c2c", "_fft_c2r")
 def fft(context: Context, x: Value, dims: Any, *_: Any) -> Value:
     axes = axes_of(x, dims)
     engine = context.engine
@@ -381,9 +291,10 @@ def fft(context: Context, x: Value, dims: Any, *_: Any) -> Value:
 
 @rule("tril", "triu")
 def triangle(context: Context, x: Value, diagonal: int = 0) -> Value:
-    """A mask by the difference of two coordinates: both axes are pinned."""
-    letters = set(x.axes[-1]) | set(x.axes[-2])
-    return context.engine.pin_letters(x, letters, "a triangular mask")
+    """A mask by the difference of two coordinates."""
+    keep = np.tril if "tril" in context.node.target._schema.name else np.triu
+    mask = keep(np.ones(x.shape[-2:], np.int64), diagonal)
+    return context.engine.elementwise([x, context.engine.constant(mask)])
 
 
 @rule("grid_sampler_2d", "grid_sampler_3d", "grid_sampler", "cudnn_grid_sampler")

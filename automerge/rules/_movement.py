@@ -301,7 +301,7 @@ def view_as_complex(context: Context, x: Value) -> Value:
 
 
 _INDEXED = (
-    "unfold unfold_copy as_strided as_strided_scatter rot90 diagonal diagonal_copy reflection_pad1d reflection_pad2d "
+    "unfold unfold_copy as_strided rot90 diagonal diagonal_copy reflection_pad1d reflection_pad2d "
     "reflection_pad3d replication_pad1d replication_pad2d replication_pad3d"
 )
 

@@ -37,7 +37,7 @@ def fits(engine: Engine, x: Value, axes: Sequence[int], shape: tuple[int, ...]) 
 
 
 @rule("sum", "mean", "nansum", "amax", "amin", "logsumexp", "prod", "any", "all", "var", "std", "norm", "count_nonzero",
-      "linalg_vector_norm", "nanmean", "median_all", "special_logsumexp")  # fmt: skip
+      "linalg_vector_norm", "nanmean", "special_logsumexp")  # fmt: skip
 def reduction(context: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
     name = context.node.target._schema.name.split("::")[1]
     arguments = [a.name for a in context.node.target._schema.arguments]
@@ -121,7 +121,7 @@ def batch_norm(
       "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "upsample_linear1d",
       "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
       "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "fractional_max_pool2d",
-      "lp_pool2d")  # fmt: skip
+      )  # fmt: skip
 def pooling(context: Context, x: Value, *args: Any, **kwargs: Any) -> Any:
     """Windows over spatial axes; a window that is the whole axis is a reduction."""
     engine = context.engine

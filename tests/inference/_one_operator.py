@@ -71,20 +71,30 @@ class Case:
         keep: output axes that are returned as they are, because reading them out symmetrically would make symmetries that
             no rule about axes can know (reflections of a convolution, sums over all ranks).
         outs: which outputs to read.
-        times: multiply the output by a parameter of its shape, where the operator itself makes a constant.
+        tied: output axes that are not summed over: their order is one for all parts of the output, by design (cat).
+        plus: add a parameter of the output's shape, where the operator itself makes a constant.
         complete: False where more is free than the rule says, and that is accepted.
+        unruled: the operator may go without a rule: what it touches is pinned, and it is listed.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
     keep: tuple[int, ...] = ()
     outs: tuple[int, ...] = (0,)
-    times: bool = False
+    tied: tuple[int, ...] = ()
+    plus: bool = False
     complete: bool = True
+    unruled: bool = False
 
 
-def call(*args: Any, keep: Sequence[int] = (), outs: Sequence[int] = (0,), times: bool = False, complete: bool = True, **kwargs: Any) -> Case:
-    return Case(args, kwargs, tuple(keep), tuple(outs), times, complete)
+OPTIONS = ("keep", "outs", "tied", "plus", "complete", "unruled")
+
+
+def call(*args: Any, **kwargs: Any) -> Case:
+    """A case; keyword arguments that are no options of it are the operator's."""
+    options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
+    options |= {k: tuple(options[k]) for k in ("keep", "outs", "tied") if k in options}
+    return Case(args, kwargs, **options)
 
 
 class Sketch:
@@ -178,19 +188,20 @@ class OneOperator:
             node = sketch.call("view_as_real", sketch_resolved(sketch, node))
         elif not value.is_floating_point():
             node = sketch.call("_to_copy", node, dtype=torch.float64)
-        if case.times:
-            node = sketch.call("mul", node, P(tuple(node.meta["val"].shape)))
+        if case.plus:
+            node = sketch.call("add", node, P(tuple(node.meta["val"].shape)))
         node = sketch.call("exp", sketch.call("sin", node))
         shape = tuple(node.meta["val"].shape)
         keep = {k % len(shape) for k in case.keep} | ({len(shape) - 1} if value.is_complex() else set())
-        for axis in reversed(range(len(shape))):
+        tied = {k % len(shape) for k in case.tied}
+        gone = []
+        for axis in range(len(shape)):
             how = "out" if axis in keep else mode()
-            if how == "read":
-                vector = P((shape[axis], *(1,) * (len(node.meta["val"].shape) - axis - 1)))
-                node = sketch.call("mul", node, vector)
+            if how == "read" or (how == "sum" and axis in tied):
+                node = sketch.call("mul", node, P((shape[axis], *(1,) * (len(shape) - axis - 1))))
             if how != "out":
-                node = sketch.call("sum", node, [axis])
-        return node
+                gone.append(axis)
+        return sketch.call("sum", node, gone) if gone else node
 
     # ------------------------------------------------------------ values
     def values(self, rng: torch.Generator) -> dict[str, torch.Tensor]:
@@ -241,7 +252,7 @@ class OneOperator:
             chosen_axes = rng.choice(len(axes), size=min(len(axes), int(rng.integers(1, 4))), replace=False)
             yield {axes[i]: options[axes[i]][int(rng.integers(len(options[axes[i]])))] for i in chosen_axes}
 
-    def missing(self, seed: int = 0, trials: int = 6) -> str | None:
+    def missing(self, seed: int = 0, trials: int = 40) -> str | None:
         """A move that changes nothing and is not in the group, or None."""
         rng = torch.Generator().manual_seed(11)
         sets = [self.values(rng) for _ in range(trials)]

@@ -49,7 +49,7 @@ def complexes(*shape: int) -> Call:
 def on_dim(d: Draw, *rest: Any, least: int = 2, keep: bool = False, listed: bool = False, **kwargs: Any) -> Case:
     """``op(x, dim, ...)``; ``keep`` returns that axis as it is."""
     s = d.shape(least=least)
-    dim = d.dim(s)
+    dim = d.dim(s) % len(s)
     return call(P(s), [dim] if listed else dim, *rest, keep=[dim] if keep else [], **kwargs)
 
 
@@ -78,24 +78,24 @@ def joined(d: Draw) -> Case:
     a, b, c = d.n(), d.n(), d.n()
     one = p(a, b)
     other = d.pick(one, p(c, b), p(a, b))
-    return call(d.pick([one, other], [one, other, one]), 0)
+    return call(d.pick([one, other], [one, other, one]), 0, tied=(1,))
 
 
 def written(d: Draw, *rest: Any) -> Case:
     a, b, k = d.n(3, 4), d.n(2, 3), 2
-    return call(p(a, b), 0, I(lambda rng: torch.randperm(a, generator=rng)[:k]), p(k, b), *rest)
+    return call(p(a, b), 0, I(lambda rng: torch.randperm(a, generator=rng)[:k]), p(k, b), *rest, tied=(1,))
 
 
 def put(d: Draw) -> Case:
     a, b, k = d.n(3, 4), d.n(2, 3), 2
     index = d.pick(I(lambda rng: torch.randperm(a, generator=rng)[:k]), torch.tensor([2, 0]))
-    return call(p(a, b), d.pick([index], [index, None]), p(k, b))
+    return call(p(a, b), [index], p(k, b), tied=(1,))
 
 
 def scattered(d: Draw, *rest: Any) -> Case:
     a, b, k = d.n(3, 4), d.n(2, 3), 2
     where = I(lambda rng: torch.stack([torch.randperm(a, generator=rng)[:k] for _ in range(b)], 1))
-    return call(p(a, b), 0, where, p(k, b), *rest)
+    return call(p(a, b), 0, where, p(k, b), *rest, tied=(1,))
 
 
 def looked_up(d: Draw) -> Case:
@@ -206,12 +206,13 @@ def bags(d: Draw) -> Case:
 
 TABLE: dict[str, Callable[[Draw], Case]] = {
     # moving data
-    "clone contiguous alias detach lift_fresh lift_fresh_copy positive resolve_conj resolve_neg _to_copy _to_dense": lambda d: call(
+    "clone contiguous alias detach lift_fresh lift_fresh_copy positive resolve_conj resolve_neg _to_copy": lambda d: call(
         P(d.shape())
     ),
     "to": lambda d: call(P(d.shape()), torch.float64),
     "dropout": lambda d: call(P(d.shape()), 0.5, False),
-    "conj _conj conj_physical view_as_real": lambda d: call(complexes(*d.shape(1, 2))),
+    "conj _conj conj_physical": lambda d: call(complexes(*d.shape(1, 2))),
+    "view_as_real": lambda d: call(complexes(*d.shape(1, 2)), keep=(-1,)),
     "view_as_complex": lambda d: call(p(*d.shape(1, 2), 2)),
     "view reshape _unsafe_view view_copy": lambda d: call(*viewed(d)),
     "_reshape_alias": lambda d: (lambda a, b: call(p(a * b, 2), [a, b * 2], [b * 2, 1]))(d.n(2, 3), d.n(2, 3)),
@@ -223,9 +224,7 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     "t": lambda d: call(P(d.shape(1, 2))),
     "transpose swapaxes": lambda d: (lambda s: call(P(s), d.dim(s), d.dim(s)))(d.shape(2, 3)),
     "expand broadcast_to": lambda d: (lambda a: call(*d.pick((p(a, 1), [a, 3]), (p(a), [2, a]), (p(1, a), [2, 3, a]))))(d.n()),
-    "expand_as": lambda d: call(p(d.n(), 1), torch.zeros(1, 3).expand(2, 1, 3)[:, :, :][0].expand(1, 3))
-    if False
-    else (lambda a: call(p(a, 1), torch.zeros(a, 3)))(d.n()),
+    "expand_as": lambda d: (lambda a: call(p(a, 1), torch.zeros(a, 3)))(d.n()),
     "repeat tile": lambda d: call(p(d.n(), d.n(2, 3)), [d.n(1, 2), d.n(1, 2)]),
     "repeat_interleave": lambda d: call(p(d.n(), d.n(2, 3)), 2, d.pick(0, 1, -1)),
     "slice slice_copy": lambda d: call(p(4, d.n()), 0, *d.pick((1, 4), (0, 2), (0, 4, 2), (-2, None))),
@@ -240,10 +239,10 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     "chunk unsafe_chunk tensor_split": lambda d: call(p(d.pick(4, 5), d.n()), 2, 0, outs=d.pick((0,), (0, 1))),
     "unbind unbind_copy": lambda d: call(p(2, d.n(), d.n()), 0, outs=d.pick((0,), (0, 1))),
     "cat concat concatenate": joined,
-    "stack": lambda d: (lambda s, one: call([one, d.pick(one, P(s))], d.n(0, 1)))(s := d.shape(), P(s)),
-    "slice_scatter": lambda d: call(p(4, 3), p(2, 3), 0, *d.pick((1, 3), (0, 4, 2))),
-    "select_scatter": lambda d: (lambda b: call(p(d.n(), b), p(b), 0, d.pick(0, 1)))(d.n()),
-    "as_strided_scatter": lambda d: call(p(4, 3), p(2, 3), [2, 3], [3, 1], 3),
+    "stack": lambda d: (lambda s, one: call([one, d.pick(one, P(s))], 0, tied=range(1, len(s) + 1)))(s := d.shape(), P(s)),
+    "slice_scatter": lambda d: call(p(4, 3), p(2, 3), 0, *d.pick((1, 3), (0, 4, 2)), tied=(1,)),
+    "select_scatter": lambda d: (lambda b: call(p(d.n(), b), p(b), 0, d.pick(0, 1), tied=(1,)))(d.n()),
+    "as_strided_scatter": lambda d: call(p(4, 3), p(2, 3), [2, 3], [3, 1], 3, tied=(1,)),
     "copy": lambda d: (lambda a, b: call(p(a, b), d.pick(p(b), p(a, b), p(a, 1))))(d.n(), d.n()),
     "constant_pad_nd": lambda d: call(p(d.n(), d.n()), d.pick([1, 0], [1, 2], [0, 1, 1, 0], [-1, 1])),
     "pixel_shuffle": lambda d: call(p(4 * d.n(1, 2), 2, 1), 2),
@@ -260,16 +259,16 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     "im2col": lambda d: call(p(2, d.n(2, 3), 3, 2), [2, 1], [1, 1], [0, 0], [1, 1], keep=(2,)),
     "col2im": lambda d: call(p(2, 2 * d.n(2, 3), 4), [3, 2], [2, 1], [1, 1], [0, 0], [1, 1], keep=(2, 3)),
     # constants
-    "zeros_like ones_like zero": lambda d: call(P(d.shape()), times=True),
-    "full_like fill": lambda d: call(P(d.shape()), 2.0, times=True),
-    "new_zeros new_ones": lambda d: call(P(d.shape()), list(d.shape()), times=True),
-    "new_full": lambda d: call(P(d.shape()), list(d.shape()), 0.5, times=True),
-    "zeros ones": lambda d: call(list(d.shape()), dtype=torch.float64, times=True),
-    "full": lambda d: call(list(d.shape()), 0.5, dtype=torch.float64, times=True),
+    "zeros_like ones_like zero": lambda d: call(P(d.shape()), plus=True),
+    "full_like fill": lambda d: call(P(d.shape()), 2.0, plus=True),
+    "new_zeros new_ones": lambda d: call(P(d.shape()), list(d.shape()), plus=True),
+    "new_full": lambda d: call(P(d.shape()), list(d.shape()), 0.5, plus=True),
+    "zeros ones": lambda d: call(list(d.shape()), dtype=torch.float64, plus=True),
+    "full": lambda d: call(list(d.shape()), 0.5, dtype=torch.float64, plus=True),
     # reductions
     "sum mean nansum nanmean amax amin logsumexp special_logsumexp": lambda d: on_dim(d, d.flag(), listed=True),
     "prod": lambda d: on_dim(d, d.flag()),
-    "any all": lambda d: (lambda s: call(Call("gt", (P(s), 0.0)), d.dim(s), d.flag()))(d.shape()),
+    "any all": lambda d: (lambda s: call(Call("gt", (P(s), 0.0)), d.dim(s), d.flag()))(tuple(d.n(2, 3) for _ in range(2))),
     "count_nonzero": lambda d: (lambda s: call(Call("relu", (P(s),)), [d.dim(s)]))(d.shape()),
     "var std": lambda d: on_dim(d, listed=True, correction=1, keepdim=d.flag()),
     "var_mean std_mean": lambda d: on_dim(d, listed=True, correction=0, keepdim=d.flag(), outs=d.pick((0,), (0, 1))),
@@ -304,7 +303,7 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     "upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa": lambda d: resized(d, 2, d.flag()),
     "upsample_trilinear3d": lambda d: resized(d, 3, d.flag()),
     "fractional_max_pool2d": lambda d: (
-        lambda c: call(p(1, c, 4, 4), [2, 2], [2, 2], torch.linspace(0, 0.99, 2 * c).double().view(1, c, 2), keep=(2, 3))
+        lambda c: call(p(1, c, 5, 5), [2, 2], [3, 3], torch.linspace(0, 0.99, 2 * c).double().view(1, c, 2), complete=False)
     )(d.n()),
     "max_unpool2d": lambda d: unpooled(d, 2),
     "max_unpool3d": lambda d: unpooled(d, 3),
@@ -342,8 +341,8 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     "index_add index_copy": written,
     "index_fill": lambda d: call(p(d.n(3, 4), d.n()), 0, ints(3, 2), 0.5),
     "index_put _index_put_impl _unsafe_index_put": put,
-    "masked_scatter": lambda d: call(p(3, 2), I(lambda rng: torch.rand(3, 2, generator=rng) > 0.5), p(6)),
-    "put": lambda d: call(p(3, 2), I(lambda rng: torch.randperm(6, generator=rng)[:3]), p(3)),
+    "masked_scatter": lambda d: call(p(3, 2), I(lambda rng: torch.rand(3, 2, generator=rng) > 0.5), p(6), unruled=True),
+    "put": lambda d: call(p(3, 2), I(lambda rng: torch.randperm(6, generator=rng)[:3]), p(3), unruled=True),
     "sort": ranked,
     "topk": lambda d: ranked(d, 2),
     "msort": lambda d: call(P(d.shape(least=3))),
@@ -379,6 +378,7 @@ WITHOUT: dict[str, str] = {
     **dict.fromkeys(RANDOM.split(), "random numbers are no function of the operands; tests of inference cover them"),
     **dict.fromkeys(MEMORY.split(), "its values are whatever was in memory"),
     "_grouped_mm": "takes bfloat16 only, too coarse to compare",
+    "_to_dense": "for sparse tensors",
     "bincount": "takes integers, which parameters are not",
 }
 TWINS: dict[str, str] = {  # no kernel for float64 on this machine: the same rule as an operator that has one

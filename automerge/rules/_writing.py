@@ -1,0 +1,154 @@
+"""Writes at given positions: scatter, index_put, index_add, masked_scatter, writes to strided views."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from automerge.rules._axes import Unruled
+from automerge.rules._engine import Engine
+from automerge.rules._indexing import bare, constant_index, points_into, tie_axis
+from automerge.rules._movement import expanded, gathered, scattered
+from automerge.rules._registry import Context, rule, values_in
+from automerge.rules._value import Value, copy_letters
+
+
+def scattered_to_points(context: Context, x: Value, dim: int, index: Value, others: Sequence[Value]) -> Value | None:
+    """A write at positions that came from an axis with the very labels of the one written."""
+    engine = context.engine
+    points = points_into(engine, x, dim, index)
+    sources = [v for v in others if len(v.axes) == len(x.axes)]
+    whole = all(v.shape[k] == x.shape[k] for v in [index, *sources] for k in range(len(x.axes)) if k != dim)
+    if points is None or not whole:
+        return None
+    x = tie_axis(engine, x, dim, points)
+    parts = []
+    for v in [bare(index), *sources]:
+        parts.append(copy_letters(v))
+    ranks = engine.elementwise(parts)
+    gone = set(ranks.axes[dim])
+    return engine.elementwise([x, engine.reduce(ranks, gone)])
+
+
+@rule("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "index_put", "_index_put_impl",
+      "_unsafe_index_put", carries=True)  # fmt: skip
+def scatter(context: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
+    """Writes at given positions: the axis written is pinned, and so is everything written."""
+    name = context.node.target._schema.name.split("::")[1]
+    engine = context.engine
+    if name in ("scatter", "scatter_add") and isinstance(args[0], int) and x.axes:
+        rest = [v.settle() for v in values_in([x, *args[2:], *kwargs.values()])]
+        made = scattered_to_points(context, x, args[0] % len(x.axes), args[1], rest[1:])
+        if made is not None:
+            return made
+    for v in values_in([x, *args, *kwargs.values()]):
+        v.settle()
+    if name in ("index_put", "_index_put_impl", "_unsafe_index_put"):
+        return _index_put(context, x, args[0], args[1])
+    if not isinstance(args[0], int):
+        raise Unruled("a write at data-dependent positions")
+    dim = args[0] % max(len(x.axes), 1)
+    others = values_in([*args, *kwargs.values()])
+    if name in ("index_add", "index_copy", "index_fill"):
+        return _index_write(engine, name, x, dim, others)
+    same = all(
+        v.shape[k] == x.shape[k] for v in others if len(v.axes) == len(x.axes) for k in range(len(x.axes)) if k != dim
+    )
+    if not same:
+        for v in others:
+            engine.pin_all(v, "written at given positions")
+        return engine.pin_all(x, "written at given positions")
+    x = engine.pin_letters(x, set(x.axes[dim]), "written at given positions")
+    sources = []
+    for v in others:
+        if len(v.axes) == len(x.axes):
+            v = copy_letters(v)
+            v = engine.pin_letters(v, set(v.axes[dim]), "written at given positions")
+            sources.append(engine.reduce(v, set(v.axes[dim])))
+    wide = engine.elementwise([x, *sources])
+    return engine.pin_letters(wide, set(wide.axes[dim]), "written at given positions")
+
+
+def _index_write(engine: Engine, name: str, x: Value, dim: int, others: Sequence[Value]) -> Value:
+    """``x`` with slices along one axis written or added at positions given by a vector: that axis is pinned."""
+    index, *sources = others
+    n = len(x.axes)
+    parts = [
+        Value(
+            tuple(index.axes[0] if k == dim and index.axes else () for k in range(n)),
+            index.size,
+            index.factors,
+            index.pinned,
+        )
+    ]
+    parts += [copy_letters(v) if len(v.axes) == n else Value(((),) * n, v.size, v.factors, v.pinned) for v in sources]
+    written = engine.elementwise(parts)
+    return engine.elementwise([x, engine.reduce(written, set(written.axes[dim]))])
+
+
+def _index_put(context: Context, x: Value, indices: Sequence[Value | None], values: Value) -> Value:
+    engine = context.engine
+    axes = [k for k, v in enumerate(indices) if v is not None]
+    covered = [indices[k] for k in axes]
+    nodes = [n for n in context.node.args[1] if n is not None]
+    if len(axes) == 1 and nodes[0].meta["val"].dtype is torch.bool and values.shape == ():
+        mask = covered[0]
+        tail = len(x.axes) - axes[0] - len(mask.axes)  # type: ignore[union-attr]
+        return engine.elementwise([x, Value((*mask.axes, *((),) * tail), mask.size, mask.factors, mask.pinned), values])  # type: ignore[union-attr]
+    constant = constant_index(covered[0]) if len(axes) == 1 else None
+    if constant is not None and constant.ndim == 1 and np.unique(constant).size == constant.size:
+        shape = [constant.size if k == axes[0] else m for k, m in enumerate(x.shape)]
+        return scattered(engine, x, expanded(values, shape), axes[0], constant % x.shape[axes[0]])
+    simple = len(axes) == 1 and covered[0] is not None and len(covered[0].axes) == 1
+    if not simple:
+        for v in [*covered, values]:
+            if v is not None:
+                engine.pin_all(v, "written at given positions")
+        return engine.pin_all(x, "written at given positions")
+    k = axes[0]
+    x = engine.pin_letters(x, set(x.axes[k]), "written at given positions")
+    engine.pin_all(covered[0], "written at given positions")  # type: ignore[arg-type]
+    values = Value(((),) * (len(x.axes) - len(values.axes)) + values.axes, values.size, values.factors, values.pinned)
+    values = engine.pin_letters(values, set(values.axes[k]), "written at given positions")
+    out = engine.elementwise([x, engine.reduce(values, set(values.axes[k]))])
+    return engine.pin_letters(out, set(out.axes[k]), "written at given positions")
+
+
+@rule("masked_scatter")
+def masked_scatter(context: Context, x: Value, mask: Value, source: Value) -> Value:
+    """Entries under a mask replaced in order; where the mask is constant along trailing axes, whole rows are."""
+    engine = context.engine
+    full = expanded(mask, x.shape)
+    tail = 0
+    while tail < len(x.axes) and not _varies(full, len(x.axes) - 1 - tail):
+        tail += 1
+    if not tail or source.shape[-tail:] != x.shape[-tail:]:
+        raise Unruled("entries written in order under a mask")
+    lead = len(x.axes) - tail
+    engine.pin_all(mask, "written at given positions")
+    x = engine.pin_letters(x, {c for axis in x.axes[:lead] for c in axis}, "written at given positions")
+    gone = {c for axis in source.axes[: len(source.axes) - tail] for c in axis}
+    rows = engine.reduce(engine.pin_letters(source, gone, "written at given positions"), gone)
+    rows = Value(rows.axes[len(source.axes) - tail :], rows.size, rows.factors, rows.pinned)
+    return engine.elementwise([x, copy_letters(rows)])
+
+
+def _varies(value: Value, axis: int) -> bool:
+    letters = set(value.axes[axis])
+    return bool(letters & value.pinned) or any(letters & set(f.letters) for f in value.factors)
+
+
+@rule("as_strided_scatter", "diagonal_scatter")
+def view_scatter(context: Context, x: Value, source: Value, *args: Any, **kwargs: Any) -> Value:
+    """Ask the operator itself where the entries of both operands go."""
+    engine = context.engine
+    total, more = (int(np.prod(v.shape, dtype=np.int64)) for v in (x, source))
+    where = torch.arange(1, total + 1, dtype=torch.float64).reshape(x.shape)
+    other = torch.arange(total + 1, total + more + 1, dtype=torch.float64).reshape(source.shape)
+    moved = context.node.target(where, other, *args, **kwargs)
+    flat = [engine.reshape(x, [total]), engine.reshape(source, [more])]
+    joined = engine.concatenate(flat, 0, [object(), object()])
+    return gathered(engine, joined, moved.numpy().astype(np.int64) - 1)
