@@ -275,14 +275,30 @@ class _Swapper:
                 found.append((w, free[key].pop()))
             else:
                 left.append(w)
-        rest = sorted((w for ws in free.values() for w in ws), reverse=True)
-        for w in left:  # nothing forces the choice: in order
-            choice = next((x for x in reversed(rest) if self.colour[x] == self.colour[w]), None)
+        rest = sorted(w for ws in free.values() for w in ws)
+        for w in left:
+            choice = self._best(w, rest, image)
             if choice is None:
                 return None
             rest.remove(choice)
             found.append((w, choice))
         return found
+
+    def _best(self, w: int, candidates: list[int], image: dict[int, int]) -> int | None:
+        """The first candidate of w's colour that agrees with all images so far and moves the least else."""
+        best, score = None, -1
+        for c in candidates:
+            if self.colour[c] != self.colour[w]:
+                continue
+            agree = 0
+            for (_, t), (_, x) in zip(self.out(w), self.out(c), strict=True):
+                if image.get(t, x) != x or (x in image and image[x] != t):
+                    break
+                agree += t == x
+            else:
+                if agree > score:
+                    best, score = c, agree
+        return best
 
     def _exact(self, image: dict[int, int]) -> bool:
         """Every edge at a moved vertex is mapped onto an edge of its type."""
@@ -332,28 +348,50 @@ def _sets_of(bucket: list[int], swapper: _Swapper, shown: np.ndarray) -> list[np
         if len(left) < 2:
             break
         reference, left = left[0], left[1:]
-        groups: dict[frozenset[int], dict[frozenset[int], list[int]]] = defaultdict(dict)
-        members: dict[frozenset[int], list[int]] = defaultdict(list)
+        images: dict[int, dict[int, int]] = {}
         for v in left:
-            pairs = swapper.swap(reference, v)
-            if pairs is None:
-                continue
-            pairs = sorted(p for p in pairs if shown[p[0]])
-            if not pairs:
-                continue
-            mine = frozenset(a for a, _ in pairs)
-            row = [b for _, b in pairs]
-            groups[mine].setdefault(frozenset(row), row)
-            members[mine].append(v)
-        for mine in sorted(groups, key=len):
-            units = {mine, *groups[mine]}
-            if not any(units <= other for other in known):
-                known.append(units)
-                tables.append(np.array([sorted(mine), *groups[mine].values()], np.int64))
-        if groups:
-            smallest = min(groups, key=len)
-            done = set(members[smallest])
-            left = [v for v in left if v not in done]
-            if len(groups) == 1 and not left:
-                break
+            pairs = [p for p in swapper.swap(reference, v) or [] if shown[p[0]]]
+            if pairs:
+                images[v] = dict(pairs)
+        tables += [t for t in map(np.array, _tables(images)) if _is_new(t, known)]
+        if images:
+            smallest = min(len(i) for i in images.values())
+            left = [v for v in left if len(images.get(v, ())) != smallest]
     return tables
+
+
+def _tables(images: dict[int, dict[int, int]]) -> list[list[list[int]]]:
+    """Tables of units from the exchanges of one reference, smallest units first.
+
+    Exchanges of one size have the reference's unit in common; where units overlap (an outer square), those are put together
+    whose sides happen to agree.
+    """
+    out: list[list[list[int]]] = []
+    by_size: dict[int, list[dict[int, int]]] = defaultdict(list)
+    for image in images.values():
+        by_size[len(image)].append(image)
+    for size in sorted(by_size):
+        alike = by_size[size]
+        both = [i | {b: a for a, b in i.items()} for i in alike]
+        unit = set(both[0]).intersection(*both[1:]) if len(both) > 1 else set(alike[0])
+        if len(unit) == size:
+            groups = [(sorted(unit), both)]
+        else:
+            sides: dict[frozenset[int], list[dict[int, int]]] = defaultdict(list)
+            for image in alike:
+                sides[frozenset(image)].append(image)
+            groups = [(sorted(side), members) for side, members in sides.items()]
+        for mine, members in groups:
+            rows = {frozenset(row): row for row in [mine, *([i[a] for a in mine] for i in members)]}
+            flat = [v for row in rows.values() for v in row]
+            if len(rows) > 1 and len(set(flat)) == len(flat):
+                out.append(list(rows.values()))
+    return out
+
+
+def _is_new(table: np.ndarray, known: list[set[frozenset[int]]]) -> bool:
+    units = {frozenset(row) for row in table.tolist()}
+    if any(units <= other for other in known):
+        return False
+    known.append(units)
+    return True

@@ -231,6 +231,8 @@ class _Run:
         used = self.used.get(node, {0})
         single = isinstance(value, torch.Tensor)
         pairs = [(result, value)] if single else [(result[i], value[i]) for i in sorted(used)]
+        if single and not isinstance(result, Value):
+            raise Unruled("its rule gives several values where the operator gives one")
         for claimed, real in pairs:
             if isinstance(claimed, Value) and isinstance(real, torch.Tensor) and claimed.shape != tuple(real.shape):
                 raise Unruled(f"its rule gives the shape {claimed.shape} where the operator gave {tuple(real.shape)}")

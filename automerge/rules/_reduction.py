@@ -102,7 +102,7 @@ def group_norm(
       "batch_norm", "miopen_batch_norm", "_batch_norm_with_update", "_batch_norm_no_update")  # fmt: skip
 def batch_norm(
     context: Context, x: Value, w: Value | None, b: Value | None, mean: Any = None, var: Any = None, *args: Any
-) -> tuple[Value, ...]:
+) -> Any:
     engine, n = context.engine, len(x.axes)
     stats = [v for v in (mean, var) if isinstance(v, Value)]
     context.statistics += stats
@@ -112,6 +112,8 @@ def batch_norm(
         others = [k for k in range(n) if k != 1]
         vectors.append(reduced(engine, x, others, keepdim=True))
     out = engine.elementwise([x, *vectors])
+    if isinstance(context.node.meta["val"], torch.Tensor):
+        return out
     return (out, *[engine.reduce(stats[0] if stats else out, set())] * 4)
 
 
@@ -120,7 +122,7 @@ def batch_norm(
       "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d", "adaptive_max_pool3d", "adaptive_max_pool1d",
       "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "upsample_linear1d",
       "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
-      "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "fractional_max_pool2d",
+      "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d",
       )  # fmt: skip
 def pooling(context: Context, x: Value, *args: Any, **kwargs: Any) -> Any:
     """Windows over spatial axes; a window that is the whole axis is a reduction."""
@@ -147,6 +149,20 @@ def unpooling(context: Context, x: Value, index: Value, *_: Any) -> Value:
         x = context.engine.pin_letters(x, set(x.axes[k]), "spatial axis of a window operator")
         x = repinned(context.engine, x, k, context.shape[k])
     return x
+
+
+@rule("fractional_max_pool2d", "fractional_max_pool3d")
+def fractional_pooling(context: Context, x: Value, kernel: Any, size: Any, samples: Value) -> tuple[Value, Value]:
+    """Windows at positions drawn for every channel: the channels are those of both operands."""
+    engine = context.engine
+    spatial = len(x.axes) - len(samples.axes) + 1
+    drawn = engine.reduce(engine.pin_letters(samples, set(samples.axes[-1]), "coordinates"), set(samples.axes[-1]))
+    drawn = Value((*drawn.axes[:-1], *((),) * spatial), drawn.size, drawn.factors, drawn.pinned)
+    x = engine.elementwise([x, drawn])
+    for k in range(len(x.axes) - spatial, len(x.axes)):
+        x = engine.pin_letters(x, set(x.axes[k]), "spatial axis of a window operator")
+        x = repinned(engine, x, k, context.out(0).shape[k])
+    return x, x
 
 
 def _window(args: Sequence[Any], spatial: int, axis: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from automerge.rules._engine import Engine
 from automerge.rules._indexing import bare, constant_index, points_into, tie_axis
 from automerge.rules._movement import expanded, gathered, scattered
 from automerge.rules._registry import Context, rule, values_in
-from automerge.rules._value import Value, copy_letters
+from automerge.rules._value import Value, copy_letters, plain
 
 
 def scattered_to_points(context: Context, x: Value, dim: int, index: Value, others: Sequence[Value]) -> Value | None:
@@ -39,6 +39,13 @@ def scatter(context: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
     """Writes at given positions: the axis written is pinned, and so is everything written."""
     name = context.node.target._schema.name.split("::")[1]
     engine = context.engine
+    source = args[2] if len(args) > 2 else None
+    if name == "scatter" and isinstance(source, Value) and source.axes and args[1].data is not None:
+        index = args[1].data.cpu()
+        source = source.settle()
+        for k, n in enumerate(index.shape):
+            source = engine.take(source, k, np.arange(n))
+        return _pushed(context, x.settle(), source, lambda a, b: a.scatter(args[0], index, b))
     if name in ("scatter", "scatter_add") and isinstance(args[0], int) and x.axes:
         rest = [v.settle() for v in values_in([x, *args[2:], *kwargs.values()])]
         made = scattered_to_points(context, x, args[0] % len(x.axes), args[1], rest[1:])
@@ -75,6 +82,12 @@ def scatter(context: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
 def _index_write(engine: Engine, name: str, x: Value, dim: int, others: Sequence[Value]) -> Value:
     """``x`` with slices along one axis written or added at positions given by a vector: that axis is pinned."""
     index, *sources = others
+    constant = constant_index(index)
+    if name in ("index_copy", "index_fill") and constant is not None and np.unique(constant).size == constant.size:
+        source = sources[0] if sources and len(sources[0].axes) == len(x.axes) else plain([])
+        shape = [constant.size if k == dim else m for k, m in enumerate(x.shape)]
+        return scattered(engine, x, expanded(source, shape), dim, constant.reshape(-1) % x.shape[dim])
+    x = engine.pin_letters(x, set(x.axes[dim]), "written at given positions")
     n = len(x.axes)
     parts = [
         Value(
@@ -144,11 +157,16 @@ def _varies(value: Value, axis: int) -> bool:
 @rule("as_strided_scatter", "diagonal_scatter")
 def view_scatter(context: Context, x: Value, source: Value, *args: Any, **kwargs: Any) -> Value:
     """Ask the operator itself where the entries of both operands go."""
+    return _pushed(context, x, source, lambda a, b: context.node.target(a, b, *args, **kwargs))
+
+
+def _pushed(context: Context, x: Value, source: Value, operator: Callable[..., torch.Tensor]) -> Value:
+    """A tensor each of whose entries is one of ``x`` or of ``source``, as pushing positions through the operator shows."""
     engine = context.engine
     total, more = (int(np.prod(v.shape, dtype=np.int64)) for v in (x, source))
     where = torch.arange(1, total + 1, dtype=torch.float64).reshape(x.shape)
     other = torch.arange(total + 1, total + more + 1, dtype=torch.float64).reshape(source.shape)
-    moved = context.node.target(where, other, *args, **kwargs)
+    moved = operator(where, other)
     flat = [engine.reshape(x, [total]), engine.reshape(source, [more])]
     joined = engine.concatenate(flat, 0, [object(), object()])
     return gathered(engine, joined, moved.numpy().astype(np.int64) - 1)

@@ -22,7 +22,7 @@ from automerge.testing._assertions import difference, permuted
 from automerge.trace import TraceInfo
 
 aten = torch.ops.aten
-MOST_MOVES = 300
+MOST_MOVES = 120
 
 
 @dataclass(frozen=True)
@@ -255,18 +255,23 @@ class OneOperator:
     def missing(self, seed: int = 0, trials: int = 40) -> str | None:
         """A move that changes nothing and is not in the group, or None."""
         rng = torch.Generator().manual_seed(11)
-        sets = [self.values(rng) for _ in range(trials)]
-        before = [self.run(v) for v in sets]
+        sets: list[tuple[dict[str, torch.Tensor], list[torch.Tensor]]] = []
+
+        def changes(trial: int, move: dict[tuple[str, int], np.ndarray]) -> bool:
+            if trial == len(sets):
+                values = self.values(rng)
+                sets.append((values, self.run(values)))
+            values, before = sets[trial]
+            return not difference(before, self.run(moved(values, move))) < 1e-9
+
         group: Flat | None = None
         for move in self.moves(seed):
-            if all(
-                difference(b, self.run(moved(v, move))) < 1e-9
-                for v, b in zip(sets, before, strict=True)
-            ):
-                group = group or Flat(self.symmetry)
-                if not group.contains(move):
-                    shown = {f"{n}[{k}]": m.tolist() for (n, k), m in move.items()}
-                    return f"moving {shown} changes nothing, but is not in the group {describe(self.symmetry)}"
+            if any(changes(trial, move) for trial in range(3)):
+                continue
+            group = group or Flat(self.symmetry)
+            if not group.contains(move) and not any(changes(trial, move) for trial in range(3, trials)):
+                shown = {f"{n}[{k}]": m.tolist() for (n, k), m in move.items()}
+                return f"moving {shown} changes nothing, but is not in the group {describe(self.symmetry)}"
         return None
 
 

@@ -60,9 +60,9 @@ def viewed(d: Draw) -> tuple[P, list[int]]:
     return P(d.pick(*shapes)), list(d.pick(*shapes))
 
 
-def selected(d: Draw) -> Case:
+def selected(d: Draw, *more: str) -> Case:
     a, b = d.n(3, 4), d.n(2, 3)
-    which = d.pick("order", "second", "both", "mask", "input", "inputs")
+    which = d.pick("order", "second", "both", "input", "inputs", *more)
     constant = {
         "order": [d.index(a)],
         "second": [None, d.index(b)],
@@ -83,19 +83,17 @@ def joined(d: Draw) -> Case:
 
 def written(d: Draw, *rest: Any) -> Case:
     a, b, k = d.n(3, 4), d.n(2, 3), 2
-    return call(p(a, b), 0, I(lambda rng: torch.randperm(a, generator=rng)[:k]), p(k, b), *rest, tied=(1,))
+    return call(p(a, b), 0, ints(a, k), p(k, b), *rest, tied=(1,))
 
 
 def put(d: Draw) -> Case:
     a, b, k = d.n(3, 4), d.n(2, 3), 2
-    index = d.pick(I(lambda rng: torch.randperm(a, generator=rng)[:k]), torch.tensor([2, 0]))
-    return call(p(a, b), [index], p(k, b), tied=(1,))
+    return call(p(a, b), [ints(a, k)], p(k, b), tied=(1,))
 
 
 def scattered(d: Draw, *rest: Any) -> Case:
     a, b, k = d.n(3, 4), d.n(2, 3), 2
-    where = I(lambda rng: torch.stack([torch.randperm(a, generator=rng)[:k] for _ in range(b)], 1))
-    return call(p(a, b), 0, where, p(k, b), *rest, tied=(1,))
+    return call(p(a, b), 0, ints(a, k, b), p(k, b), *rest, tied=(1,))
 
 
 def looked_up(d: Draw) -> Case:
@@ -242,6 +240,7 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     "stack": lambda d: (lambda s, one: call([one, d.pick(one, P(s))], 0, tied=range(1, len(s) + 1)))(s := d.shape(), P(s)),
     "slice_scatter": lambda d: call(p(4, 3), p(2, 3), 0, *d.pick((1, 3), (0, 4, 2)), tied=(1,)),
     "select_scatter": lambda d: (lambda b: call(p(d.n(), b), p(b), 0, d.pick(0, 1), tied=(1,)))(d.n()),
+    "diagonal_scatter": lambda d: (lambda k: call(p(3, 3), p(3 - abs(k)), k, tied=(0, 1)))(d.pick(0, 1, -1)),
     "as_strided_scatter": lambda d: call(p(4, 3), p(2, 3), [2, 3], [3, 1], 3, tied=(1,)),
     "copy": lambda d: (lambda a, b: call(p(a, b), d.pick(p(b), p(a, b), p(a, 1))))(d.n(), d.n()),
     "constant_pad_nd": lambda d: call(p(d.n(), d.n()), d.pick([1, 0], [1, 2], [0, 1, 1, 0], [-1, 1])),
@@ -326,6 +325,9 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     "_trilinear": lambda d: (lambda n, a, b, o: call(p(n, a), p(o, a, b), p(n, b), [1, 3], [0], [1, 2], [2, 3]))(
         2, d.n(2, 3), d.n(2, 3), d.n(2, 3)
     ),
+    "_cdist_forward": lambda d: (lambda a, b, k: call(p(a, k), p(b, k), d.pick(1.0, 2.0, 3.0), None))(d.n(), d.n(), d.n()),
+    "cdist": lambda d: (lambda a, b, k: call(p(a, k), p(b, k)))(d.n(), d.n(), d.n()),
+    "_euclidean_dist": lambda d: (lambda a, b, k: call(p(a, k), p(b, k)))(d.n(), d.n(), d.n()),
     "convolution": convolved,
     "_convolution": lambda d: convolved(d, False, False, False, False),
     # lookups
@@ -333,7 +335,8 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     "embedding_renorm": lambda d: call(p(4, d.n()), ints(4, 2), 1.0, 2.0),
     "_embedding_bag _embedding_bag_forward_only": bags,
     "index_select": lambda d: (lambda a: call(p(a, d.n()), 0, d.pick(d.index(a), ints(a, 3))))(d.n()),
-    "index _unsafe_index": selected,
+    "index": lambda d: selected(d, "mask"),
+    "_unsafe_index": selected,
     "gather": gathered,
     "take_along_dim": looked_up,
     "scatter scatter_add": scattered,
@@ -354,7 +357,9 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     "_fft_c2c": lambda d: (lambda s, k: call(complexes(*s), [k], 0, True, keep=[k]))(s := d.shape(1, 2), d.n(0, len(s) - 1)),
     "_fft_c2r": lambda d: call(complexes(d.n(), 3), [1], 0, d.pick(4, 5), keep=(1,)),
     "fft_fft fft_rfft": lambda d: (lambda s, k: call(P(s), None, k, keep=[k]))(s := d.shape(1, 2), d.n(0, len(s) - 1)),
-    "tril triu": lambda d: call(p(3, d.n(3, 4)), d.pick(0, 1, -1)),
+    "_pack_padded_sequence": lambda d: call(p(3, 2, d.n()), torch.tensor([3, 2]), False, keep=(0,)),
+    "_pad_packed_sequence": lambda d: call(p(5, d.n()), torch.tensor([2, 2, 1]), False, 0.0, 3, keep=(0, 1)),
+    "tril triu": lambda d: call(p(3, 3), d.pick(0, 1, -1)),
     "grid_sampler_2d grid_sampler": lambda d: sampled(d, 2),
     "grid_sampler_3d": lambda d: sampled(d, 3),
     "histc": lambda d: call(p(d.n(3, 4)), 3, -1.0, 1.0, complete=False),

@@ -27,7 +27,7 @@ def uses(draw: Any, name: str) -> OneOperator:
 
 @pytest.mark.parametrize("name", CASES)
 def test_rule(name: str) -> None:
-    @settings(max_examples=8, database=None)
+    @settings(max_examples=7, database=None)
     @given(uses(name))
     def check(network: Any) -> None:
         code = network.module.code

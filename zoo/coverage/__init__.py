@@ -1,1 +1,4 @@
-"""Inference and verification on every model of torchvision, timm and transformers that runs here; see `python -m zoo.coverage -h`."""
+"""Inference and verification on every model of torchvision, timm and transformers that runs here.
+
+Run it with `python -m zoo.coverage`; `-h` lists the options.
+"""

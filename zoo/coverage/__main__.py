@@ -22,7 +22,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m zoo.coverage", description=__doc__)
     parser.add_argument("--library", choices=NAMES, action="append", help="only this library; may be given again")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these models")
-    parser.add_argument("--quick", action="store_true", help="a few models; exit code 1 if one is not answered or not verified")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few models; exit code 1 if one is not answered or not verified"
+    )
     parser.add_argument("--resume", action="store_true", help="keep the rows that the JSON file has")
     parser.add_argument("--retry", action="store_true", help="with --resume, measure again what did not verify")
     parser.add_argument("--jobs", type=int, default=1, help="models measured at a time (default 1)")
@@ -40,7 +42,9 @@ def _tasks(options: argparse.Namespace) -> tuple[list[Task], list[str]]:
             skipped.append(f"{library} skipped: {reason}")
             continue
         names = QUICK[library] if options.quick else catalogue(library).names()
-        tasks += [(library, n) for n in names if not options.only or n in options.only or n.split(":")[0] in options.only]
+        tasks += [
+            (library, n) for n in names if not options.only or n in options.only or n.split(":")[0] in options.only
+        ]
     return tasks, skipped
 
 
@@ -59,7 +63,9 @@ def _write(rows: dict[Task, Row], path: Path) -> None:
     ordered = _ordered(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page(ordered, today), "utf-8")
-    path.with_suffix(".json").write_text(json.dumps({"date": today, "rows": [r.to_dict() for r in ordered]}, indent=1), "utf-8")
+    path.with_suffix(".json").write_text(
+        json.dumps({"date": today, "rows": [r.to_dict() for r in ordered]}, indent=1), "utf-8"
+    )
 
 
 def _say(row: Row) -> None:
@@ -67,7 +73,8 @@ def _say(row: Row) -> None:
     if row.status != "ok":
         verdict = f"{row.status.upper()} {row.message[:200]}"
     unruled = f", {len(row.unruled)} operators without a rule" if row.unruled else ""
-    print(f"{row.library} {row.title}: {row.cpu_seconds:.2f} s, {row.groups} groups, {row.free:.3f} free{unruled}, {verdict}", flush=True)
+    answer = f"{row.cpu_seconds:.2f} s, {row.groups} groups, {row.free:.3f} free{unruled}"
+    print(f"{row.library} {row.title}: {answer}, {verdict}", flush=True)
 
 
 def _share(tasks: Sequence[Task], rows: dict[Task, Row], options: argparse.Namespace, out: Path | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from automerge._errors import InvarianceError
 from automerge._verify import verify
 from automerge.infer import infer_graph
-from automerge.symmetry import Symmetry
+from automerge.symmetry import Generator, Symmetry
 from automerge.trace import trace
 from zoo.coverage._case import Case, catalogue, short
 
@@ -39,6 +39,7 @@ class Row:
         unruled: operators without a rule, with their place.
         elements: how many random elements verification tried; each generator moves in at least one of two.
         error: what verification measured; None if it did not pass or did not run.
+        blind: whether a wrong group passed as well, so that the error says nothing; None if that was not tried.
         randomised: whether verification could randomise the weights.
         message: what went wrong.
         notes: from the symmetry and the case.
@@ -58,6 +59,7 @@ class Row:
     unruled: list[str] = field(default_factory=list)
     elements: int = 0
     error: float | None = None
+    blind: bool | None = None
     randomised: bool = True
     message: str = ""
     notes: list[str] = field(default_factory=list)
@@ -69,7 +71,9 @@ class Row:
 
 def warm_up() -> None:
     """Lazy imports and first calls, so that no row pays for them."""
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 4), nn.Softmax(-1))
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 4), nn.Softmax(-1)
+    )
     image = torch.randn(1, 3, 5, 5)
     verify(net, (image,), infer_graph(trace(net, image))[0], elements=1)
 
@@ -127,8 +131,30 @@ def _verify(row: Row, case: Case, symmetry: Symmetry, elements: int) -> None:
             message = f"verification: {_text(error)}"
             continue
         row.error, row.elements, row.randomised = outcome.error, outcome.elements, outcome.randomised
+        row.blind = _blind(case, args, symmetry)
         return
     row.message = message
+
+
+def _blind(case: Case, args: Any, symmetry: Symmetry) -> bool | None:
+    """Whether a group that moves one parameter and leaves its partners passes verification as well.
+
+    Signals of fresh networks can vanish on the way to the output. The first group with two parameters is broken; where
+    that happens to be a symmetry as well (all partners alike), the next few are tried.
+    """
+    order = {name: i for i, name in enumerate(symmetry.shapes)}
+    tried = [g for g in symmetry.sets if len({s.param for s in g.slots}) > 1]
+    tried.sort(key=lambda g: min(order[s.param] for s in g.slots))
+    for generator in tried[:3]:
+        slot = min(generator.slots, key=lambda s: order[s.param])
+        wrong = replace(symmetry, sets=(Generator(generator.size, (slot,)),))
+        try:
+            outcome = verify(case.model, args, wrong, case.kwargs, elements=2, tolerance=1e-6)
+        except InvarianceError:
+            return False
+        if outcome.error > 1e-6:
+            return False
+    return True if tried else None
 
 
 def _text(error: Exception) -> str:

@@ -36,7 +36,7 @@ def import_torchvision() -> ModuleType:
             raise
     for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
         del sys.modules[name]
-    library = torch.library.Library("torchvision", "DEF")  # noqa: TOR901  (it lives as long as the process)
+    library = torch.library.Library("torchvision", "DEF")
     _defined.append(library)
     for signature in SIGNATURES:
         library.define(signature)

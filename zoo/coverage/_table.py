@@ -12,7 +12,9 @@ from zoo.coverage._measure import Row
 
 TOLERANCE = 1e-9
 _PACKAGES = ("automerge", "torch", "torchvision", "timm", "transformers", "numpy", "scipy")
-_HEAD = "| model | parameters (M) | seconds | groups | free | what pinned the rest | operators without a rule | verified |"
+_HEAD = (
+    "| model | parameters (M) | seconds | groups | free | what pinned the rest | operators without a rule | verified |"
+)
 _RULE = "|:--|--:|--:|--:|--:|:--|:--|:--|"
 
 
@@ -56,6 +58,9 @@ def summary(rows: Sequence[Row]) -> list[str]:
     if answered:
         slowest = max(answered, key=lambda r: r.cpu_seconds)
         lines.append(f"- slowest: {slowest.cpu_seconds:.1f} s ({slowest.title})")
+        lines.append(
+            f"- blind, because the output hardly depends on the first layers: {sum(bool(r.blind) for r in good)}"
+        )
         lines.append(f"- with operators that have no rule: {sum(bool(r.unruled) for r in answered)}")
     return lines
 
@@ -76,6 +81,8 @@ def _line(row: Row) -> str:
     if row.status != "ok":
         return f"| {row.title} | {row.parameters / 1e6:.1f} | | | | | | **{row.status}**: {_cell(row.message)} |"
     check = f"{row.error:.0e}" if verified(row) else f"**no**: {_cell(row.message)}"
+    if verified(row) and row.blind:
+        check += " (blind: the signal vanishes)"
     if verified(row) and not row.randomised:
         check += " (own weights)"
     return (
@@ -108,6 +115,9 @@ def page(rows: Sequence[Row], date: str) -> str:
             parts += [f"\n## {library}\n", _HEAD, _RULE, *[_line(r) for r in mine]]
     setup = [r for r in rows if r.status == "setup"]
     if setup:
-        parts += ["\n## Not run\n", "Models that do not build or do not run forward on this machine, before inference.\n"]
+        parts += [
+            "\n## Not run\n",
+            "Models that do not build or do not run forward on this machine, before inference.\n",
+        ]
         parts += [f"- {r.library} {r.title}: {_cell(r.message, 220)}" for r in setup]
     return "\n".join(parts) + "\n"

@@ -17,10 +17,42 @@ import timm  # noqa: E402  (it imports torchvision, which must have its operator
 
 MOST = 200_000_000  # parameters; deeper models are cut
 _DEPTH = 4
+_LARGE = 400  # pixels; beyond, the first of these that a model accepts
+_SMALLER = (256, 252, 224)
+_CLASSES = 1000  # everywhere: with none, some models return their features, which pins them
 _FAMILIES = 3  # of a module, at most
-_SIZES = ("atto", "femto", "pico", "zepto", "nano", "xxs", "xx_small", "xxtiny", "micro", "xxsmall", "xsmall", "x_small")
+_SIZES: tuple[str, ...] = (
+    "atto",
+    "femto",
+    "pico",
+    "zepto",
+    "nano",
+    "xxs",
+    "xx_small",
+    "xxtiny",
+    "micro",
+    "xxsmall",
+    "xsmall",
+    "x_small",
+)
 _SIZES += ("xs", "xtiny", "tiny", "mini", "_t", "small", "_s", "s12", "lite", "b0", "_0", "m0", "050", "")
-_BIG = ("_base", "_b_", "_m_", "medium", "large", "_l_", "huge", "giant", "xl", "gigantic", "so400m", "so150m", "enormous", "1b_")
+_BIG = (
+    "_base",
+    "_b_",
+    "_m_",
+    "medium",
+    "large",
+    "_l_",
+    "huge",
+    "giant",
+    "xl",
+    "gigantic",
+    "so400m",
+    "so150m",
+    "enormous",
+    "1b_",
+    "3b_",
+)
 
 
 def _rank(name: str) -> tuple[Any, ...]:
@@ -67,21 +99,40 @@ def _count(name: str) -> int:
         return 0
 
 
-def build(name: str) -> Case:
-    """One model with random weights at its default input size; verification takes a smaller one where it may."""
-    module, _, model_name = name.partition(":")
-    count = _count(model_name)
-    torch.manual_seed(0)
+def _model(name: str) -> tuple[torch.nn.Module, str]:
+    """A model with random weights, and what is special about it."""
+    count = _count(name)
+    options: dict[str, Any] = {"pretrained": False, "num_classes": _CLASSES}
     note = ""
-    if count > MOST and "vit" in model_name:
+    if count > MOST and "vit" in name:
+        options["depth"] = _DEPTH
         note = f"{_DEPTH} blocks: the whole model has {count / 1e6:.0f} M parameters"
-        model = timm.create_model(model_name, pretrained=False, depth=_DEPTH).eval()
-    else:
-        model = timm.create_model(model_name, pretrained=False).eval()
-    channels, height, width = model.pretrained_cfg["input_size"]
-    image = torch.randn(1, channels, height, width)
-    small = None
-    if not model.pretrained_cfg.get("fixed_input_size"):
-        sizes = [s for s in (96, 128) if s < height]
-        small = next(((image[..., :s, :s],) for s in sizes if _accepts(model, image[..., :s, :s])), None)
-    return Case(model, (image,), small=small, title=f"{module}: {model_name}", note=note)
+    config = timm.get_pretrained_cfg(name)
+    if config is not None and config.fixed_input_size and config.input_size[1] > _LARGE:
+        options["img_size"] = _SMALLER[0]
+    torch.manual_seed(0)
+    return timm.create_model(name, **options).eval(), note
+
+
+def build(name: str) -> Case:
+    """One model at its default input size, or a smaller one where that is large; verification takes the smallest."""
+    module, _, model_name = name.partition(":")
+    model, note = _model(model_name)
+    config: Any = model.pretrained_cfg
+    channels, height, width = config["input_size"]
+    full = torch.randn(1, channels, height, width)
+    fixed = bool(config.get("fixed_input_size"))
+
+    def accepted(sizes: Sequence[int]) -> torch.Tensor | None:
+        smaller = (full[..., :s, :s].contiguous() for s in sizes if s < height)
+        return next((x for x in smaller if _accepts(model, x)), None)
+
+    image = accepted(_SMALLER) if height > _LARGE else None
+    small = None if fixed else accepted((96, 128))
+    return Case(
+        model,
+        (full if image is None else image,),
+        small=None if small is None else (small,),
+        title=f"{module}: {model_name}",
+        note=note,
+    )

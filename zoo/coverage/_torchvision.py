@@ -25,9 +25,9 @@ class _Detector(nn.Module):
 
     def __init__(self, detector: nn.Module) -> None:
         super().__init__()
-        self.backbone = detector.backbone
+        self.backbone: Any = detector.backbone
         rpn = getattr(detector, "rpn", None)
-        self.head = getattr(rpn, "head", None) if rpn is not None else getattr(detector, "head", None)
+        self.head: Any = getattr(rpn, "head", None) if rpn is not None else getattr(detector, "head", None)
 
     def forward(self, x: torch.Tensor) -> Any:
         features = self.backbone(x)
@@ -57,7 +57,8 @@ def _cut(model: nn.Module, name: str) -> str:
     parent, _, last = path.rpartition(".")
     stack = model.get_submodule(path)
     blocks = dict(list(stack.named_children())[:keep])
-    note = f"the first {keep} of {len(list(stack.children()))} blocks of {path}: the whole model does not fit into memory for verification"
+    count = len(list(stack.children()))
+    note = f"the first {keep} of {count} blocks of {path}: the whole does not fit into memory for verification"
     setattr(model.get_submodule(parent), last, nn.Sequential(OrderedDict(blocks)))
     return note
 

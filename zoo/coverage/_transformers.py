@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,14 +13,25 @@ from zoo.coverage._case import Case
 from zoo.coverage._configurations import EXACT, EXPERTS, FIELDS, HEADS, SMALL
 from zoo.coverage._operators import import_torchvision
 
-try:
+with contextlib.suppress(ImportError):
     import_torchvision()  # transformers imports it if it is there
-except ImportError:
-    pass
 
-import transformers  # noqa: E402
+import transformers
 
+_HEAD_OUTPUTS = ("logits", "logits_per_image", "predicted_depth", "prediction_logits")
 _TOKENS, _TARGETS, _BATCH = 16, 8, 2
+
+
+class _Head(nn.Module):
+    """A model with a head, of whose outputs only the head's counts: the others show the residual stream."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **kwargs: Any) -> Any:
+        result = self.model(**kwargs)
+        return next((result[key] for key in _HEAD_OUTPUTS if result.get(key) is not None), result)
 
 
 def names() -> Sequence[str]:
@@ -52,7 +64,13 @@ def _composite(kind: str, cls: Any) -> Any:
     """Configurations that hold one for text and one for images."""
     if kind not in ("clip", "siglip"):
         return None
-    shared = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "projection_dim": 24}
+    shared = {
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "projection_dim": 24,
+    }
     text = {**shared, "vocab_size": 50, "max_position_embeddings": 40, "eos_token_id": 49, "projection_size": 32}
     return cls(text_config=text, vision_config={**shared, "image_size": 32, "patch_size": 8}, projection_dim=24)
 
@@ -129,7 +147,7 @@ def build(name: str) -> Case:
     kind, _, rest = name.partition(":")
     head, _, experts = rest.partition("@")
     model = _model(kind, head, experts)
-    given = _inputs(kind, model.config, model.main_input_name)
+    given = _inputs(kind, model.config, str(model.main_input_name))
     if "input_ids" in given:
         try:
             with torch.no_grad():
@@ -138,4 +156,4 @@ def build(name: str) -> Case:
         except TypeError:
             pass
     title = kind if not head else f"{kind}: {head}" + (f" ({experts} experts)" if experts else "")
-    return Case(model, (), given, title=title)
+    return Case(_Head(model) if head else model, (), given, title=title)

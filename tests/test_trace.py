@@ -1,0 +1,328 @@
+"""Tracing: the recorded graph computes what the model computes, and says where everything came from."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import fx, nn
+
+from automerge import TraceError, trace
+from automerge.testing import Network, networks
+
+
+def replay(graph: fx.GraphModule, model: nn.Module, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The graph on the model's present state and on inputs."""
+    state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    names = [n.meta["name"] for n in graph.graph.nodes if n.op == "placeholder" and n.meta["kind"] == "state"]
+    with torch.no_grad():
+        return graph(*(state[n] for n in names), *inputs)
+
+
+def targets(graph: fx.GraphModule) -> list[str]:
+    return [str(n.target) for n in graph.graph.nodes if n.op == "call_function"]
+
+
+class Run(nn.Module):
+    """A function of tensors as a module."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+# -------------------------------------------------------------------- replay
+@settings(max_examples=25)
+@given(networks())
+def test_the_graph_replays(network: Network) -> None:
+    model = network.model.eval()
+    graph = trace(model, network.args)
+    other = torch.randn(network.args[0].shape)
+    for x in (*network.args, other):
+        (out,) = replay(graph, model, x)
+        assert torch.allclose(out, model(x), rtol=1e-5, atol=1e-6)
+    assert {n.op for n in graph.graph.nodes} <= {"placeholder", "call_function", "get_attr", "output"}
+    assert all(isinstance(n.meta["val"], torch.Tensor | list | tuple) for n in graph.graph.nodes if n.op != "output")
+
+
+def _views(x: torch.Tensor, choice: int, k: int) -> torch.Tensor:
+    """Some view of a tensor."""
+    n = x.shape[0]
+    options = [
+        lambda: x[k % n :],
+        lambda: x[:: 1 + k % 2],
+        lambda: x.t() if x.ndim == 2 else x,
+        lambda: x[..., k % x.shape[-1]] if x.ndim > 1 else x,
+        lambda: x.reshape(-1) if x.is_contiguous() else x,
+        lambda: x.unsqueeze(0),
+        lambda: x.unfold(0, 1, 1),
+        lambda: x.split(max(1, n // 2))[k % 2 if n > 1 else 0],
+        lambda: x.unbind(0)[k % n] if x.ndim > 1 else x,
+        lambda: x.diagonal() if x.ndim == 2 else x,
+        lambda: x.transpose(0, -1),
+        lambda: x.detach(),
+    ]
+    return options[choice % len(options)]()
+
+
+def _writes(x: torch.Tensor, choice: int, k: int, other: torch.Tensor) -> None:
+    """Some change of a tensor in place."""
+    options = [
+        lambda: x.add_(k + 1),
+        lambda: x.mul_(0.5),
+        lambda: x.copy_(x.flip(0) if x.ndim else x),
+        lambda: x.fill_(float(k)),
+        lambda: x.zero_(),
+        lambda: x.sigmoid_(),
+        lambda: x.add_(other.sum()),
+        lambda: x.__setitem__(0, other.mean()) if x.ndim else x.add_(1),
+        lambda: x.__setitem__(slice(0, 1), 2.0) if x.ndim else x.add_(1),
+        lambda: x.clamp_(-1.0, 1.0),
+        lambda: x.masked_fill_(x > 0.5, 0.25),
+        lambda: torch.add(x, 1, out=x) if x.is_contiguous() else x.add_(1),
+    ]
+    options[choice % len(options)]()
+
+
+Steps = list[tuple[str, int, int, int]]
+STEP = st.tuples(st.sampled_from(["view", "write", "write", "op"]), st.integers(0, 5), st.integers(0, 11), st.integers(0, 3))
+
+
+@settings(max_examples=150)
+@given(st.lists(STEP, min_size=1, max_size=7), st.tuples(st.integers(1, 3), st.integers(1, 3)))
+def test_writes_in_place_and_views(steps: Steps, shape: tuple[int, int]) -> None:
+    """Random programs of views and writes: the functional graph gives what running them gives, and changes no input."""
+
+    def program(x: torch.Tensor) -> list[torch.Tensor]:
+        base = x * 1.0
+        alive = [base]
+        for kind, which, choice, k in steps:
+            value = alive[which % len(alive)]
+            if kind == "view":
+                alive.append(_views(value, choice, k))
+            elif kind == "write":
+                _writes(value, choice, k, base)
+            else:
+                alive.append(value * 2 + 1)
+        return alive
+
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    kept = x.clone()
+    graph = trace(Run(program), x)
+    assert torch.equal(x, kept)
+    nodes = [n for n in graph.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
+    assert not [n.target for n in nodes if n.target._schema.is_mutable]
+    for given_ in (x, torch.randn(shape, generator=torch.Generator().manual_seed(2))):
+        want, got = program(given_.clone()), replay(graph, nn.Module(), given_)
+        assert all(torch.allclose(a, b, equal_nan=True) for a, b in zip(want, got, strict=True))
+    for node, value in zip(graph.graph.output_node().args[0], program(x.clone()), strict=True):
+        assert torch.allclose(node.meta["val"], value, equal_nan=True)
+
+
+def test_a_write_to_the_input_stays_inside() -> None:
+    x = torch.zeros(2)
+    graph = trace(Run(lambda t: t.add_(1) * 2), x)
+    assert x.tolist() == [0, 0]
+    assert replay(graph, nn.Module(), torch.ones(2))[0].tolist() == [4, 4]
+
+
+# -------------------------------------------------------------------- state
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embed.weight
+        self.other = nn.Linear(3, 3)
+        self.again = self.other
+        self.register_buffer("scale", torch.ones(3))
+        self.register_buffer("hidden", torch.arange(3.0), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.again(self.embed(x)) * self.scale + self.hidden)
+
+
+def test_tied_weights_are_one() -> None:
+    model = Tied()
+    graph = trace(model, torch.tensor([1, 2]))
+    info = graph.meta["trace"]
+    state = [n.meta["name"] for n in graph.graph.nodes if n.op == "placeholder" and n.meta["kind"] == "state"]
+    assert state == ["embed.weight", "other.weight", "other.bias", "scale"]
+    assert info.aliases == {"head.weight": "embed.weight", "again.weight": "other.weight", "again.bias": "other.bias"}
+    assert sorted(info.names.values()) == sorted(state)
+    assert any("hidden" in u or "_constant" in u for u in info.unknown) or "hidden" not in state
+    assert torch.allclose(replay(graph, model, torch.tensor([1, 2]))[0], model(torch.tensor([1, 2])))
+
+
+def test_a_storage_shared_by_two_parameters_is_one() -> None:
+    model = nn.Module()
+    model.a = nn.Parameter(torch.randn(3))
+    model.b = nn.Parameter(model.a.data)
+    model.forward = lambda x: x * model.a + model.b  # type: ignore[method-assign]
+    assert trace(model, torch.ones(3)).meta["trace"].aliases == {"b": "a"}
+
+
+class Changing(nn.Module):
+    """Everything that a forward pass may leave behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.drop, self.linear = nn.BatchNorm1d(3), nn.Dropout(0.5), nn.Linear(3, 3)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        return self.drop(self.norm(self.linear(x))) + self.calls
+
+
+def test_the_model_is_left_unchanged() -> None:
+    model = Changing().train()
+    model.norm.eval()
+    before = copy.deepcopy(model.state_dict())
+    objects = dict(model.named_buffers()) | dict(model.named_parameters())
+    x = torch.randn(4, 3)
+    kept = x.clone()
+    graph = trace(model, x)
+    assert [m.training for m in (model, model.norm, model.drop)] == [True, False, True]
+    after = model.state_dict()
+    assert all(torch.equal(v, after[n]) for n, v in before.items())
+    assert all(t is objects[n] for n, t in [*model.named_buffers(), *model.named_parameters()])
+    assert torch.equal(x, kept)
+    assert not model._forward_hooks
+    assert not [t for t in targets(graph) if "dropout" in t or "rand" in t]
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_model_is_put_back_after_a_failure() -> None:
+    class Fails(Changing):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            super().forward(x)
+            raise ValueError("no\nsecond line")
+
+    model = Fails().train()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TraceError, match="ValueError: no$"):
+        trace(model, torch.randn(4, 3))
+    assert model.training
+    assert all(torch.equal(v, model.state_dict()[n]) for n, v in before.items())
+
+
+# -------------------------------------------------------------------- inputs and outputs
+@dataclasses.dataclass
+class Pair:
+    first: torch.Tensor
+    second: Any = None
+
+
+def test_nested_inputs_and_outputs() -> None:
+    def forward(x: Any, *, extra: Any) -> Any:
+        a = x["a"] + x["list"][1]
+        return {"sum": a, "pair": Pair(a * 2, [extra.first - 1, None]), "text": "kept", "tuple": (a,)}
+
+    args = {"a": torch.ones(2), "list": [0, torch.full((2,), 3.0)]}
+    graph = trace(Run(forward), args, {"extra": Pair(torch.zeros(3))})
+    info = graph.meta["trace"]
+    assert list(info.inputs.values()) == ["args[0]['a']", "args[0]['list'][1]", "kwargs['extra'].first"]
+    assert info.outputs == 4
+    outs = replay(graph, nn.Module(), torch.zeros(2), torch.ones(2), torch.ones(3))
+    assert [o.tolist() for o in outs] == [[1, 1], [2, 2], [0, 0, 0], [1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "count"),
+    [
+        (torch.ones(2), None, 1),
+        ((torch.ones(2),), None, 1),
+        ([torch.ones(2), torch.ones(2)], None, 2),
+        ((), {"x": torch.ones(2)}, 1),
+        (torch.ones(2), {"y": torch.ones(2)}, 2),
+        ((torch.ones(2), 3), {}, 1),
+    ],
+)
+def test_the_forms_of_arguments(args: Any, kwargs: Any, count: int) -> None:
+    graph = trace(Run(lambda x, y=0: x + y), args, kwargs)
+    assert len(graph.meta["trace"].inputs) == count
+
+
+# -------------------------------------------------------------------- where
+def test_module_paths_and_source_lines() -> None:
+    class Inner(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.cos()  # the line that is named
+
+    model = nn.Sequential(nn.Linear(2, 2), nn.ModuleDict({"deep": Inner()})["deep"], nn.Sequential(Inner()))
+    nodes = {str(n.target): n for n in trace(model, torch.ones(1, 2)).graph.nodes if n.op == "call_function"}
+    cosines = [n for n in trace(model, torch.ones(1, 2)).graph.nodes if "cos" in str(n.target)]
+    assert nodes["aten.addmm.default"].meta["module"] == "0"
+    assert [n.meta["module"] for n in cosines] == ["1", "2.0"]
+    line = Inner.forward.__code__.co_firstlineno + 1
+    assert all(n.meta["source"] == f"{__file__}:{line}" for n in cosines)
+
+
+def test_placeholders_are_named() -> None:
+    graph = trace(nn.Sequential(nn.Linear(2, 3)), torch.ones(1, 2))
+    leaves = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    assert [(n.meta["name"], n.meta["kind"]) for n in leaves] == [
+        ("0.weight", "state"), ("0.bias", "state"), ("args[0]", "input"),
+    ]  # fmt: skip
+    assert [tuple(n.meta["val"].shape) for n in leaves] == [(3, 2), (3,), (1, 2)]
+
+
+def test_data_dependence_is_noted() -> None:
+    info = trace(Run(lambda x: x * 2 if x.sum().item() > 0 else x), torch.ones(2)).meta["trace"]
+    assert len(info.data_dependent) == 1
+    assert __file__ in info.data_dependent[0]
+    free = trace(Run(lambda x: x * torch.arange(3).sum().item()), torch.ones(2)).meta["trace"]
+    assert free.data_dependent == []
+
+
+def test_tensors_from_elsewhere_are_constants() -> None:
+    outside = torch.arange(3.0)
+    graph = trace(Run(lambda x: x * outside), torch.ones(3))
+    assert len(graph.meta["trace"].unknown) == 1
+    (node,) = (n for n in graph.graph.nodes if n.op == "get_attr")
+    assert node.meta["val"].tolist() == [0, 1, 2]
+
+
+# -------------------------------------------------------------------- errors
+def test_wrong_shapes() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Sequential(nn.Linear(4, 1)))
+    with pytest.raises(TraceError, match=r"Sequential does not run on the example inputs \(\(1, 2\)\).*'2\.0'") as raised:
+        trace(model, torch.ones(1, 2))
+    assert isinstance(raised.value.__cause__, RuntimeError)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("model", [torch.sin, nn.Linear, None, {}])
+def test_no_module(model: Any) -> None:
+    with pytest.raises(TraceError, match=r"expected a torch.nn.Module to trace, got \w+; pass an instance of the model"):
+        trace(model, torch.ones(1))
+
+
+@pytest.mark.parametrize("result", [None, 3, "text", {"a": [1]}])
+def test_no_tensor_comes_out(result: Any) -> None:
+    with pytest.raises(TraceError, match="the model returned no tensor"):
+        trace(Run(lambda x: result), torch.ones(1))
+
+
+def test_wrong_arguments() -> None:
+    with pytest.raises(TraceError, match="kwargs must be a dict of keyword arguments, got list"):
+        trace(Run(lambda x: x), torch.ones(1), [1])  # type: ignore[arg-type]
+    with pytest.raises(TraceError, match=r"does not run on the example inputs \(no tensors\): TypeError"):
+        trace(nn.Linear(2, 2), ())
+
+
+def test_the_trace_is_deterministic() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.GELU(), nn.LayerNorm(3))
+    one, two = (trace(model, torch.tensor(np.eye(2, dtype=np.float32))) for _ in range(2))
+    assert one.code == two.code
