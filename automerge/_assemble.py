@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from automerge._search import Structure, UnitSet
+from automerge._search import UnitSet
+from automerge._structure import Structure
 from automerge.rules._axes import Axes, Family
 from automerge.symmetry import Generator, Pin, Slot
 

@@ -12,12 +12,9 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
-from automerge.rules._axes import Axes
+from automerge._structure import Structure, mixed_hash
 
-_MIX = np.uint64(0x9E3779B97F4A7C15)
 _MAX_REFERENCES = 64
 
 
@@ -26,76 +23,6 @@ class UnitSet:
     """``table[u]`` lists the (united) vertices of unit u; columns correspond."""
 
     table: np.ndarray
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def _hash(*parts: np.ndarray | int) -> np.ndarray:
-    out = np.asarray(np.uint64(0))
-    with np.errstate(over="ignore"):
-        for p in parts:
-            out = _mix(np.asarray(p).astype(np.uint64) + _MIX * (out + np.uint64(1)))
-    return out
-
-
-class Structure:
-    """The axis structure with united vertices numbered 0..n, typed edges and stable colours."""
-
-    def __init__(self, axes: Axes) -> None:
-        root = axes.root[: axes.count]
-        self.ids, self.index = np.unique(root, return_inverse=True)
-        self.n = self.ids.size
-        family = axes.family_of[: axes.count].astype(np.int64)
-        self.edge_type, self.source, self.target = self._edges(axes, family)
-        self.colour = self._refine(self._initial(axes, family))
-
-    def _edges(self, axes: Axes, family: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        if not axes.edges:
-            empty = np.empty(0, np.int64)
-            return empty, empty, empty
-        event = np.concatenate([np.full(s.size, i, np.int64) for i, (s, _) in enumerate(axes.edges)])
-        source = np.concatenate([s for s, _ in axes.edges])
-        target = np.concatenate([t for _, t in axes.edges])
-        # a type is the event with the raw families of both ends, so that united families stay apart
-        key = np.stack([event, family[source], family[target]], 1)
-        _, kind = np.unique(key, axis=0, return_inverse=True)
-        rows = np.unique(np.stack([kind.reshape(-1), self.index[source], self.index[target]], 1), axis=0)
-        return rows[:, 0].copy(), rows[:, 1].copy(), rows[:, 2].copy()
-
-    def _initial(self, axes: Axes, family: np.ndarray) -> np.ndarray:
-        colour = np.zeros(self.n, np.uint64)
-        lead = np.array([axes.families[c].start for c in axes.class_of], np.int64)
-        colour[self.index] = _hash(lead[family])
-        for i, (labels, values) in enumerate(axes.marks):
-            rows = np.unique(np.stack([self.index[labels], family[labels], values.astype(np.int64)], 1), axis=0)
-            with np.errstate(over="ignore"):
-                np.add.at(colour, rows[:, 0], _hash(i + 1, rows[:, 1], rows[:, 2] + 1))
-        return colour
-
-    def cycles(self) -> np.ndarray:
-        """The strongly connected component of every vertex (x + flip(x) relates vertices in circles)."""
-        graph = coo_matrix((np.ones(self.source.size, np.int8), (self.source, self.target)), shape=(self.n, self.n))
-        return connected_components(graph, directed=True, connection="strong")[1]
-
-    def _refine(self, colour: np.ndarray) -> np.ndarray:
-        _, now = np.unique(colour, return_inverse=True)
-        now = now.reshape(-1).astype(np.int64)
-        while True:
-            count = int(now.max(initial=-1)) + 1
-            if count == self.n or not self.source.size:
-                return now
-            total = _hash(now)
-            with np.errstate(over="ignore"):
-                np.add.at(total, self.source, _hash(self.edge_type, 1, now[self.target]))
-                np.add.at(total, self.target, _hash(self.edge_type, 2, now[self.source]))
-            _, new = np.unique(np.stack([now.astype(np.uint64), total], 1), axis=0, return_inverse=True)
-            now = new.reshape(-1).astype(np.int64)
-            if int(now.max()) + 1 == count:
-                return now
 
 
 class _Adjacency:
@@ -140,14 +67,16 @@ class _Swapper:
         self._out: dict[int, list[tuple[int, int]]] = {}
         self._into: dict[int, dict[int, list[int]]] = {}
 
-    def buckets(self, cycle: np.ndarray) -> list[np.ndarray]:
-        """Vertices of equal colour with equal images outside their own cycle; roots first."""
+    def buckets(self, cluster: np.ndarray) -> list[np.ndarray]:
+        """Vertices of equal colour whose clusters have the same images outside; roots first."""
         out = self.outward
         at = np.repeat(np.arange(self.colour.size), np.diff(out.start))
-        outside = cycle[at] != cycle[out.other]
-        key = np.zeros(self.colour.size, np.uint64)
+        outside = cluster[at] != cluster[out.other]
+        whole = np.zeros(int(cluster.max(initial=-1)) + 1, np.uint64)
         with np.errstate(over="ignore"):
-            np.add.at(key, at[outside], _hash(out.kind[outside], out.other[outside]))
+            images = mixed_hash(self.colour[at[outside]], out.kind[outside], out.other[outside])
+            np.add.at(whole, cluster[at[outside]], images)
+        key = whole[cluster]
         chosen = np.flatnonzero(self.moving)
         rows = np.stack([self.colour[chosen].astype(np.uint64), key[chosen]], 1)
         _, group = np.unique(rows, axis=0, return_inverse=True)
@@ -166,26 +95,31 @@ class _Swapper:
         try:
             done = 0
             while done < len(columns):
-                block = self.inward.block(columns[done])
-                done += 1
-                if block is None:
+                if not self._extend(columns, columns[done], line):
                     return None
-                for ends in block[1].T:
-                    if self._row[ends[0]] < 0:
-                        if (self._row[ends] >= 0).any():
-                            return None
-                        self._row[ends], self._column[ends] = line, len(columns)
-                        columns.append(ends)
-                        if not np.array_equal(self._row[ends], line):
-                            return None
-                    elif not self._parallel(ends, line):
-                        return None
-            if not all(self._keeps(c, line) for c in columns):
-                return None
-            return np.stack(columns, 1)
+                done += 1
+            return np.stack(columns, 1) if all(self._keeps(c, line) for c in columns) else None
         finally:
             for c in columns:
                 self._row[c] = self._column[c] = -1
+
+    def _extend(self, columns: list[np.ndarray], column: np.ndarray, line: np.ndarray) -> bool:
+        """Add the columns that must move with one: all that leads into it, and what it leads to one to one."""
+        into, out = self.inward.block(column), self.outward.block(column)
+        if into is None or out is None:
+            return False
+        for ends, inward in [*((e, True) for e in into[1].T), *((e, False) for e in out[1].T)]:
+            if self._row[ends[0]] >= 0:
+                if not self._parallel(ends, line):
+                    return False
+            elif inward or not (ends == ends[0]).all():
+                if (self._row[ends] >= 0).any():
+                    return False
+                self._row[ends], self._column[ends] = line, len(columns)
+                columns.append(ends)
+                if not np.array_equal(self._row[ends], line):
+                    return False
+        return True
 
     def _parallel(self, ends: np.ndarray, line: np.ndarray) -> bool:
         return np.array_equal(self._row[ends], line) and bool((self._column[ends] == self._column[ends[0]]).all())
@@ -321,7 +255,7 @@ def search(structure: Structure, wanted: np.ndarray | None = None) -> list[UnitS
     shown = np.ones(structure.n, bool) if wanted is None else wanted
     found: dict[bytes, UnitSet] = {}
     last = np.full((structure.n, 2), -1, np.int64)  # the latest set and column of each vertex
-    for bucket in swapper.buckets(structure.cycles()):
+    for bucket in swapper.buckets(structure.clusters()):
         places = last[bucket]
         if places[0, 0] >= 0 and (places == places[0]).all():
             continue  # they were exchanged along with others already

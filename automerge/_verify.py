@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,15 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from automerge._double import Calibrate, double_precision, widen
 from automerge._errors import InvarianceError, TraceError
 from automerge._tree_io import map_tensors, tensors_of
 from automerge.groups import Element
 from automerge.symmetry import Symmetry
 from automerge.trace import normalise_args, prepared, trace
-
-_LOW = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -51,52 +48,6 @@ class Verification:
             f"verified: {self.elements} random elements on {self.inputs} inputs change the float64 output by at most "
             f"{self.error:.1e} (relative){own}, in {self.seconds:.1f} s"
         )
-
-
-class _Double(TorchDispatchMode):
-    """Computes in float64 whatever a model casts to lower precision."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if kwargs.get("dtype") in _LOW:
-            kwargs["dtype"] = torch.float64
-        elif kwargs.get("dtype") is torch.complex64:
-            kwargs["dtype"] = torch.complex128
-        if not func._schema.is_mutable:
-            args, kwargs = map_tensors(_widen, tuple(args)), map_tensors(_widen, kwargs)
-        elif any(a.dtype is torch.float64 for a in tensors_of(args)):
-            args = (args[0], *map_tensors(_widen, tuple(args[1:])))
-        if func.overloadpacket is torch.ops.aten._grouped_mm:
-            return _grouped_mm(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _grouped_mm(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    """The grouped product in float64, which PyTorch's kernel does not offer: rows up to ``offs[e]`` times ``b[e]``."""
-    out = a.new_zeros(a.shape[0], b.shape[-1])
-    start = 0
-    for e, stop in enumerate(offs.tolist()):
-        out[start:stop] = a[start:stop] @ b[e]
-        start = stop
-    return out
-
-
-def _widen(_: str, tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.dtype in _LOW:
-        return tensor.to(torch.float64)
-    return tensor.to(torch.complex128) if tensor.dtype is torch.complex64 else tensor
-
-
-@contextlib.contextmanager
-def double_precision() -> Iterator[None]:
-    """Everything inside is computed in float64."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with torch.no_grad(), _Double():
-            yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def randomised(state: Mapping[str, torch.Tensor], statistics: frozenset[str], seed: int) -> dict[str, torch.Tensor]:
@@ -171,20 +122,28 @@ class _Subject:
                 if name in self.tensors and self.tensors[name].shape == value.shape:
                     self.tensors[name].copy_(value)
 
+    def calibrate(self, state: dict[str, torch.Tensor], args: Any, kwargs: Any) -> dict[str, torch.Tensor]:
+        """The state with BatchNorm statistics near those of the data, so that signals neither die out nor explode."""
+        self.load(state)
+        with prepared(self.model), double_precision(Calibrate), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.model(*map_tensors(widen, args), **map_tensors(widen, kwargs))
+        return {n: self.tensors[n].detach().clone() if n in self.tensors else v for n, v in state.items()}
+
     def outputs(self, state: Mapping[str, torch.Tensor], args: Any, kwargs: Any) -> list[torch.Tensor]:
         """The float64 outputs under some weights; random operators draw the same numbers every time."""
         self.load(state)
         with prepared(self.model), double_precision(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            result = self.model(*map_tensors(_widen, args), **map_tensors(_widen, kwargs))
+            result = self.model(*map_tensors(widen, args), **map_tensors(widen, kwargs))
             return [t.detach().clone() for t in tensors_of(result)]
 
 
 def _difference(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
     """The largest relative difference; infinite where shapes, integers or non-finite entries disagree.
 
-    Every entry is held against its own size, or against a small quantile of the tensor where it is smaller than that, so that masked
-    (huge) entries do not hide the others.
+    Every entry is held against its own size, or against a small quantile of the tensor where it is smaller than that,
+    so that masked (huge) entries do not hide the others.
     """
     worst = 0.0
     if len(a) != len(b):
@@ -254,6 +213,7 @@ def verify(
     free = {n: t for n, t in own.items() if symmetry.aliases.get(n, n) in symmetry.shapes}
     base = own | _alias(randomised(free, symmetry.statistics, seed), symmetry)
     try:
+        base = subject.calibrate(base, *inputs[0])
         before = [subject.outputs(base, *i) for i in inputs]
         ok = all(_finite(o) for o in before)
     except Exception:
@@ -332,7 +292,7 @@ def _failure(subject: _Subject, base: Any, moved: Any, given: tuple[Any, Any], e
         subject.load(state)
         with torch.no_grad(), double_precision(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            graphs.append(trace(subject.model, map_tensors(_widen, given[0]), map_tensors(_widen, given[1])))
+            graphs.append(trace(subject.model, map_tensors(widen, given[0]), map_tensors(widen, given[1])))
     for a, b in zip(graphs[0].graph.nodes, graphs[1].graph.nodes, strict=False):
         x, y = a.meta.get("val"), b.meta.get("val")
         if a.op != "call_function" or not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):

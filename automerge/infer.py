@@ -11,7 +11,8 @@ from torch import fx, nn
 
 from automerge._assemble import Assembler
 from automerge._errors import UnknownOperatorError
-from automerge._search import Structure, search
+from automerge._search import search
+from automerge._structure import Structure
 from automerge._verify import check_replay
 from automerge._verify import verify as check_symmetry
 from automerge.rules import Analysis, analyse, is_state

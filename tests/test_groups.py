@@ -84,7 +84,10 @@ def test_inner_permutations_may_depend_on_outer_positions() -> None:
     assert apply_index(compose_index(swap, inner), x).tolist() == [[5, 4, 3], [0, 1, 2]]
     assert apply_index(compose_index(inner, swap), x).tolist() == [[3, 4, 5], [2, 1, 0]]
     both = compose_index(inner, swap)
-    assert all(np.array_equal(a, b) for a, b in zip(compose_index(both, inverse_index(both)), identity_index(shape), strict=True))
+    assert all(
+        np.array_equal(a, b)
+        for a, b in zip(compose_index(both, inverse_index(both)), identity_index(shape), strict=True)
+    )
 
 
 def test_axes_that_depend_on_each_other_have_no_inverse_here() -> None:

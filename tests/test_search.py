@@ -9,7 +9,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from automerge._search import Structure, UnitSet, search
+from automerge._search import UnitSet, search
+from automerge._structure import Structure
 from automerge.rules._axes import Axes
 
 Image = tuple[int, ...]
@@ -52,12 +53,11 @@ def facts(axes: Axes) -> tuple[set[tuple[int, ...]], list[int]]:
     known: set[tuple[int, ...]] = set()
     for event, (source, target) in enumerate(axes.edges):
         known |= {
-            (0, event, family[s], family[t], at[s], at[t]) for s, t in zip(source.tolist(), target.tolist(), strict=True)
+            (0, event, family[s], family[t], at[s], at[t])
+            for s, t in zip(source.tolist(), target.tolist(), strict=True)
         }
     for event, (labels, values) in enumerate(axes.marks):
-        known |= {
-            (1, event, family[v], x, at[v], at[v]) for v, x in zip(labels.tolist(), values.tolist(), strict=True)
-        }
+        known |= {(1, event, family[v], x, at[v], at[v]) for v, x in zip(labels.tolist(), values.tolist(), strict=True)}
     klass = [0] * (max(at) + 1)
     for v, u in enumerate(at):
         klass[u] = axes.class_of[family[v]]

@@ -130,7 +130,9 @@ def test_wrong_permutations() -> None:
 
 def test_a_foreign_state_dict() -> None:
     symmetry = Symmetry({"w": (2,)}, (PAIR,))
-    with pytest.raises(SymmetryError, match=r"w has the shape \(3,\), but the symmetry was inferred for \(2,\); infer again"):
+    with pytest.raises(
+        SymmetryError, match=r"w has the shape \(3,\), but the symmetry was inferred for \(2,\); infer again"
+    ):
         symmetry.apply({"w": torch.zeros(3)}, symmetry.identity())
     with pytest.raises(SymmetryError, match="the state dict has no 'w', which the element moves"):
         symmetry.apply({}, symmetry.element([[1, 0]]))

@@ -94,7 +94,9 @@ def _writes(x: torch.Tensor, choice: int, k: int, other: torch.Tensor) -> None:
 
 
 Steps = list[tuple[str, int, int, int]]
-STEP = st.tuples(st.sampled_from(["view", "write", "write", "op"]), st.integers(0, 5), st.integers(0, 11), st.integers(0, 3))
+STEP = st.tuples(
+    st.sampled_from(["view", "write", "write", "op"]), st.integers(0, 5), st.integers(0, 11), st.integers(0, 3)
+)
 
 
 @settings(max_examples=150)
@@ -211,7 +213,7 @@ def test_the_model_is_put_back_after_a_failure() -> None:
 
     model = Fails().train()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(TraceError, match="ValueError: no$"):
+    with pytest.raises(TraceError, match=r"ValueError: no$"):
         trace(model, torch.randn(4, 3))
     assert model.training
     assert all(torch.equal(v, model.state_dict()[n]) for n, v in before.items())
@@ -297,7 +299,9 @@ def test_tensors_from_elsewhere_are_constants() -> None:
 # -------------------------------------------------------------------- errors
 def test_wrong_shapes() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Sequential(nn.Linear(4, 1)))
-    with pytest.raises(TraceError, match=r"Sequential does not run on the example inputs \(\(1, 2\)\).*'2\.0'") as raised:
+    with pytest.raises(
+        TraceError, match=r"Sequential does not run on the example inputs \(\(1, 2\)\).*'2\.0'"
+    ) as raised:
         trace(model, torch.ones(1, 2))
     assert isinstance(raised.value.__cause__, RuntimeError)
     assert "\n" not in str(raised.value)
@@ -305,7 +309,9 @@ def test_wrong_shapes() -> None:
 
 @pytest.mark.parametrize("model", [torch.sin, nn.Linear, None, {}])
 def test_no_module(model: Any) -> None:
-    with pytest.raises(TraceError, match=r"expected a torch.nn.Module to trace, got \w+; pass an instance of the model"):
+    with pytest.raises(
+        TraceError, match=r"expected a torch.nn.Module to trace, got \w+; pass an instance of the model"
+    ):
         trace(model, torch.ones(1))
 
 

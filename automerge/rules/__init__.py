@@ -21,7 +21,7 @@ from automerge.rules._axes import Unruled
 from automerge.rules._decompose import decomposition
 from automerge.rules._engine import Engine
 from automerge.rules._registry import Context, carries, find_rule, operator_name, register_rule, values_in
-from automerge.rules._value import Factor, Value, plain
+from automerge.rules._value import ConstantValue, Factor, Value, drop_constant, plain, split_letter
 
 __all__ = ["Analysis", "Context", "Engine", "Factor", "Unruled", "Value", "analyse", "is_state", "register_rule"]
 
@@ -136,9 +136,20 @@ class _Run:
         return all(n in self.constant for n in node.all_input_nodes)
 
     def parameter(self, name: str, shape: tuple[int, ...]) -> Value:
-        value = plain(shape)
+        """A parameter: a family for every axis, axes that were asked to be split once for every class of another axis."""
         axes = self.engine.axes
+        splits = self._splits_of(name)
+        value, blocks = _in_blocks(plain(shape), splits)
         lines: dict[int, np.ndarray] = {}
+        for k, letters in enumerate(value.axes):
+            if letters and k not in splits:
+                lines[k] = axes.fresh((shape[k],), param=name, axis=k)
+                value.factors.append(Factor(letters, lines[k].reshape([value.size[c] for c in letters])))
+        for k, parts in splits.items():
+            value.factors.append(self._split_factor(value, name, k, parts, lines, blocks))
+        return value
+
+    def _splits_of(self, name: str) -> dict[int, list[tuple[int, np.ndarray]]]:
         splits: dict[int, list[tuple[int, np.ndarray]]] = {}
         outer: set[int] = set()
         for (param, axis, by), classes in self.splits.items():
@@ -146,16 +157,16 @@ class _Run:
             if param == name and by not in splits and axis not in outer:
                 splits.setdefault(axis, []).append((by, classes))
                 outer.add(by)
-        for k, letters in enumerate(value.axes):
-            if letters and k not in splits:
-                lines[k] = axes.fresh((shape[k],), param=name, axis=k)
-                value.factors.append(Factor(letters, lines[k]))
-        for k, parts in splits.items():
-            value.factors.append(self._split_factor(value, name, k, parts, lines))
-        return value
+        return splits
 
     def _split_factor(
-        self, value: Value, name: str, axis: int, by: Sequence[tuple[int, np.ndarray]], lines: Mapping[int, np.ndarray]
+        self,
+        value: Value,
+        name: str,
+        axis: int,
+        by: Sequence[tuple[int, np.ndarray]],
+        lines: Mapping[int, np.ndarray],
+        blocks: Mapping[int, int],
     ) -> Factor:
         """An axis whose order depends on the class of the position along other axes."""
         axes, shape = self.engine.axes, value.shape
@@ -167,9 +178,14 @@ class _Run:
             view = [1] * (len(by) + 1)
             view[i] = counts[i]
             axes.edge(labels, np.broadcast_to(containers.reshape(view), labels.shape))
+        own = value.axes[axis][0]
+        if all(other in blocks for other, _ in by):
+            return Factor((*(blocks[other] for other, _ in by), own), labels)
         wide = labels[np.ix_(*(c for _, c in by), np.arange(shape[axis]))]
-        letters = (*(value.axes[k][0] for k, _ in by), value.axes[axis][0])
-        return Factor(letters, wide)
+        letters = (*(c for other, _ in by for c in value.axes[other]), own)
+        reduced = drop_constant(Factor(letters, wide.reshape([value.size[c] for c in letters])))
+        assert reduced is not None
+        return reduced
 
     # ------------------------------------------------------------ operators
     def fetch(self, args: Any) -> Any:
@@ -189,11 +205,13 @@ class _Run:
     def _constant_tensor(self, tensor: torch.Tensor) -> Value:
         if tensor.numel() == 0:
             return plain(tensor.shape)
-        array = tensor.detach().to_dense().cpu() if tensor.layout is not torch.strided else tensor.detach().cpu()
-        array = array.float() if array.dtype in (torch.bfloat16, torch.float16) else array
-        made = self.engine.constant(array.resolve_conj().resolve_neg().numpy())
-        made.data = tensor
-        return made
+
+        def structure(axes: tuple[tuple[int, ...], ...]) -> tuple[list[Factor], set[int]]:
+            array = tensor.detach().to_dense().cpu() if tensor.layout is not torch.strided else tensor.detach().cpu()
+            array = array.float() if array.dtype in (torch.bfloat16, torch.float16) else array
+            return self.engine.constant_structure(array.resolve_conj().resolve_neg().numpy(), axes)
+
+        return ConstantValue(tensor, structure)
 
     def apply(self, node: fx.Node) -> Any:
         rule = find_rule(node.target)
@@ -280,6 +298,27 @@ class _Sub(_Run):
             if node.op != "placeholder" and node in self.live:
                 self.visit(node)
         raise AssertionError("a graph without an output")
+
+
+def _in_blocks(value: Value, splits: Mapping[int, Sequence[tuple[int, np.ndarray]]]) -> tuple[Value, dict[int, int]]:
+    """Write axes whose classes are equal runs as (class, position inside); returns the class letters, by axis."""
+    wanted: dict[int, np.ndarray] = {}
+    for parts in splits.values():
+        for other, classes in parts:
+            wanted[other] = classes if other not in wanted or np.array_equal(wanted[other], classes) else classes[:0]
+    blocks: dict[int, int] = {}
+    for other, classes in wanted.items():
+        count = int(classes.max()) + 1 if classes.size else 0
+        if (
+            not count
+            or classes.size % count
+            or not np.array_equal(classes, np.repeat(np.arange(count), classes.size // count))
+        ):
+            continue
+        if 1 < count < classes.size:
+            value = split_letter(value, value.axes[other][0], [count, classes.size // count])
+        blocks[other] = value.axes[other][0]
+    return value, blocks
 
 
 def _liveness(graph: fx.GraphModule, reads: Sequence[fx.Node]) -> tuple[set[fx.Node], dict[fx.Node, set[int]]]:

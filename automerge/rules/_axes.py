@@ -48,6 +48,7 @@ class Axes:
         self.families: list[Family] = []
         self.family_of = np.empty(1024, np.int32)
         self.root = np.empty(1024, np.int64)
+        self.rigid = np.zeros(1024, bool)
         self.count = 0
         self.class_of: list[int] = []
         self.classes: dict[int, list[int]] = {}
@@ -70,10 +71,12 @@ class Axes:
         while start + size > len(self.root):
             self.root = np.concatenate([self.root, np.empty_like(self.root)])
             self.family_of = np.concatenate([self.family_of, np.empty_like(self.family_of)])
+            self.rigid = np.concatenate([self.rigid, np.zeros_like(self.rigid)])
         number = len(self.families)
         self.families.append(Family(start, size, tuple(shape), param, axis, by, self.where))
         self.family_of[start : start + size] = number
         self.root[start : start + size] = np.arange(start, start + size)
+        self.rigid[start : start + size] = size == 1
         self.class_of.append(number)
         self.classes[number] = [number]
         self.count += size
@@ -167,6 +170,7 @@ class Axes:
     def pin(self, labels: np.ndarray, reason: str) -> None:
         """Fix every vertex named."""
         unique = np.unique(labels)
+        self.rigid[unique] = True
         self.mark(unique, np.arange(unique.size))
         self.reasons.append((unique, reason, self.where))
 

@@ -125,9 +125,15 @@ class Engine(Combine):
         if not any(parts) and all(set(a) <= both.pinned for a in own) and len(set(map(id, same))) == len(same):
             return Value(axes_out, size_out, rest, pinned | {made})
         joint = self._join_segments(both, own, parts, lengths, same, made)
+        if joint is not None and joint.letters == (made,) and self._all_fixed(joint.labels):
+            return Value(axes_out, size_out, rest, pinned | {made})
         if joint is not None:
             rest.append(joint)
         return Value(axes_out, size_out, rest, pinned)
+
+    def _all_fixed(self, labels: np.ndarray) -> bool:
+        """Whether labels are distinct and none of them can move: then they say no more than the coordinate."""
+        return bool(self.axes.rigid[labels].all()) and self.axes.injective(labels)
 
     def _segment(self, value: Value, axis: int) -> Value:
         value, letter = self.merge_axis(value, axis)
@@ -182,24 +188,30 @@ class Engine(Combine):
     def constant(self, array: np.ndarray) -> Value:
         """A tensor by its values: positions with equal slices are interchangeable, all others pinned."""
         value = plain(array.shape)
+        value.factors, value.pinned = self.constant_structure(array, value.axes)
+        return value
+
+    def constant_structure(self, array: np.ndarray, axes: Sequence[tuple[int, ...]]) -> tuple[list[Factor], set[int]]:
+        """The factors and pins of a constant whose axes have one letter each."""
         if _exchangeable(array):
-            first, second = (a for a in value.axes if a)
+            first, second = (a for a in axes if a)
             rows, columns = self.axes.fresh((array.shape[-1],)), self.axes.fresh((array.shape[-1],))
             self.axes.tie(rows, columns)
-            value.factors = [Factor(first, rows), Factor(second, columns)]
-            return value
-        for k, axis in enumerate(value.axes):
+            return [Factor(first, rows), Factor(second, columns)], set()
+        factors: list[Factor] = []
+        pinned: set[int] = set()
+        for k, axis in enumerate(axes):
             if not axis:
                 continue
             classes = _slice_classes(array, k)
             count = int(classes.max()) + 1
             if count == array.shape[k]:
-                value.pinned.add(axis[0])
+                pinned.add(axis[0])
             elif count > 1:
                 labels = self.axes.fresh((array.shape[k],))
                 self.axes.mark(labels, classes)
-                value.factors.append(Factor(axis, labels))
-        return value
+                factors.append(Factor(axis, labels))
+        return factors, pinned
 
 
 def _exchangeable(array: np.ndarray) -> bool:

@@ -133,6 +133,10 @@ def pooling(context: Context, x: Value, *args: Any, **kwargs: Any) -> Any:
     out = value if single else value[0]
     spatial = next((n for n in (1, 2, 3) if f"{n}d" in name), 2)
     for k in range(len(x.axes) - spatial, len(x.axes)):
+        at = k - len(x.axes)
+        same = "pool" in name and "adaptive" not in name and x.shape[k] == out.shape[k]
+        if same and _window(args, spatial, at) == 1 and _stride(args, spatial, at) == 1:
+            continue  # a window of one position
         whole = out.shape[k] == 1 and ("adaptive" in name or _window(args, spatial, k - len(x.axes)) == x.shape[k])
         if not whole or (not single and 1 in context.used):
             x = engine.pin_letters(x, set(x.axes[k]), "spatial axis of a window operator")
@@ -165,11 +169,17 @@ def fractional_pooling(context: Context, x: Value, kernel: Any, size: Any, sampl
     return x, x
 
 
+def _stride(args: Sequence[Any], spatial: int, axis: int) -> int:
+    """The window's stride along an axis; by default the window's extent."""
+    stride = args[1] if len(args) > 1 and args[1] else args[0]
+    return int(stride[axis]) if len(stride) == spatial else int(stride[0])
+
+
 def _window(args: Sequence[Any], spatial: int, axis: int) -> int:
     """The window's extent, or 0 where stride, padding or dilation are unusual."""
     if not args or not isinstance(args[0], list | tuple):
         return 0
-    padding = args[2] if len(args) > 2 else [0]
-    if any(p for p in (padding if isinstance(padding, list | tuple) else [padding])):
+    padding = args[2] if len(args) > 2 and isinstance(args[2], list | tuple) else [0]
+    if padding[axis if len(padding) == spatial else 0]:
         return 0
     return int(args[0][axis]) if len(args[0]) == spatial else int(args[0][0])

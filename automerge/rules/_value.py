@@ -90,6 +90,32 @@ class Value:
         return Value(new, {c: self.size[c] for c in keep}, list(self.factors), self.pinned & keep)
 
 
+class ConstantValue(Value):
+    """A constant tensor whose structure is worked out when a rule first asks for it (an index table may be large)."""
+
+    def __init__(self, data: Any, make: Callable[[tuple[tuple[int, ...], ...]], tuple[list[Factor], set[int]]]) -> None:
+        empty = plain(data.shape)
+        self.axes, self.size, self.data = empty.axes, empty.size, data
+        self.origin, self.points, self.obligations = None, None, []
+        self._make = make
+        self._made: tuple[list[Factor], set[int]] | None = None
+
+    def _structure(self) -> tuple[list[Factor], set[int]]:
+        if self._made is None:
+            self._made = self._make(self.axes)
+        return self._made
+
+    @property
+    def factors(self) -> list[Factor]:  # type: ignore[override]
+        """The factors."""
+        return self._structure()[0]
+
+    @property
+    def pinned(self) -> set[int]:  # type: ignore[override]
+        """The letters whose coordinate means itself."""
+        return self._structure()[1]
+
+
 def new_letter() -> int:
     """A letter that no tensor has yet."""
     return next(_letters)

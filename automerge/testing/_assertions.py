@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from automerge._double import double_precision
 from automerge._tree_io import tensors_of
-from automerge._verify import double_precision, fresh_inputs, randomised
+from automerge._verify import fresh_inputs, randomised
 from automerge.groups import Element
 from automerge.infer import infer
 from automerge.symmetry import Generator, Symmetry

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import nn
 
 from automerge.testing._builder import Block, Builder, Built
@@ -23,7 +23,7 @@ def dense(b: Builder, x: Layout) -> Built:
 
 
 def residual(b: Builder, x: Layout) -> Built:
-    """x + f(x), through one or two layers."""
+    """The sum x + f(x), through one or two layers."""
     rows = distinct(x)
     if b.pick([True, False]):
         hidden = b.fresh()
@@ -34,7 +34,7 @@ def residual(b: Builder, x: Layout) -> Built:
 
 
 def gate(b: Builder, x: Layout) -> Built:
-    """x * sigmoid(f(x))."""
+    """The product x * sigmoid(f(x))."""
     rows = distinct(x)
     return Block("x * sigmoid(f(x))", lambda self, x: x * self.parts[0](x).sigmoid(), b.mix(x, rows)), b.retag(rows)
 
@@ -79,7 +79,7 @@ def prelu(b: Builder, x: Layout) -> Built:
     if b.pick([True, False]):
         return nn.PReLU(), b.retag(x)
     apart = distinct(x)
-    block = Block("prelu", _prelu)
+    block: Any = Block("prelu", _prelu)
     block.dim = b.dim
     block.slope = nn.Parameter(torch.rand(len(x)))
     b.ledger.own(block.slope, 0, apart)
@@ -184,7 +184,7 @@ def shared(b: Builder, x: Layout) -> Built:
 
 
 def tied_coder(b: Builder, x: Layout) -> Built | None:
-    """x + W.T relu(W x)."""
+    """An encoder whose transpose decodes: x + W.T relu(W x)."""
     if b.kind == "image":
         return None
     apart, hidden = distinct(x), b.fresh()

@@ -47,7 +47,8 @@ class Units:
 
     def group(self, groups: int) -> Units:
         """Put the units into ``groups`` interchangeable units; returns those."""
-        assert self.parent is None and self.size % groups == 0
+        assert self.parent is None
+        assert self.size % groups == 0
         self.parent, self.size = Units(groups, pinned=self.pinned), self.size // groups
         return self.parent
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from automerge.symmetry import Generator, Symmetry
-from automerge.testing._blocks import BLOCKS, Make
+from automerge.testing._blocks import BLOCKS, Make, dense
 from automerge.testing._builder import Block, Builder, Built, Pick
 from automerge.testing._ledger import Layout, Units, cells
 from automerge.testing._spatial import IMAGE, TOKENS, to_vector
@@ -136,7 +136,7 @@ def _block(b: Builder, x: Layout, first: bool) -> Built:
         table |= IMAGE if b.kind == "image" else TOKENS
     name = b.pick(["dense", "residual", "shared", "concat_branch", "split_join"] if first else list(table))
     made = table[name](b, x) if len(x) <= 24 else None
-    return made if made is not None else BLOCKS["dense"](b, x)
+    return dense(b, x) if made is None else made
 
 
 def _head(b: Builder, x: Layout) -> nn.Module:

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import nn
 
 from automerge.testing._blocks import Make
@@ -26,7 +26,7 @@ def grouped_conv(b: Builder, x: Layout) -> Built | None:
     if parts is None:
         return None
     n, m = len(x) // groups, b.pick([1, 2, 3])
-    conv = nn.Conv2d(len(x), m * groups, 3, padding=1, groups=groups)
+    conv: Any = nn.Conv2d(len(x), m * groups, 3, padding=1, groups=groups)
     outs: dict[int, Units] = {}
     rows: list[Cell] = []
     for i, (outer, number, part) in enumerate(parts):
@@ -44,7 +44,7 @@ def depthwise(b: Builder, x: Layout) -> Built:
     m = b.pick([1, 2]) if len(x) <= 6 else 1
     apart = distinct(x)
     rows = apart if m == 1 else _multiplied(apart, m)
-    conv = nn.Conv2d(len(x), len(rows), 3, padding=1, groups=len(x))
+    conv: Any = nn.Conv2d(len(x), len(rows), 3, padding=1, groups=len(x))
     b.ledger.own(conv.weight, 0, rows)
     b.ledger.own(conv.bias, 0, rows)
     return conv, b.retag(rows)
@@ -132,7 +132,9 @@ def attention(b: Builder, x: Layout) -> Built:
     parts = _projections(b, x, [pairs[0], pairs[0], v_rows], [pairs[1], pairs[1], None] if normed else None, fused)
     out = nn.Linear(h * dv, len(rows_out))
     b.own_matrix(out, rows_out, v_rows, bias=True)
-    block = Block(f"attention h={h} {dk=} {dv=} {fused=} {fastest=} {normed=} {sdpa=} {skip=}", _attend, out, *parts)
+    block: Any = Block(
+        f"attention h={h} {dk=} {dv=} {fused=} {fastest=} {normed=} {sdpa=} {skip=}", _attend, out, *parts
+    )
     block.options = (h, dk, dv, fastest, sdpa, skip)
     if normed:
         block.norm = nn.LayerNorm(dk)
@@ -173,10 +175,8 @@ def _attend(self: Any, x: torch.Tensor) -> torch.Tensor:
     q, k, v = split(q, dk), split(k, dk), split(v, dv)
     if hasattr(self, "norm"):
         q, k = self.norm(q), self.norm(k)
-    if sdpa:
-        y = F.scaled_dot_product_attention(q, k, v)
-    else:
-        y = (q @ k.transpose(-1, -2) / math.sqrt(dk)).softmax(-1) @ v
+    plain = (q @ k.transpose(-1, -2) / math.sqrt(dk)).softmax(-1) @ v
+    y = F.scaled_dot_product_attention(q, k, v) if sdpa else plain
     y = y.permute(0, 2, 3, 1).flatten(2) if fastest else y.transpose(1, 2).flatten(2)
     return x + out(y) if skip else out(y)
 
@@ -234,10 +234,14 @@ def token_mixer(b: Builder, x: Layout) -> Built:
 def position_table(b: Builder, x: Layout) -> Built:
     """A learned vector for each position."""
     apart = distinct(x)
-    block: Any = Block("x + positions", lambda self, x: x + self.table)
+    block: Any = Block("x + positions", _shifted)
     block.table = nn.Parameter(torch.randn(b.space, len(x)))
     b.ledger.own(block.table, 1, apart)
     return block, b.retag(apart)
+
+
+def _shifted(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return x + self.table
 
 
 TOKENS: dict[str, Make] = {f.__name__: f for f in (attention, grouped_query, token_mixer, position_table)}

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from tests.inference._one_operator import Call, Case, I, P, call, ints, p
 
+SPACE = (3, 2, 2)
+
 
 class Draw:
     """Short names for what the table draws."""
@@ -37,7 +39,9 @@ class Draw:
 
     def index(self, n: int) -> torch.Tensor:
         """A constant index: an order, a part, or one with repeats."""
-        return torch.tensor(self.pick(self.perm(n), self.perm(n)[: max(1, n - 1)], [self.n(0, n - 1) for _ in range(3)]))
+        return torch.tensor(
+            self.pick(self.perm(n), self.perm(n)[: max(1, n - 1)], [self.n(0, n - 1) for _ in range(3)])
+        )
 
 
 def complexes(*shape: int) -> Call:
@@ -99,6 +103,7 @@ def scattered(d: Draw, *rest: Any) -> Case:
 def looked_up(d: Draw) -> Case:
     a, b = d.n(3, 4), d.n(2, 3)
     column = torch.tensor(d.perm(a))[:, None].expand(a, b).contiguous()
+    column = torch.tensor(d.perm(a))[:, None].expand(a, b).contiguous()
     index = d.pick(ints(a, 2, b), column)
     return call(p(a, b), index, 0) if d.flag() else call(p(a, b), index, dim=0)
 
@@ -112,8 +117,7 @@ def convolved(d: Draw, *rest: Any) -> Case:
     """Kernels of one position, or overlapping windows of stride one; spatial positions are returned as they are."""
     g, o, i, k, dims = d.n(1, 2), d.n(1, 2), d.n(1, 3), d.n(1, 2), d.n(1, 2)
     transposed = d.flag()
-    space = (3,) * dims if dims == 1 else (3, 2)
-    kernel = (k,) if dims == 1 else (k, 1)
+    space, kernel = SPACE[:dims], (k, 1)[:dims]
     w = p(*((g * i, o) if transposed else (g * o, i)), *kernel)
     bias = d.pick(None, p(g * o))
     keep = [] if k == 1 else range(2, 2 + dims)
@@ -123,25 +127,22 @@ def convolved(d: Draw, *rest: Any) -> Case:
 
 def pooled(d: Draw, dims: int, *, outs: Sequence[int] = (0,)) -> Case:
     """Overlapping windows, or one window over everything."""
-    space = {1: (3,), 2: (3, 2), 3: (3, 2, 2)}[dims]
-    whole = d.flag()
-    kernel = list(space) if whole else [2, *(1,) * (dims - 1)]
+    space = SPACE[:dims]
+    kernel = list(space) if d.flag() else [2, *(1,) * (dims - 1)]
     return call(p(2, d.n(), *space), kernel, [1] * dims, keep=range(2, 2 + dims), outs=outs)
 
 
 def adaptive(d: Draw, dims: int) -> Case:
-    space = {1: (3,), 2: (3, 2), 3: (3, 2, 2)}[dims]
-    size = d.pick([2, *space[1:]], [1] * dims, [2, *(1,) * (dims - 1)])
-    return call(p(2, d.n(), *space), size, keep=range(2, 2 + dims), outs=d.pick((0,), (0, 1)))
+    size = d.pick([2, *SPACE[1:dims]], [1] * dims, [2, *(1,) * (dims - 1)])
+    return call(p(2, d.n(), *SPACE[:dims]), size, keep=range(2, 2 + dims), outs=d.pick((0,), (0, 1)))
 
 
 def resized(d: Draw, dims: int, *rest: Any) -> Case:
-    space = {1: (3,), 2: (3, 2), 3: (3, 2, 2)}[dims]
-    return call(p(2, d.n(2, 3), *space), [n + 2 for n in space], *rest, keep=range(2, 2 + dims))
+    return call(p(2, d.n(2, 3), *SPACE[:dims]), [n + 2 for n in SPACE[:dims]], *rest, keep=range(2, 2 + dims))
 
 
 def padded(d: Draw, dims: int) -> Case:
-    return call(p(2, d.n(2, 3), *(3, 2, 2)[:dims]), [1, 1] + [0, 1] * (dims - 1), keep=range(2, 2 + dims))
+    return call(p(2, d.n(2, 3), *SPACE[:dims]), [1, 1] + [0, 1] * (dims - 1), keep=range(2, 2 + dims))
 
 
 def unpooled(d: Draw, dims: int) -> Case:
@@ -150,6 +151,14 @@ def unpooled(d: Draw, dims: int) -> Case:
     where = plane.expand(2, c, *plane.shape).contiguous()
     rest = [[1] * dims, [0] * dims] if dims == 3 else []
     return call(p(2, c, *plane.shape), where, [4] * dims, *rest, keep=range(2, 2 + dims))
+
+
+def fractional(d: Draw, dims: int) -> Case:
+    """Windows that depend on a sample for every channel; which entries no window reads, no rule can know."""
+    c = d.n(2, 3)
+    samples = torch.linspace(0, 0.99, dims * c).double().view(1, c, dims)
+    kernel, size = [2, *(1,) * (dims - 1)], [3, *(2,) * (dims - 1)]
+    return call(p(1, c, 5, *(4,) * (dims - 1)), kernel, size, samples, complete=False)
 
 
 def normalised(d: Draw, *rest: Any, bias: bool = True, outs: Sequence[int] = (0,)) -> Case:
@@ -192,7 +201,7 @@ def matrices(d: Draw) -> Case:
 
 
 def sampled(d: Draw, dims: int) -> Case:
-    n, space = d.n(2, 3), (3, 2, 2)[:dims]
+    n, space = d.n(2, 3), SPACE[:dims]
     grid = p(n, *((2, 3, 1)[:dims]), dims, how="small")
     return call(p(n, d.n(2, 3), *space), grid, 0, 0, d.flag())
 
@@ -204,8 +213,8 @@ def bags(d: Draw) -> Case:
 
 TABLE: dict[str, Callable[[Draw], Case]] = {
     # moving data
-    "clone contiguous alias detach lift_fresh lift_fresh_copy positive resolve_conj resolve_neg _to_copy": lambda d: call(
-        P(d.shape())
+    "clone contiguous alias detach lift_fresh lift_fresh_copy positive resolve_conj resolve_neg _to_copy": lambda d: (
+        call(P(d.shape()))
     ),
     "to": lambda d: call(P(d.shape()), torch.float64),
     "dropout": lambda d: call(P(d.shape()), 0.5, False),
@@ -221,7 +230,9 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     "permute": lambda d: (lambda s: call(P(s), d.perm(len(s))))(d.shape()),
     "t": lambda d: call(P(d.shape(1, 2))),
     "transpose swapaxes": lambda d: (lambda s: call(P(s), d.dim(s), d.dim(s)))(d.shape(2, 3)),
-    "expand broadcast_to": lambda d: (lambda a: call(*d.pick((p(a, 1), [a, 3]), (p(a), [2, a]), (p(1, a), [2, 3, a]))))(d.n()),
+    "expand broadcast_to": lambda d: (lambda a: call(*d.pick((p(a, 1), [a, 3]), (p(a), [2, a]), (p(1, a), [2, 3, a]))))(
+        d.n()
+    ),
     "expand_as": lambda d: (lambda a: call(p(a, 1), torch.zeros(a, 3)))(d.n()),
     "repeat tile": lambda d: call(p(d.n(), d.n(2, 3)), [d.n(1, 2), d.n(1, 2)]),
     "repeat_interleave": lambda d: call(p(d.n(), d.n(2, 3)), 2, d.pick(0, 1, -1)),
@@ -237,7 +248,9 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     "chunk unsafe_chunk tensor_split": lambda d: call(p(d.pick(4, 5), d.n()), 2, 0, outs=d.pick((0,), (0, 1))),
     "unbind unbind_copy": lambda d: call(p(2, d.n(), d.n()), 0, outs=d.pick((0,), (0, 1))),
     "cat concat concatenate": joined,
-    "stack": lambda d: (lambda s, one: call([one, d.pick(one, P(s))], 0, tied=range(1, len(s) + 1)))(s := d.shape(), P(s)),
+    "stack": lambda d: (lambda s, one: call([one, d.pick(one, P(s))], 0, tied=range(1, len(s) + 1)))(
+        s := d.shape(), P(s)
+    ),
     "slice_scatter": lambda d: call(p(4, 3), p(2, 3), 0, *d.pick((1, 3), (0, 4, 2)), tied=(1,)),
     "select_scatter": lambda d: (lambda b: call(p(d.n(), b), p(b), 0, d.pick(0, 1), tied=(1,)))(d.n()),
     "diagonal_scatter": lambda d: (lambda k: call(p(3, 3), p(3 - abs(k)), k, tied=(0, 1)))(d.pick(0, 1, -1)),
@@ -267,7 +280,9 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     # reductions
     "sum mean nansum nanmean amax amin logsumexp special_logsumexp": lambda d: on_dim(d, d.flag(), listed=True),
     "prod": lambda d: on_dim(d, d.flag()),
-    "any all": lambda d: (lambda s: call(Call("gt", (P(s), 0.0)), d.dim(s), d.flag()))(tuple(d.n(2, 3) for _ in range(2))),
+    "any all": lambda d: (lambda s: call(Call("gt", (P(s), 0.0)), d.dim(s), d.flag()))(
+        tuple(d.n(2, 3) for _ in range(2))
+    ),
     "count_nonzero": lambda d: (lambda s: call(Call("relu", (P(s),)), [d.dim(s)]))(d.shape()),
     "var std": lambda d: on_dim(d, listed=True, correction=1, keepdim=d.flag()),
     "var_mean std_mean": lambda d: on_dim(d, listed=True, correction=0, keepdim=d.flag(), outs=d.pick((0,), (0, 1))),
@@ -299,25 +314,30 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     "upsample_nearest2d _upsample_nearest_exact2d": lambda d: resized(d, 2),
     "upsample_nearest3d _upsample_nearest_exact3d": lambda d: resized(d, 3),
     "upsample_linear1d": lambda d: resized(d, 1, d.flag()),
-    "upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa": lambda d: resized(d, 2, d.flag()),
+    "upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa": lambda d: resized(
+        d, 2, d.flag()
+    ),
     "upsample_trilinear3d": lambda d: resized(d, 3, d.flag()),
-    "fractional_max_pool2d": lambda d: (
-        lambda c: call(p(1, c, 5, 5), [2, 2], [3, 3], torch.linspace(0, 0.99, 2 * c).double().view(1, c, 2), complete=False)
-    )(d.n()),
+    "fractional_max_pool2d": lambda d: fractional(d, 2),
+    "fractional_max_pool3d": lambda d: fractional(d, 3),
     "max_unpool2d": lambda d: unpooled(d, 2),
     "max_unpool3d": lambda d: unpooled(d, 3),
     # contractions
     "mm": matrices,
     "bmm": lambda d: (lambda n, k: call(p(n, d.n(), k), p(n, k, d.n())))(d.n(2, 3), d.n()),
     "matmul": lambda d: (
-        lambda n, a, k, b: call(*d.pick((p(k), p(k, b)), (p(a, k), p(k)), (p(n, a, k), p(k, b)), (p(n, a, k), p(n, k, b)), (p(k), p(k))))
+        lambda n, a, k, b: call(
+            *d.pick((p(k), p(k, b)), (p(a, k), p(k)), (p(n, a, k), p(k, b)), (p(n, a, k), p(n, k, b)), (p(k), p(k)))
+        )
     )(d.n(2, 3), d.n(), d.n(), d.n()),
-    "addmm _addmm_activation": lambda d: (lambda a, b, c: call(p(*d.pick((c,), (a, c))) if d.flag() else p(c), p(a, b), p(b, c)))(
-        d.n(), d.n(), d.n()
-    ),
+    "addmm _addmm_activation": lambda d: (
+        lambda a, b, c: call(p(*d.pick((c,), (a, c))) if d.flag() else p(c), p(a, b), p(b, c))
+    )(d.n(), d.n(), d.n()),
     "addmv": lambda d: (lambda a, b: call(p(a), p(a, b), p(b)))(d.n(), d.n()),
     "addbmm": lambda d: (lambda a, b, c: call(p(a, c), p(2, a, b), p(2, b, c)))(d.n(), d.n(2, 3), d.n()),
-    "baddbmm": lambda d: (lambda a, b, c: call(d.pick(p(2, a, c), p(1, c)), p(2, a, b), p(2, b, c)))(d.n(), d.n(2, 3), d.n()),
+    "baddbmm": lambda d: (lambda a, b, c: call(d.pick(p(2, a, c), p(1, c)), p(2, a, b), p(2, b, c)))(
+        d.n(), d.n(2, 3), d.n()
+    ),
     "mv": lambda d: (lambda a, b: call(p(a, b), p(b)))(d.n(), d.n()),
     "dot vdot": lambda d: (lambda a: call(p(a), p(a)))(d.n()),
     "inner": lambda d: (lambda a, b: call(*d.pick((p(a), p(a)), (p(b, a), p(a)), (p(b, a), p(3, a)))))(d.n(), d.n()),
@@ -325,7 +345,9 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     "_trilinear": lambda d: (lambda n, a, b, o: call(p(n, a), p(o, a, b), p(n, b), [1, 3], [0], [1, 2], [2, 3]))(
         2, d.n(2, 3), d.n(2, 3), d.n(2, 3)
     ),
-    "_cdist_forward": lambda d: (lambda a, b, k: call(p(a, k), p(b, k), d.pick(1.0, 2.0, 3.0), None))(d.n(), d.n(), d.n()),
+    "_cdist_forward": lambda d: (lambda a, b, k: call(p(a, k), p(b, k), d.pick(1.0, 2.0, 3.0), None))(
+        d.n(), d.n(), d.n()
+    ),
     "cdist": lambda d: (lambda a, b, k: call(p(a, k), p(b, k)))(d.n(), d.n(), d.n()),
     "_euclidean_dist": lambda d: (lambda a, b, k: call(p(a, k), p(b, k)))(d.n(), d.n(), d.n()),
     "convolution": convolved,
@@ -354,9 +376,10 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     "cummax cummin": lambda d: on_dim(d, least=3, outs=d.pick((0,), (0, 1))),
     "diff": lambda d: (lambda s: call(P(s), 1, d.dim(s)))(d.shape(2, 3, least=3)),
     "_fft_r2c": lambda d: on_dim(d, 0, d.flag(), listed=True, keep=True),
-    "_fft_c2c": lambda d: (lambda s, k: call(complexes(*s), [k], 0, True, keep=[k]))(s := d.shape(1, 2), d.n(0, len(s) - 1)),
+    "_fft_c2c": lambda d: (lambda s, k: call(complexes(*s), [k], 0, True, keep=[k]))(
+        s := d.shape(1, 2), d.n(0, len(s) - 1)
+    ),
     "_fft_c2r": lambda d: call(complexes(d.n(), 3), [1], 0, d.pick(4, 5), keep=(1,)),
-    "fft_fft fft_rfft": lambda d: (lambda s, k: call(P(s), None, k, keep=[k]))(s := d.shape(1, 2), d.n(0, len(s) - 1)),
     "_pack_padded_sequence": lambda d: call(p(3, 2, d.n()), torch.tensor([3, 2]), False, keep=(0,)),
     "_pad_packed_sequence": lambda d: call(p(5, d.n()), torch.tensor([2, 2, 1]), False, 0.0, 3, keep=(0, 1)),
     "tril triu": lambda d: call(p(3, 3), d.pick(0, 1, -1)),
@@ -368,31 +391,10 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     "nonzero": lambda d: call(p(d.n(3, 4)), complete=False),
     # some of those that the tag of pointwise operators covers
     "relu sin exp gelu neg": lambda d: call(P(d.shape())),
-    "add mul maximum atan2": lambda d: (lambda a, b: call(p(a, b), d.pick(p(b), p(a, 1), p(a, b), p(2, a, b))))(d.n(), d.n()),
+    "add mul maximum atan2": lambda d: (lambda a, b: call(p(a, b), d.pick(p(b), p(a, 1), p(a, b), p(2, a, b))))(
+        d.n(), d.n()
+    ),
     "where": lambda d: (lambda a, b: call(Call("gt", (p(a, b), 0.0)), p(b), p(a, 1)))(d.n(), d.n()),
 }
 
 CASES: dict[str, Callable[[Draw], Case]] = {name: make for names, make in TABLE.items() for name in names.split()}
-
-RANDOM = (
-    "bernoulli binomial cauchy exponential geometric log_normal multinomial normal normal_functional poisson rand rand_like "
-    "randint randint_like randn randn_like random randperm uniform native_dropout"
-)
-MEMORY = "empty empty_like empty_strided new_empty new_empty_strided"
-WITHOUT: dict[str, str] = {
-    **dict.fromkeys(RANDOM.split(), "random numbers are no function of the operands; tests of inference cover them"),
-    **dict.fromkeys(MEMORY.split(), "its values are whatever was in memory"),
-    "_grouped_mm": "takes bfloat16 only, too coarse to compare",
-    "_to_dense": "for sparse tensors",
-    "bincount": "takes integers, which parameters are not",
-}
-TWINS: dict[str, str] = {  # no kernel for float64 on this machine: the same rule as an operator that has one
-    "cudnn_convolution": "convolution",
-    "mkldnn_convolution": "convolution",
-    "convolution_overrideable": "convolution",
-    "cudnn_batch_norm": "native_batch_norm",
-    "miopen_batch_norm": "native_batch_norm",
-    "_batch_norm_with_update": "native_batch_norm",
-    "cudnn_grid_sampler": "grid_sampler_2d",
-    "_int_mm": "mm",
-}

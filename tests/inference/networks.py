@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import nn
 
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], str]] = {}

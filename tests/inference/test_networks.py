@@ -133,12 +133,7 @@ def test_known_generators(name):
         assert free_positions(symmetry, param) == expected, param
 
 
-def soundness() -> list[Any]:
-    today = networks_hostile.UNSOUND_TODAY
-    return [pytest.param(n, marks=pytest.mark.xfail(strict=True) if n in today else ()) for n in ALL]
-
-
-@pytest.mark.parametrize("name", soundness())
+@pytest.mark.parametrize("name", ALL)
 def test_sound_by_an_independent_check(name):
     """Also where groups are missing: whatever is claimed must be a symmetry."""
     _, args, _ = ALL[name]

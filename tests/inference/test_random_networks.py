@@ -64,7 +64,9 @@ def test_the_answer_is_deterministic_and_leaves_the_model_alone(network: Network
     first = infer(network.model, network.args, verify=False)
     second = infer(copy.deepcopy(network.model), tuple(torch.zeros_like(a) for a in network.args), verify=False)
     assert first.generators() == second.generators()
-    assert [(p.param, p.axis, p.count, p.reason) for p in first.pins] == [(p.param, p.axis, p.count, p.reason) for p in second.pins]
+    assert [(p.param, p.axis, p.count, p.reason) for p in first.pins] == [
+        (p.param, p.axis, p.count, p.reason) for p in second.pins
+    ]
     assert network.model.training
     assert all(torch.equal(v, network.model.state_dict()[n]) for n, v in before.items())
 

@@ -47,7 +47,9 @@ def test_true_symmetries_pass() -> None:
 
 @pytest.mark.parametrize("param", ["0.weight", "0.bias", "3.weight"])
 def test_a_forgotten_parameter_fails(param: str) -> None:
-    with pytest.raises(AssertionError, match=r"exchanging the units of generator 0 \(4 units: .*no symmetry of Sequential"):
+    with pytest.raises(
+        AssertionError, match=r"exchanging the units of generator 0 \(4 units: .*no symmetry of Sequential"
+    ):
         assert_invariant(NET, ARGS, without(param))
     with pytest.raises(AssertionError, match="changes the output by"):
         assert_sound(NET, ARGS, without(param))

@@ -59,7 +59,15 @@ def test_the_algebra_is_covered() -> None:
         sizes.update(network.sizes)
         within += any(s.within for g in network.generators for s in g.slots)
     wanted = {"attention", "grouped", "experts", "glu", "se", "shared,", "cat([x,", "cat", "x", "flip", "cumsum"}
-    wanted |= {"LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm1d", "BatchNorm2d", "ConvTranspose2d", "ParametrizedLinear"}
+    wanted |= {
+        "LayerNorm",
+        "RMSNorm",
+        "GroupNorm",
+        "BatchNorm1d",
+        "BatchNorm2d",
+        "ConvTranspose2d",
+        "ParametrizedLinear",
+    }
     assert wanted <= set(drawn)
     assert all(sizes[n] > 20 for n in (2, 3, 4, 5))
     assert within > 8

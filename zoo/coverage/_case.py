@@ -14,7 +14,7 @@ from torch import nn
 
 NAMES = ("torchvision", "timm", "transformers")
 QUICK = {
-    "torchvision": ("resnet18", "mobilenet_v3_small", "vit_b_16"),
+    "torchvision": ("resnet18", "mobilenet_v3_small", "vit_b_32"),
     "timm": ("efficientvit_mit:efficientvit_b0", "mlp_mixer:mixer_s16_224"),
     "transformers": ("bert:SequenceClassification", "llama:CausalLM", "t5:Seq2SeqLM"),
 }

@@ -8,9 +8,8 @@ import re
 from collections.abc import Sequence
 
 from zoo.coverage._case import NAMES
-from zoo.coverage._measure import Row
+from zoo.coverage._measure import TOLERANCE, Row
 
-TOLERANCE = 1e-9
 _PACKAGES = ("automerge", "torch", "torchvision", "timm", "transformers", "numpy", "scipy")
 _HEAD = (
     "| model | parameters (M) | seconds | groups | free | what pinned the rest | operators without a rule | verified |"
@@ -94,7 +93,8 @@ def _line(row: Row) -> str:
 _INTRODUCTION = """\
 # Coverage
 
-What inference answers on the models of torchvision, timm and transformers, with random weights. Written by
+What inference answers on the models of torchvision, timm and transformers, with random weights (layers scaled to unit
+output). Written by
 `python -m zoo.coverage`; the same rows, with every operator and note, are in `coverage.json` beside this page.
 
 "Seconds" are processor seconds of one thread for tracing and inference together; verification is apart. "Free" is the share

@@ -1,0 +1,76 @@
+"""Running a model in float64, whatever precision it casts to on the way."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from automerge._tree_io import map_tensors, tensors_of
+
+_LOW = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Double(TorchDispatchMode):
+    """Computes in float64 whatever a model casts to lower precision."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") in _LOW:
+            kwargs["dtype"] = torch.float64
+        elif kwargs.get("dtype") is torch.complex64:
+            kwargs["dtype"] = torch.complex128
+        if not func._schema.is_mutable:
+            args, kwargs = map_tensors(widen, tuple(args)), map_tensors(widen, kwargs)
+        elif any(a.dtype is torch.float64 for a in tensors_of(args)):
+            args = (args[0], *map_tensors(widen, tuple(args[1:])))
+        if func.overloadpacket is torch.ops.aten._grouped_mm:
+            return _grouped_mm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _grouped_mm(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """The grouped product in float64, which PyTorch's kernel does not offer: rows up to ``offs[e]`` times ``b[e]``."""
+    out = a.new_zeros(a.shape[0], b.shape[-1])
+    start = 0
+    for e, stop in enumerate(offs.tolist()):
+        out[start:stop] = a[start:stop] @ b[e]
+        start = stop
+    return out
+
+
+def widen(_: str, tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.dtype in _LOW:
+        return tensor.to(torch.float64)
+    return tensor.to(torch.complex128) if tensor.dtype is torch.complex64 else tensor
+
+
+class Calibrate(Double):
+    """On the way, moves the running statistics of every BatchNorm most of the way to those of its input."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in _BATCH_NORMS and len(args) > 4 and isinstance(args[4], torch.Tensor):
+            x, mean, var = args[0], args[3], args[4]
+            axes = [k for k in range(x.dim()) if k != 1]
+            if x.numel() > x.shape[1]:
+                mean.mul_(0.2).add_(x.mean(axes), alpha=0.8)
+                var.mul_(0.2 * float(x.var())).add_(x.var(axes, unbiased=False), alpha=0.8)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+_BATCH_NORMS = {torch.ops.aten.native_batch_norm, torch.ops.aten._native_batch_norm_legit_no_training}
+
+
+@contextlib.contextmanager
+def double_precision(mode: type[Double] = Double) -> Iterator[None]:
+    """Everything inside is computed in float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.no_grad(), mode():
+            yield
+    finally:
+        torch.set_default_dtype(before)
