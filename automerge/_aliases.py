@@ -141,7 +141,8 @@ def functional_of(func: Any) -> tuple[Any, set[str]]:
     wanted = [a.name for a in func._schema.arguments if a.name not in outs]
     in_place = name.endswith("_") and not name.endswith("__")
     packet = getattr(space, name[:-1] if in_place else name, None)
-    for overload in packet.overloads() if packet is not None else ():
+    names = sorted(packet.overloads(), key=lambda n: n != func._overloadname) if packet is not None else []
+    for overload in names:
         candidate = getattr(packet, overload)
         if not candidate._schema.is_mutable and [a.name for a in candidate._schema.arguments] == wanted:
             return candidate, outs

@@ -194,7 +194,7 @@ def _put_back(module: nn.Module, attributes: dict[str, Any]) -> None:
     for name in set(now) - set(attributes):
         del now[name]
     for name, value in attributes.items():
-        held = now.get(name)
+        held: Any = now.get(name)
         if type(value) in _CONTAINERS and type(held) is type(value):
             if isinstance(held, list):
                 held[:] = value

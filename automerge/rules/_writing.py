@@ -87,6 +87,9 @@ def _index_write(engine: Engine, name: str, x: Value, dim: int, others: Sequence
         source = sources[0] if sources and len(sources[0].axes) == len(x.axes) else plain([])
         shape = [constant.size if k == dim else m for k, m in enumerate(x.shape)]
         return scattered(engine, x, expanded(source, shape), dim, constant.reshape(-1) % x.shape[dim])
+    if name == "index_add" and constant is not None and np.unique(constant).size == constant.size:
+        spread = scattered(engine, plain(x.shape), sources[0], dim, constant.reshape(-1) % x.shape[dim])
+        return engine.elementwise([x, spread])
     x = engine.pin_letters(x, set(x.axes[dim]), "written at given positions")
     n = len(x.axes)
     parts = [
@@ -109,8 +112,8 @@ def _index_put(context: Context, x: Value, indices: Sequence[Value | None], valu
     nodes = [n for n in context.node.args[1] if n is not None]
     if len(axes) == 1 and nodes[0].meta["val"].dtype is torch.bool and values.shape == ():
         mask = covered[0]
-        tail = len(x.axes) - axes[0] - len(mask.axes)  # type: ignore[union-attr]
-        return engine.elementwise([x, Value((*mask.axes, *((),) * tail), mask.size, mask.factors, mask.pinned), values])  # type: ignore[union-attr]
+        tail = len(x.axes) - axes[0] - len(mask.axes)
+        return engine.elementwise([x, Value((*mask.axes, *((),) * tail), mask.size, mask.factors, mask.pinned), values])
     constant = constant_index(covered[0]) if len(axes) == 1 else None
     if constant is not None and constant.ndim == 1 and np.unique(constant).size == constant.size:
         shape = [constant.size if k == axes[0] else m for k, m in enumerate(x.shape)]

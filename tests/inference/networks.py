@@ -55,32 +55,89 @@ sequential("mlp_prelu_one", "6", (3, 4), lambda: L(4, 6), lambda: nn.PReLU(), la
 sequential("mlp_softmax", "6", (3, 4), lambda: L(4, 6), lambda: nn.Softmax(1), lambda: L(6, 3))
 sequential("mlp_glu", "4", (3, 4), lambda: L(4, 8), lambda: nn.GLU(-1), lambda: L(4, 3))
 sequential("conv_flatten", "5", (2, 3, 6, 6), lambda: C2(3, 5, 3), R, nn.Flatten, lambda: L(80, 3))
-sequential("conv_pool_flatten", "5 4", (2, 3, 8, 8), lambda: C2(3, 5, 3), lambda: nn.MaxPool2d(2), lambda: C2(5, 4, 2),
-           lambda: nn.AdaptiveAvgPool2d(1), nn.Flatten, lambda: L(4, 3))  # fmt: skip
-sequential("conv_bn", "5 4", (2, 3, 6, 6), lambda: C2(3, 5, 3), lambda: nn.BatchNorm2d(5), R, lambda: C2(5, 4, 3),
-           lambda: nn.InstanceNorm2d(4, affine=True), lambda: C2(4, 2, 1))  # fmt: skip
+sequential(
+    "conv_pool_flatten",
+    "5 4",
+    (2, 3, 8, 8),
+    lambda: C2(3, 5, 3),
+    lambda: nn.MaxPool2d(2),
+    lambda: C2(5, 4, 2),
+    lambda: nn.AdaptiveAvgPool2d(1),
+    nn.Flatten,
+    lambda: L(4, 3),
+)
+sequential(
+    "conv_bn",
+    "5 4",
+    (2, 3, 6, 6),
+    lambda: C2(3, 5, 3),
+    lambda: nn.BatchNorm2d(5),
+    R,
+    lambda: C2(5, 4, 3),
+    lambda: nn.InstanceNorm2d(4, affine=True),
+    lambda: C2(4, 2, 1),
+)
 sequential("conv1d", "5", (2, 3, 9), lambda: nn.Conv1d(3, 5, 3), R, lambda: nn.Conv1d(5, 2, 3))
 sequential("conv3d", "5", (2, 3, 4, 4, 4), lambda: nn.Conv3d(3, 5, 2), R, lambda: nn.Conv3d(5, 2, 2))
-sequential("conv_transposed", "5 4", (2, 3, 4, 4), lambda: nn.ConvTranspose2d(3, 5, 2, 2), R, lambda: nn.ConvTranspose2d(5, 4, 3),
-           R, lambda: C2(4, 2, 1))  # fmt: skip
-sequential("grouped", "2 3x2 4x2", (2, 3, 5, 5), lambda: C2(3, 8, 1), R, lambda: C2(8, 6, 3, groups=2), R, lambda: C2(6, 2, 1))
-sequential("grouped_transposed", "2 3x2 4x2", (2, 3, 5, 5), lambda: C2(3, 8, 1), R, lambda: nn.ConvTranspose2d(8, 6, 3, groups=2), R,
-           lambda: C2(6, 2, 1))  # fmt: skip
-sequential("depthwise", "6", (2, 3, 5, 5), lambda: C2(3, 6, 1), R, lambda: C2(6, 6, 3, groups=6), R, lambda: C2(6, 2, 1))
-sequential("depthwise_multiplier", "6 2x6", (2, 3, 5, 5), lambda: C2(3, 6, 1), R, lambda: C2(6, 12, 3, groups=6), R, lambda: C2(12, 2, 1))
+sequential(
+    "conv_transposed",
+    "5 4",
+    (2, 3, 4, 4),
+    lambda: nn.ConvTranspose2d(3, 5, 2, 2),
+    R,
+    lambda: nn.ConvTranspose2d(5, 4, 3),
+    R,
+    lambda: C2(4, 2, 1),
+)
+sequential(
+    "grouped", "2 3x2 4x2", (2, 3, 5, 5), lambda: C2(3, 8, 1), R, lambda: C2(8, 6, 3, groups=2), R, lambda: C2(6, 2, 1)
+)
+sequential(
+    "grouped_transposed",
+    "2 3x2 4x2",
+    (2, 3, 5, 5),
+    lambda: C2(3, 8, 1),
+    R,
+    lambda: nn.ConvTranspose2d(8, 6, 3, groups=2),
+    R,
+    lambda: C2(6, 2, 1),
+)
+sequential(
+    "depthwise", "6", (2, 3, 5, 5), lambda: C2(3, 6, 1), R, lambda: C2(6, 6, 3, groups=6), R, lambda: C2(6, 2, 1)
+)
+sequential(
+    "depthwise_multiplier",
+    "6 2x6",
+    (2, 3, 5, 5),
+    lambda: C2(3, 6, 1),
+    R,
+    lambda: C2(6, 12, 3, groups=6),
+    R,
+    lambda: C2(12, 2, 1),
+)
 sequential("grouped_input", "3x2", (2, 4, 5, 5), lambda: C2(4, 6, 3, groups=2), R, lambda: C2(6, 2, 1))
-sequential("groupnorm", "3 4x3", (2, 3, 5, 5), lambda: C2(3, 12, 1), lambda: nn.GroupNorm(3, 12), R, lambda: C2(12, 2, 1))
+sequential(
+    "groupnorm", "3 4x3", (2, 3, 5, 5), lambda: C2(3, 12, 1), lambda: nn.GroupNorm(3, 12), R, lambda: C2(12, 2, 1)
+)
 sequential("groupnorm_one", "6", (2, 3, 5, 5), lambda: C2(3, 6, 1), lambda: nn.GroupNorm(1, 6), R, lambda: C2(6, 2, 1))
 sequential("groupnorm_all", "6", (2, 3, 5, 5), lambda: C2(3, 6, 1), lambda: nn.GroupNorm(6, 6), R, lambda: C2(6, 2, 1))
-sequential("pixel_shuffle", "3 4x3", (2, 3, 5, 5), lambda: C2(3, 12, 1), lambda: nn.PixelShuffle(2), R, lambda: C2(3, 2, 1)) if False else None
 sequential("pixel_shuffle", "3", (2, 2, 5, 5), lambda: C2(2, 12, 1), lambda: nn.PixelShuffle(2), R, lambda: C2(3, 2, 1))
-sequential("pixel_unshuffle", "3", (2, 2, 4, 4), lambda: C2(2, 3, 1), lambda: nn.PixelUnshuffle(2), R, lambda: C2(12, 2, 1))
-sequential("channel_shuffle", "2 3x2", (2, 2, 4, 4), lambda: C2(2, 6, 1), lambda: C2(6, 6, 1, groups=2), lambda: nn.ChannelShuffle(2),
-           lambda: C2(6, 2, 1)) if False else None  # fmt: skip
+sequential(
+    "pixel_unshuffle", "3", (2, 2, 4, 4), lambda: C2(2, 3, 1), lambda: nn.PixelUnshuffle(2), R, lambda: C2(12, 2, 1)
+)
 sequential("weight_norm", "6", (2, 4), lambda: nn.utils.parametrizations.weight_norm(L(4, 6)), R, lambda: L(6, 3))
 sequential("spectral_norm", "6", (2, 4), lambda: nn.utils.parametrizations.spectral_norm(L(4, 6)), R, lambda: L(6, 3))
-sequential("weight_norm_old", "6", (2, 4), lambda: L(4, 6), R, lambda: nn.utils.parametrizations.weight_norm(L(6, 3), dim=None))
-sequential("upsample", "5", (2, 3, 4, 4), lambda: C2(3, 5, 1), lambda: nn.Upsample(scale_factor=2, mode="bilinear"), lambda: C2(5, 2, 3))
+sequential(
+    "weight_norm_old", "6", (2, 4), lambda: L(4, 6), R, lambda: nn.utils.parametrizations.weight_norm(L(6, 3), dim=None)
+)
+sequential(
+    "upsample",
+    "5",
+    (2, 3, 4, 4),
+    lambda: C2(3, 5, 1),
+    lambda: nn.Upsample(scale_factor=2, mode="bilinear"),
+    lambda: C2(5, 2, 3),
+)
 sequential("reflection", "5", (2, 3, 4, 4), lambda: C2(3, 5, 1), lambda: nn.ReflectionPad2d(1), lambda: C2(5, 2, 3))
 sequential("zero_pad", "5", (2, 3, 4, 4), lambda: C2(3, 5, 1), lambda: nn.ZeroPad2d((1, 0, 2, 1)), lambda: C2(5, 2, 3))
 sequential("lrn", "", (2, 3, 4, 4), lambda: C2(3, 5, 1), lambda: nn.LocalResponseNorm(2), lambda: C2(5, 2, 3))
@@ -437,7 +494,7 @@ class SqueezeExcite(Net):
 @case("5 3", (2, 3, 8, 8))
 class UNet(Net):
     def build(self):
-        self.a, self.b, self.up, self.out = C2(3, 5, 3, padding=1), C2(5, 3, 3, padding=1), nn.ConvTranspose2d(3, 3, 2, 2), C2(8, 2, 1)
+        self.a, self.b, self.out = C2(3, 5, 3, padding=1), C2(5, 3, 3, padding=1), C2(8, 2, 1)
         self.up = nn.Upsample(scale_factor=2)
 
     def forward(self, x):
@@ -868,7 +925,11 @@ class Mamba(Net):
     def build(self):
         d, self.n, self.rank = 6, 3, 2
         self.inp, self.out = L(4, 8), L(8, 2)
-        self.proj, self.conv, self.o = L(8, 2 * d, bias=False), nn.Conv1d(d, d, 3, groups=d, padding=2), L(d, 8, bias=False)
+        self.proj, self.conv, self.o = (
+            L(8, 2 * d, bias=False),
+            nn.Conv1d(d, d, 3, groups=d, padding=2),
+            L(d, 8, bias=False),
+        )
         self.x, self.dt = L(d, self.rank + 2 * self.n, bias=False), L(self.rank, d)
         self.a, self.skip = nn.Parameter(torch.randn(d, self.n)), nn.Parameter(torch.randn(d))
 
@@ -906,7 +967,8 @@ class Mixer(Net):
 @case("6", (2, 4, 3))
 class PositionTable(Net):
     def build(self):
-        self.inp, self.p, self.cls, self.out = L(3, 6), nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.randn(1, 1, 6)), L(6, 2)
+        self.inp, self.out = L(3, 6), L(6, 2)
+        self.p, self.cls = nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.randn(1, 1, 6))
 
     def forward(self, x):
         x = torch.cat([self.cls.expand(2, -1, -1), self.inp(x)], 1) + self.p
@@ -985,7 +1047,12 @@ CASES["ZeroThenFill"] = (CASES["ZeroThenFill"][0], CASES["ZeroThenFill"][1], "6x
 @case("3 5", (2, 4))
 class LowRank(Net):
     def build(self):
-        self.a, self.out, self.u, self.v = L(4, 5), L(5, 2), nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(3, 4))
+        self.a, self.out, self.u, self.v = (
+            L(4, 5),
+            L(5, 2),
+            nn.Parameter(torch.randn(5, 3)),
+            nn.Parameter(torch.randn(3, 4)),
+        )
 
     def forward(self, x):
         return self.out(self.a(x).relu() + x @ (self.u @ self.v).T)

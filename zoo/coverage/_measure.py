@@ -82,7 +82,7 @@ def warm_up() -> None:
 
 
 def balance(case: Case) -> None:
-    """Scale every convolution and linear layer so that its output has unit variance on the example input.
+    """Scale every convolution, linear and normalisation layer so that its output has unit variance on the example input.
 
     In a fresh network the signal can shrink by a factor at every layer; the output would not depend on the first ones.
     """
@@ -101,7 +101,8 @@ def balance(case: Case) -> None:
             module.bias.data.div_(spread)
         return out / spread
 
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
+    kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
+    kinds += (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     handles = [m.register_forward_hook(scale) for m in case.model.modules() if isinstance(m, kinds)]
     try:
         with torch.no_grad():
