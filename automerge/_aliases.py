@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 aten = torch.ops.aten
 
@@ -68,16 +69,35 @@ def read(recorder: Any, tracked: Tracked) -> fx.Node:
         for step in tracked.chain:
             node = _replay(recorder, step, node)
         tracked.node, tracked.version = node, tracked.base.version
-        tracked.base.live.append(node)
     return tracked.node
 
 
 def _replay(recorder: Any, step: _Step, node: fx.Node) -> fx.Node:
-    value = step.value.detach()
     if step.item is None:
-        return recorder.emit(step.op, (node, *step.args), step.kwargs, value)
-    whole = recorder.emit(step.op, (node, *step.args), step.kwargs, None)
-    return recorder.emit(operator.getitem, (whole, step.item), {}, value)
+        return computed(recorder, step.op, (node, *step.args), step.kwargs, step.value)
+    whole = computed(recorder, step.op, (node, *step.args), step.kwargs, None)
+    return computed(recorder, operator.getitem, (whole, step.item), {}, step.value)
+
+
+def computed(
+    recorder: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], live: torch.Tensor | None
+) -> fx.Node:
+    """Emit a node whose example value is computed from its operands' example values.
+
+    The live tensor shares memory that may be written again; it only serves where the operator depends on memory layout.
+    """
+    values, named = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+    if "as_strided" in str(target) and live is not None:
+        if "scatter" not in str(target):
+            return recorder.emit(target, args, kwargs, live.detach().clone())
+        source = torch.empty_strided(live.shape, live.stride(), dtype=live.dtype, device=live.device)
+        values = (source.copy_(values[0]), *values[1:])
+    with torch.no_grad(), _disable_current_modes(), torch._C.DisableTorchFunction():
+        if target in (aten.view.default, aten._unsafe_view.default):
+            target_now = aten.reshape.default  # the operand's strides may differ from those of the recorded run
+        else:
+            target_now = target
+        return recorder.emit(target, args, kwargs, target_now(*values, **named))
 
 
 def write(recorder: Any, func: Any, args: Any, kwargs: Any, node_args: Any, node_kwargs: Any) -> Any:
@@ -160,7 +180,6 @@ def assign(recorder: Any, tracked: Tracked, node: fx.Node, tensor: torch.Tensor)
         new = _scatter(recorder, step, source, new)
     base.node = new
     base.version += 1
-    base.live += [base.node, node]
     tracked.node, tracked.version = node, base.version
 
 
@@ -170,28 +189,30 @@ def _scatter(recorder: Any, step: _Step, source: fx.Node, new: fx.Node) -> fx.No
     shape = list(value.shape)
     op, args = step.op.overloadpacket, step.args
     if op is aten.slice:
-        return recorder.emit(aten.slice_scatter.default, (source, new, *args), step.kwargs, value)
+        return computed(recorder, aten.slice_scatter.default, (source, new, *args), step.kwargs, None)
     if op is aten.select:
-        return recorder.emit(aten.select_scatter.default, (source, new, *args), step.kwargs, value)
+        return computed(recorder, aten.select_scatter.default, (source, new, *args), step.kwargs, None)
     if op is aten.diagonal:
-        return recorder.emit(aten.diagonal_scatter.default, (source, new, *args), step.kwargs, value)
+        return computed(recorder, aten.diagonal_scatter.default, (source, new, *args), step.kwargs, None)
     if op in (aten.view, aten._unsafe_view, aten.squeeze, aten.unsqueeze, aten.alias, aten.detach, aten._reshape_alias):
-        return recorder.emit(aten.reshape.default, (new, shape), {}, value)
+        return computed(recorder, aten.reshape.default, (new, shape), {}, None)
     if op in (aten.t, aten.transpose, aten.permute):
         order = _order(op, args, len(shape))
         back = [order.index(k) for k in range(len(shape))]
-        return recorder.emit(aten.permute.default, (new, back), {}, value)
+        return computed(recorder, aten.permute.default, (new, back), {}, None)
     if op is aten.unbind:
         dim = args[0] if args else 0
-        return recorder.emit(aten.select_scatter.default, (source, new, dim, step.item), {}, value)
+        return computed(recorder, aten.select_scatter.default, (source, new, dim, step.item), {}, None)
     view = step.value
     if op in (aten.split, aten.split_with_sizes) and step.item is not None:
         dim = (args[1] if len(args) > 1 else 0) % len(shape)
         start = (view.storage_offset() - value.storage_offset()) // max(value.stride(dim), 1)
-        return recorder.emit(aten.slice_scatter.default, (source, new, dim, start, start + view.shape[dim]), {}, value)
+        return computed(
+            recorder, aten.slice_scatter.default, (source, new, dim, start, start + view.shape[dim]), {}, None
+        )
     offset = view.storage_offset() - value.storage_offset()
     where = (list(view.shape), list(view.stride()), offset)
-    return recorder.emit(aten.as_strided_scatter.default, (source, new, *where), {}, value)
+    return computed(recorder, aten.as_strided_scatter.default, (source, new, *where), {}, value)
 
 
 def _order(op: Any, args: tuple[Any, ...], ndim: int) -> list[int]:

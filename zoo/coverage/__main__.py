@@ -26,7 +26,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--quick", action="store_true", help="a few models; exit code 1 if one is not answered or not verified"
     )
     parser.add_argument("--resume", action="store_true", help="keep the rows that the JSON file has")
-    parser.add_argument("--retry", action="store_true", help="with --resume, measure again what did not verify, or verified blindly")
+    parser.add_argument("--retry", action="store_true", help="with --resume, repeat what did not verify, or blindly")
     parser.add_argument("--jobs", type=int, default=1, help="models measured at a time (default 1)")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for one model (default 120)")
     parser.add_argument("--out", type=Path, help="the page to write (default docs/coverage.md; with --quick, none)")

@@ -93,8 +93,7 @@ def _line(row: Row) -> str:
 _INTRODUCTION = """\
 # Coverage
 
-What inference answers on the models of torchvision, timm and transformers, with random weights (layers scaled to unit
-output). Written by
+What inference answers on the models of torchvision, timm and transformers, with random weights. Written by
 `python -m zoo.coverage`; the same rows, with every operator and note, are in `coverage.json` beside this page.
 
 "Seconds" are processor seconds of one thread for tracing and inference together; verification is apart. "Free" is the share
@@ -103,6 +102,10 @@ frequent reasons, with how many positions each holds. "Verified" is the largest 
 random element of the whole group, on the example input and on a fresh one, with randomised weights and normalisation
 statistics; the same pass must hold at 1e-9. The base models of transformers return their residual stream, which pins it;
 the rows with a head leave it free.
+
+In a fresh network the signal may vanish on the way to the output, so that verification sees nothing. Each row therefore
+verifies a wrong group as well (one that moves a parameter of an early layer and leaves its partners); where that passes,
+the layers are scaled to unit output and both are tried again. What is still blind is said so.
 """
 
 
