@@ -93,11 +93,9 @@ def computed(
         source = torch.empty_strided(live.shape, live.stride(), dtype=live.dtype, device=live.device)
         values = (source.copy_(values[0]), *values[1:])
     with torch.no_grad(), _disable_current_modes(), torch._C.DisableTorchFunction():
-        if target in (aten.view.default, aten._unsafe_view.default):
-            target_now = aten.reshape.default  # the operand's strides may differ from those of the recorded run
-        else:
-            target_now = target
-        return recorder.emit(target, args, kwargs, target_now(*values, **named))
+        # a view by its shape: the operand's strides may differ from those of the recorded run
+        run = aten.reshape.default if target in (aten.view.default, aten._unsafe_view.default) else target
+        return recorder.emit(target, args, kwargs, run(*values, **named))
 
 
 def write(recorder: Any, func: Any, args: Any, kwargs: Any, node_args: Any, node_kwargs: Any) -> Any:
