@@ -98,8 +98,9 @@ def balance(case: Case, kinds: tuple[type[nn.Module], ...]) -> None:
         if not (1e-12 < spread < 1e12):
             return out
         weight.data.div_(spread)
-        if isinstance(getattr(module, "bias", None), nn.Parameter):
-            module.bias.data.div_(spread)
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, nn.Parameter):
+            bias.data.div_(spread)
         return out / spread
 
     handles = [m.register_forward_hook(scale) for m in case.model.modules() if isinstance(m, kinds)]
@@ -132,18 +133,21 @@ def measure(library: str, name: str, elements: int = 2) -> Row:
         row.status, row.message = "failed", _text(error)
         return row
     _verify(row, case, symmetry, elements)
-    for kinds in (_MAPS, _MAPS + _NORMS) if row.blind else ():
-        again = replace(row, error=None, blind=None, message="")
+    return _scaled(row, case, symmetry, elements) if row.blind else row
+
+
+def _scaled(row: Row, case: Case, symmetry: Symmetry, elements: int) -> Row:
+    """Verify again with scaled layers, until it is not blind; a wrong group is a failure, any other obstacle a note."""
+    notes = list(row.notes)
+    for kinds in (_MAPS, _MAPS + _NORMS):
         balance(case, kinds)
+        again = replace(
+            row, error=None, blind=None, message="", notes=[*notes, "verified with layers scaled to unit output"]
+        )
         _verify(again, case, symmetry, elements)
-        if again.error is None:
-            again.notes = [*row.notes, f"with layers scaled to unit output: {again.message}"]
-            return (
-                replace(row, notes=again.notes)
-                if "inferred group changes the output by" not in again.message
-                else again
-            )
-        row = replace(again, notes=[*row.notes, "verified with layers scaled to unit output"])
+        if again.error is None and not again.message.startswith("InvarianceError"):
+            return replace(row, notes=[*notes, f"with layers scaled to unit output: {again.message}"])
+        row = again
         if not row.blind:
             break
     return row
