@@ -20,7 +20,18 @@ if TYPE_CHECKING:
 
     from automerge.symmetry import Symmetry
 
-_PALETTE = ("#2f6fb7", "#e0793a", "#3b9b6d", "#c8435a", "#8a63b8", "#c9a227", "#2ea3ab", "#d977ab", "#7a5c42", "#7f9a3c")
+_PALETTE = (
+    "#2f6fb7",
+    "#e0793a",
+    "#3b9b6d",
+    "#c8435a",
+    "#8a63b8",
+    "#c9a227",
+    "#2ea3ab",
+    "#d977ab",
+    "#7a5c42",
+    "#7f9a3c",
+)
 _INK, _MUTED, _PINNED, _FRAME = "#22272e", "#8b939c", "#d5d9de", "#f4f6f8"
 _HEIGHT, _BAND, _JOIN, _GAP, _LANE = 0.36, 0.11, 0.115, 0.27, 0.35
 _LEGEND_ROWS, _LABEL = 40, 30
@@ -287,7 +298,9 @@ class _Picture:
         step = self.width / len(segments)
         for k, colour in enumerate(segments):
             left = (corner[0] + k * step, y + _HEIGHT / 2 - _BAND)
-            band = Rectangle(left, step, _BAND, fc=colour, ec="white" if len(segments) > 1 else colour, lw=0.6, zorder=4)
+            band = Rectangle(
+                left, step, _BAND, fc=colour, ec="white" if len(segments) > 1 else colour, lw=0.6, zorder=4
+            )
             band.set_clip_path(box)
             axes.add_patch(band)
         edge = FancyBboxPatch(corner, self.width, _HEIGHT, boxstyle=shape, fc="none", ec="#69727c", lw=0.9, zorder=5)
@@ -328,7 +341,9 @@ class _Picture:
             y += 0.24
         y += 0.16
         notes = ["band of a box: groups that the module's parameters read, then write"]
-        if any(not d["shades"] and not d["join"] and n[0] not in ("input", "output") for n, d in self.graph.nodes.items()):
+        if any(
+            not d["shades"] and not d["join"] and n[0] not in ("input", "output") for n, d in self.graph.nodes.items()
+        ):
             notes.append("grey band: nothing of it is free")
         if self.folded.streams:
             notes.append("thick line: carries a residual stream; circle with +: added to it")

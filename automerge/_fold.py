@@ -354,9 +354,7 @@ def _streams(graph: nx.DiGraph, symmetry: Symmetry, shade: Sequence[Shade]) -> f
     return frozenset(found)
 
 
-def _sign(
-    graph: nx.DiGraph, node: Key, symmetry: Symmetry, streams: frozenset[int], opened: frozenset[str]
-) -> None:
+def _sign(graph: nx.DiGraph, node: Key, symmetry: Symmetry, streams: frozenset[int], opened: frozenset[str]) -> None:
     """What a join does, if known."""
     data = graph.nodes[node]
     data["sign"] = ""

@@ -253,7 +253,8 @@ def search(structure: Structure, wanted: np.ndarray | None = None) -> list[UnitS
     """
     swapper = _Swapper(structure)
     shown = np.ones(structure.n, bool) if wanted is None else wanted
-    found: dict[bytes, UnitSet] = {}
+    found: dict[tuple, UnitSet] = {}
+    number = 0
     last = np.full((structure.n, 2), -1, np.int64)  # the latest set and column of each vertex
     for bucket in swapper.buckets(structure.clusters()):
         places = last[bucket]
@@ -261,9 +262,12 @@ def search(structure: Structure, wanted: np.ndarray | None = None) -> list[UnitS
             continue  # they were exchanged along with others already
         table = swapper.bundle(bucket)
         for made in [table] if table is not None else _sets_of(bucket.tolist(), swapper, shown):
-            units = np.sort(made, axis=1)
-            found.setdefault(units[np.lexsort(units.T[::-1])].tobytes(), UnitSet(made))
-            last[made.reshape(-1), 0] = len(found)
+            # sets that differ in vertices of no parameter only are one
+            units = np.sort(made[:, shown[made[0]]], axis=1)
+            rows = units[np.lexsort(units.T[::-1])] if units.size else units
+            found.setdefault((units.shape, rows.tobytes()), UnitSet(made))
+            number += 1
+            last[made.reshape(-1), 0] = number
             last[made.reshape(-1), 1] = np.tile(np.arange(made.shape[1]), made.shape[0])
     kept = [s for s in found.values() if wanted is None or wanted[s.table].any()]
     return sorted(kept, key=lambda s: s.table.shape[1])
