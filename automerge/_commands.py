@@ -33,8 +33,9 @@ def demo(options: argparse.Namespace) -> None:
 def inspect(options: argparse.Namespace) -> None:
     """``automerge inspect``: infer, verify and print."""
     console = Console()
-    if options.json is not None:
-        check_writable(options.json, options.force)
+    for path in (options.json, options.draw):
+        if path is not None:
+            check_writable(path, options.force)
     specs = [parse_input(text) for text in options.input]
     model = build_model(options.factory, options.seed)
     args, kwargs = draw_inputs(specs, options.seed)
@@ -46,6 +47,8 @@ def inspect(options: argparse.Namespace) -> None:
     if options.json is not None:
         write_text(options.json, symmetry.to_json(), options.force)
         console.show(f"written to {options.json}")
+    if options.draw is not None:
+        console.show(f"drawn to {symmetry.draw(options.draw, options.force)}")
 
 
 def verify(options: argparse.Namespace) -> None:

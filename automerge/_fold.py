@@ -6,7 +6,7 @@ two nodes, so that the graph has no cycle; calls without parameters and with one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -291,7 +291,7 @@ def _written(names: Sequence[str], axes: Mapping[str, Mapping[int, set[Shade]]],
     for table in matrices:
         first, second = table.get(0, set()), set().union(*(v for k, v in table.items() if k))
         turned = bool(first & coming) and not second & coming
-        out |= second if turned or not first and not second & coming else first
+        out |= second if turned or (not first and not second & coming) else first
     return out
 
 
@@ -326,8 +326,8 @@ def _link(graph: nx.DiGraph, symmetry: Symmetry, carry: Mapping[Key, set[Shade]]
         places = calls.get(visible(module, opened), [])
         for late in places[1:]:
             above = nx.ancestors(graph, late)
-            between: Callable[[Key], set[str]] = lambda k, up=above: {n[0] for n in up & nx.descendants(graph, k)}  # noqa: E731
-            starts = [k for k in places if k < late and carry[k] & carry[late] and between(k) & homes]
+            between = {k: {n[0] for n in above & nx.descendants(graph, k)} for k in places if k < late}
+            starts = [k for k in between if carry[k] & carry[late] and between[k] & homes]
             if starts and len(graph.pred[late]) == 1 and not graph.has_edge(starts[-1], late):
                 graph.add_edge(starts[-1], late)
 

@@ -101,6 +101,9 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example:\n  automerge inspect zoo.models.resnet:build --input 1,1,8,8 --json resnet.json"
     _add_model(parser, required=True)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the symmetry as JSON")
+    parser.add_argument(
+        "--draw", type=Path, metavar="FILE", help="also draw the groups (.svg, .png, .pdf; needs matplotlib)"
+    )
     parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
     parser.add_argument("--strict", action="store_true", help="fail on an operator without a rule")
     parser.add_argument("--no-verify", action="store_true", help="do not test the answer")

@@ -7,8 +7,10 @@ needs: what is pinned and why. It can also be written by hand, and round-trips t
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import networkx as nx
@@ -214,6 +216,21 @@ class Symmetry:
         return symmetry_report(self)
 
     __repr__ = __str__
+
+    def draw(self, path: str | os.PathLike[str], force: bool = False) -> Path:
+        """Draw the traced graph folded by module, one colour per group, residual streams thick.
+
+        Args:
+            path: where to write; the ending (``.svg``, ``.png``, ``.pdf``) chooses the format.
+            force: overwrite an existing file.
+
+        Raises:
+            AutomergeError: if matplotlib is missing, or the ending is no picture format.
+            OutputError: if the path exists (without ``force``) or cannot be written.
+        """
+        from automerge._draw import draw_symmetry
+
+        return draw_symmetry(self, path, force)
 
     # ---------------------------------------------------------------- serialisation
     def to_json(self) -> str:

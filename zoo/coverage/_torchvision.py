@@ -14,7 +14,7 @@ from zoo.coverage._operators import import_torchvision
 
 tv = import_torchvision().models
 
-_FIXED = ("vit_", "maxvit", "swin3d", "mvit")  # these accept one input size only
+_FIXED = ("vit_", "maxvit", "mvit")  # these accept one input size only
 
 _DEEP = {"vit_h_14": ("encoder.layers", 6), "vit_l_16": ("encoder.layers", 12), "vit_l_32": ("encoder.layers", 12)}
 _DEEP["regnet_y_128gf"] = ("trunk_output.block3", 3)
