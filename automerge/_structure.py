@@ -70,10 +70,14 @@ class Structure:
         if pairs is not None:
             crowded = np.unique(pairs[0][pairs[1] > 1, 0])
             one = ~np.isin(self.edge_type, crowded)
-        graph = coo_matrix(
-            (np.ones(int(one.sum()), np.int8), (self.source[one], self.target[one])), shape=(self.n, self.n)
-        )
-        return connected_components(graph, directed=False)[1]
+        # ... or are on one circle of edges (x + flip(x))
+        edges = coo_matrix((np.ones(self.source.size, np.int8), (self.source, self.target)), shape=(self.n, self.n))
+        circle = connected_components(edges, directed=True, connection="strong")[1]
+        _, first = np.unique(circle, return_index=True)
+        rows = np.concatenate([self.source[one], np.arange(self.n)])
+        columns = np.concatenate([self.target[one], first[circle]])
+        both = coo_matrix((np.ones(rows.size, np.int8), (rows, columns)), shape=(self.n, self.n))
+        return connected_components(both, directed=False)[1]
 
     def _refine(self, colour: np.ndarray) -> np.ndarray:
         _, now = np.unique(colour, return_inverse=True)

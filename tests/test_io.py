@@ -70,7 +70,7 @@ def test_hash_sees_values_names_shapes_and_dtypes_but_not_order(state: dict[str,
     other = torch.float32 if value.dtype != torch.float32 else torch.float64
     assert hash_state_dict({**state, name: value.to(other)}) != own
     if value.numel():
-        flipped = value.clone()
+        flipped = value.clone(memory_format=torch.contiguous_format)
         flipped.view(-1)[0] = 1 - flipped.reshape(-1)[0].int()
         assert hash_state_dict({**state, name: flipped}) != own
 

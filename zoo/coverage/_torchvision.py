@@ -69,7 +69,7 @@ def build(name: str) -> Case:
     note = _cut(model, name)
     fixed = name.startswith(_FIXED)
     if name in tv.list_models(module=tv.video):
-        size, frames = (224, 16) if fixed or name == "s3d" else (112, 16)
+        size, frames = (224, 16) if fixed or name.startswith(("s3d", "swin3d")) else (112, 16)
         clip = torch.randn(1, 3, frames, size, size)
         return Case(model, (clip,), small=None if fixed or name == "s3d" else (clip[..., :8, :64, :64],))
     if name in tv.list_models(module=tv.optical_flow):
