@@ -89,7 +89,13 @@ class Letters:
             else:
                 axes.append(axis)
         pinned = value.pinned - inside
-        if pins == inside or (pins and not touched):
+        if pins and not touched and pins != inside:  # copies of pinned positions stay copies
+            fixed = tuple(c for c in letters if c in pins)
+            labels = self.axes.fresh(tuple(value.size[c] for c in fixed))
+            self.axes.pin(labels, "joined with a pinned axis")
+            whole = spread(Factor(fixed, labels), letters, value.size)
+            return Value(tuple(axes), size, [*rest, Factor((one,), whole.reshape(-1).copy())], pinned)
+        if pins == inside:
             rest += [self._over_merged(value, f, letters, one) for f in touched if set(f.letters) - inside]
             return Value(tuple(axes), size, rest, pinned | {one})
         if touched:
