@@ -34,6 +34,7 @@ _PALETTE = (
 )
 _INK, _MUTED, _PINNED, _FRAME = "#22272e", "#8b939c", "#d5d9de", "#f4f6f8"
 _HEIGHT, _BAND, _JOIN, _GAP, _LANE = 0.36, 0.11, 0.115, 0.27, 0.35
+_HEAD, _FOOT = 0.25, 0.1
 _LEGEND_ROWS, _LABEL = 40, 30
 
 
@@ -146,15 +147,20 @@ class _Picture:
             layers.setdefault(k, []).append(node)
         skips = [b for a, b in self.graph.edges if self._bulge(a, b)]
         self.left = 0.25 + (_LANE * 2.4 if skips else 0.0)
-        x0, y = self.left + self.width / 2, 0.62
+        x0, y = self.left + self.width / 2, 0.72
         for k in sorted(layers):
-            y += 0.25 * sum(box[0] == k for box in self.frames.values())
+            y += _HEAD * max((self._nested(m, 0) for m, box in self.frames.items() if box[0] == k), default=0)
             tall = _HEIGHT if any(self._boxed(n) for n in layers[k]) else 2 * _JOIN
             for node in layers[k]:
                 self.place[node] = (x0 + self.column[node] * self.pitch, y + tall / 2)
-            y += tall + _GAP + 0.1 * sum(box[1] == k for box in self.frames.values())
+            y += tall + _GAP + _FOOT * max((self._nested(m, 1) for m, box in self.frames.items() if box[1] == k), default=0)
         self.bottom = y
         self.right = x0 + self.width / 2 + self.pitch * max(self.column.values(), default=0) + 0.3
+
+    def _nested(self, module: str, side: int) -> int:
+        """How many frames, this one and those within it, begin (side 0) or end (side 1) in the same layer."""
+        inner = [m for m in self.frames if m.startswith(module + ".") and self.frames[m][side] == self.frames[module][side]]
+        return 1 + max((self._nested(m, side) for m in inner), default=0)
 
     def _boxed(self, node: Key) -> bool:
         return not self.graph.nodes[node]["join"]
@@ -171,9 +177,12 @@ class _Picture:
         if self.graph.nodes[node]["join"]:
             return ""
         name = node[0] or "(model)"
-        around = [m for m in self.frames if name.startswith(m + ".")]
-        name = name[len(max(around, key=len)) + 1 :] if around else name
+        name = self._within(name)
         return name if len(name) <= _LABEL else "\N{HORIZONTAL ELLIPSIS}" + name[1 - _LABEL :]
+
+    def _within(self, path: str) -> str:
+        around = [m for m in self.frames if path.startswith(m + ".")]
+        return path[len(max(around, key=len)) + 1 :] if around else path
 
     # ---------------------------------------------------------------- drawing
     def figure(self) -> Any:
@@ -189,9 +198,10 @@ class _Picture:
         axes.set_axis_off()
         count = len(self.symmetry.sets)
         title = f"{count} group{'s' * (count != 1)}" if count else "no groups: nothing may be permuted"
-        share = f", {self.symmetry.free_share:.1%} of the parameter axes' positions are free" if count else ""
-        axes.text(0.25, 0.3, title, fontsize=12, weight="bold", color=_INK, va="center")
-        axes.text(0.25 + 0.105 * len(title), 0.305, share.lstrip(", "), fontsize=8.5, color=_MUTED, va="center")
+        axes.text(0.25, 0.26, title, fontsize=12, weight="bold", color=_INK, va="center")
+        if count:
+            share = f"{self.symmetry.free_share:.1%} of the parameter axes' positions are free"
+            axes.text(0.25, 0.47, share, fontsize=8, color=_MUTED, va="center")
         self._draw_frames(axes)
         order = sorted(self.graph.edges, key=lambda e: self.stream(self.graph.edges[e]["shades"]) is not None)
         for a, b in order:
@@ -210,13 +220,14 @@ class _Picture:
             pad = 0.1 + 0.07 * (deeper - module.count("."))
             x0 = self.left + left * self.pitch - pad
             x1 = self.left + right * self.pitch + self.width + pad
-            y0, y1 = min(inner) - _HEIGHT / 2 - 0.25 * (1 + deeper - module.count(".")), max(inner) + _HEIGHT / 2 + pad
+            y0 = min(inner) - _HEIGHT / 2 - _HEAD * self._nested(module, 0)
+            y1 = max(inner) + _HEIGHT / 2 + _FOOT * self._nested(module, 1)
             box = FancyBboxPatch(
                 (x0, y0), x1 - x0, y1 - y0, boxstyle="round,pad=0,rounding_size=0.09", fc=_FRAME, ec="#dfe3e8", lw=0.8
             )
             box.set_gid(f"frame:{module}")
             axes.add_patch(box)
-            axes.text(x0 + 0.09, y0 + 0.12, module, fontsize=7.5, color=_MUTED, va="center")
+            axes.text(x0 + 0.09, y0 + 0.12, self._within(module), fontsize=7.5, color=_MUTED, va="center")
 
     def _draw_edge(self, axes: Axes, a: Key, b: Key) -> None:
         from matplotlib.patches import PathPatch
@@ -331,7 +342,7 @@ class _Picture:
     def _draw_legend(self, axes: Axes, x: float, rows: Sequence[tuple[str, bool, str]]) -> None:
         from matplotlib.patches import Rectangle
 
-        y = 0.62
+        y = 0.3
         for colour, stream, text in rows:
             inset = 0.18 if text.startswith("within") else 0.0
             tall = 0.15
