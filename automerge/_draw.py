@@ -153,13 +153,19 @@ class _Picture:
             tall = _HEIGHT if any(self._boxed(n) for n in layers[k]) else 2 * _JOIN
             for node in layers[k]:
                 self.place[node] = (x0 + self.column[node] * self.pitch, y + tall / 2)
-            y += tall + _GAP + _FOOT * max((self._nested(m, 1) for m, box in self.frames.items() if box[1] == k), default=0)
+            y += (
+                tall
+                + _GAP
+                + _FOOT * max((self._nested(m, 1) for m, box in self.frames.items() if box[1] == k), default=0)
+            )
         self.bottom = y
         self.right = x0 + self.width / 2 + self.pitch * max(self.column.values(), default=0) + 0.3
 
     def _nested(self, module: str, side: int) -> int:
         """How many frames, this one and those within it, begin (side 0) or end (side 1) in the same layer."""
-        inner = [m for m in self.frames if m.startswith(module + ".") and self.frames[m][side] == self.frames[module][side]]
+        inner = [
+            m for m in self.frames if m.startswith(module + ".") and self.frames[m][side] == self.frames[module][side]
+        ]
         return 1 + max((self._nested(m, side) for m in inner), default=0)
 
     def _boxed(self, node: Key) -> bool:
