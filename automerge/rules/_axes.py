@@ -155,6 +155,20 @@ class Axes:
         self.edge(made, labels)
         return made
 
+    def relabel(self, *labels: np.ndarray) -> np.ndarray:
+        """A fresh vertex for every distinct tuple of labels, with an edge to each; equal tuples stay copies."""
+        if any(self.injective(one) for one in labels):
+            made = self.fresh(labels[0].shape)
+            for one in labels:
+                self.edge(made, one)
+            return made
+        stacked = np.stack([one.reshape(-1) for one in labels])
+        distinct, number = np.unique(stacked, axis=1, return_inverse=True)
+        made = self.fresh((distinct.shape[1],))
+        for row in distinct:
+            self.edge(made, row)
+        return made[number.reshape(-1)].reshape(labels[0].shape)
+
     # ------------------------------------------------------------ marks
     def mark(self, labels: np.ndarray, values: np.ndarray) -> None:
         """Colour vertices: a permutation maps a vertex only to one of the same value under this mark."""

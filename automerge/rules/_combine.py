@@ -69,8 +69,8 @@ class Combine(Splits):
             return f, g
         one, two = self.axes.injective(f.labels), self.axes.injective(labels)
         if not one and not two:
-            f = Factor(f.letters, self.axes.refine(f.labels))
-            one = True
+            both = Factor(f.letters, self.axes.relabel(f.labels, labels))
+            return both, both
         if one and two:
             self.axes.tie(f.labels, labels)
         elif one:

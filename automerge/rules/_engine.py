@@ -103,7 +103,11 @@ class Engine(Combine):
 
     def concatenate(self, values: Sequence[Value], axis: int, same: Sequence[object]) -> Value:
         """Join along one axis; ``same[i]`` is equal for operands that are the very same tensor."""
-        singles = [self._segment(v, axis) for v in values]
+        made_once: dict[int, Value] = {}  # the same tensor has the same labels each time
+        for v, who in zip(values, map(id, same), strict=True):
+            if who not in made_once:
+                made_once[who] = self.merge_axis(v, axis)[0]
+        singles = [self._segment(made_once[who], axis) for who in map(id, same)]
         lengths = [v.shape[axis] for v in values]
         hidden = [
             Value(tuple(() if k == axis else a for k, a in enumerate(v.axes)), v.size, v.factors, v.pinned)
@@ -135,9 +139,9 @@ class Engine(Combine):
         """Whether labels are distinct and none of them can move: then they say no more than the coordinate."""
         return bool(self.axes.rigid[labels].all()) and self.axes.injective(labels)
 
-    def _segment(self, value: Value, axis: int) -> Value:
-        value, letter = self.merge_axis(value, axis)
-        return value if letter is None else rename(value, {letter: new_letter()})
+    @staticmethod
+    def _segment(value: Value, axis: int) -> Value:
+        return rename(value, {letter: new_letter() for letter in value.axes[axis]})
 
     def _join_segments(
         self,
@@ -156,7 +160,7 @@ class Engine(Combine):
             segment = self._operand_factor(both, letters, factors, shared, who)
             # two different tensors may carry the same labels, and equal labels must mean equal values
             if any(np.intersect1d(segment.labels, labels).size for other, labels in used.items() if other != who):
-                segment = Factor(segment.letters, self.axes.refine(segment.labels))
+                segment = Factor(segment.letters, self.axes.relabel(segment.labels))
             used[who] = np.union1d(used.get(who, segment.labels), segment.labels)
             segments.append(segment)
         outer = list(

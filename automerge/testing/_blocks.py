@@ -44,7 +44,8 @@ def batch_norm(b: Builder, x: Layout) -> Built | None:
     if b.kind == "tokens":
         return None
     if b.kind == "image":
-        norm: nn.Module = b.pick([nn.BatchNorm2d(len(x)), nn.InstanceNorm2d(len(x), affine=True)])
+        many = [nn.InstanceNorm2d(len(x), affine=True)] if b.space > 1 else []
+        norm: nn.Module = b.pick([nn.BatchNorm2d(len(x)), *many])
     else:
         norm = nn.BatchNorm1d(len(x))
     return norm, b.on_channels(norm, x)

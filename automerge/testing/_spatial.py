@@ -42,22 +42,11 @@ def grouped_conv(b: Builder, x: Layout) -> Built | None:
 def depthwise(b: Builder, x: Layout) -> Built:
     """One kernel, or two, for each channel."""
     m = b.pick([1, 2]) if len(x) <= 6 else 1
-    apart = distinct(x)
-    rows = apart if m == 1 else _multiplied(apart, m)
+    rows = distinct(tuple(c for c in x for _ in range(m)))  # kernels of equal channels are interchangeable, too
     conv: Any = nn.Conv2d(len(x), len(rows), 3, padding=1, groups=len(x))
     b.ledger.own(conv.weight, 0, rows)
     b.ledger.own(conv.bias, 0, rows)
     return conv, b.retag(rows)
-
-
-def _multiplied(layout: Layout, m: int) -> Layout:
-    """``m`` new units for each position; where one unit stands at several positions, each has its own."""
-    inner: dict[tuple[int, object], Units] = {}
-    return tuple(
-        Cell(inner.setdefault((id(c.units), c.tag), Units(m, c.units)), c.at * m + k, c.tag)
-        for c in layout
-        for k in range(m)
-    )
 
 
 def squeeze_excite(b: Builder, x: Layout) -> Built:

@@ -56,6 +56,26 @@ def test_copies_of_the_input_are_interchangeable() -> None:
     assert [g.size for g in infer(Twice(), torch.randn(2, 3)).generators()] == [2, 2, 2]
 
 
+def test_copies_of_joint_positions_are_interchangeable() -> None:
+    """Tokens and channels flattened, then concatenated with themselves; and the square of copies beside their tanh."""
+
+    class Flat(nn.Module):
+        def __init__(self, square: bool) -> None:
+            super().__init__()
+            self.mix, self.out, self.square = nn.Linear(2, 2), nn.Linear(24 if square else 12, 2), square
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.mix(x)
+            if self.square:
+                h = torch.cat([h, h], -1)
+                return self.out(torch.cat([h.tanh(), h * h], -1).flatten(1))
+            h = h.flatten(1)
+            return self.out(torch.cat([h, h], 1))
+
+    assert [g.size for g in infer(Flat(False), torch.randn(2, 3, 2)).generators()] == [2] * 7
+    assert [g.size for g in infer(Flat(True), torch.randn(2, 3, 2)).generators()] == [2] * 13
+
+
 @settings(max_examples=20)
 @given(networks())
 def test_the_answer_is_deterministic_and_leaves_the_model_alone(network: Network) -> None:

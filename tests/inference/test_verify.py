@@ -1,0 +1,177 @@
+"""Verification: what it must catch, what it must not call wrong, and what it must leave alone."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from automerge import Generator, InvarianceError, Slot, Symmetry, TraceError, infer, verify
+
+
+def units(n: int) -> np.ndarray:
+    return np.arange(n)[:, None]
+
+
+def by_hand(model: nn.Module, *sets: tuple[int, list[tuple[str, int]]], statistics: frozenset[str] = frozenset()):
+    """A symmetry that somebody claims."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    shapes = {n: tuple(t.shape) for n, t in named if t.is_floating_point()}
+    made = tuple(Generator(n, tuple(Slot(p, axis, units(n)) for p, axis in slots)) for n, slots in sets)
+    return Symmetry(shapes, made, statistics)
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
+
+
+class Lambda(nn.Module):
+    def __init__(self, fn):
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x):
+        return self.fn(x)
+
+
+def test_a_true_group_passes_and_the_report_says_how_well():
+    model = mlp()
+    report = verify(model, torch.randn(4, 3), infer(model, torch.randn(4, 3), verify=False))
+    assert report.error < 1e-12
+    assert report.reacted
+    assert report.randomised
+    assert (report.elements, report.inputs) == (3, 2)
+    assert "verified: 3 random elements on 2 inputs" in str(report)
+
+
+@pytest.mark.parametrize("leave_out", [("0.weight", 0), ("0.bias", 0), ("2.weight", 1)])
+def test_a_missing_slot_is_caught(leave_out):
+    model = mlp()
+    slots = [s for s in (("0.weight", 0), ("0.bias", 0), ("2.weight", 1)) if s != leave_out]
+    with pytest.raises(InvarianceError, match=r"first operator whose values\s+differ is aten"):
+        verify(model, torch.randn(4, 3), by_hand(model, (6, slots)))
+
+
+def test_the_first_operator_that_differs_is_named_with_its_module():
+    model = mlp()
+    wrong = by_hand(model, (6, [("2.weight", 0), ("2.bias", 0)]))  # forgets 4.weight[1]
+    with pytest.raises(InvarianceError, match=r"aten\.\w+.* in module '4'"):
+        verify(model, torch.randn(4, 3), wrong)
+
+
+def test_fresh_normalisation_statistics_hide_nothing():
+    """Running mean 0 and variance 1 are the same for every channel until they are randomised."""
+    model = nn.Sequential(nn.Linear(3, 6, bias=False), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2))
+    slots = [("0.weight", 0), ("3.weight", 1)]
+    statistics = frozenset({"1.running_mean", "1.running_var"})
+    x = torch.randn(8, 3)
+    for forgotten in ("1.weight", "1.bias", "1.running_mean", "1.running_var"):
+        rest = [(n, 0) for n in ("1.weight", "1.bias", "1.running_mean", "1.running_var") if n != forgotten]
+        with pytest.raises(InvarianceError):
+            verify(model, x, by_hand(model, (6, [*slots, *rest]), statistics=statistics))
+    everything = [(n, 0) for n in ("1.weight", "1.bias", "1.running_mean", "1.running_var")]
+    assert verify(model, x, by_hand(model, (6, [*slots, *everything]), statistics=statistics)).error < 1e-12
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 1.0])
+def test_a_branch_that_starts_at_nothing_is_checked(scale):
+    """Layer scales of 1e-6 and zero-initialised branches."""
+
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+            self.gamma = nn.Parameter(scale * torch.ones(4))
+
+        def forward(self, x):
+            return x + self.gamma * self.down(self.up(x).relu())
+
+    model = Branch()
+    with pytest.raises(InvarianceError):
+        verify(model, torch.randn(3, 4), by_hand(model, (6, [("up.weight", 0), ("up.bias", 0)])))
+    assert not any("not verified" in note for note in infer(model, torch.randn(3, 4)).notes)
+
+
+def test_an_output_that_cancels_exactly_is_no_counterexample():
+    """The normalised halves of two channels are +1 and -1: their sum is rounding error, in whatever order it is taken."""
+    model = nn.Sequential(
+        nn.Linear(3, 7), nn.Tanh(), nn.Linear(7, 2), nn.LayerNorm(2, elementwise_affine=False, eps=0.0)
+    )
+    model.append(Lambda(lambda x: x.tanh().sum(-1)))
+    for seed in range(5):
+        torch.manual_seed(seed)
+        symmetry = infer(copy.deepcopy(model), torch.randn(16, 3))
+        assert 7 in [g.size for g in symmetry.generators()]
+        assert any("not verified" in note for note in symmetry.notes)
+
+
+def test_a_dead_output_is_not_called_verified():
+    model = nn.Sequential(nn.Linear(3, 6), Lambda(lambda x: x * 0), nn.Linear(6, 2))
+    report = verify(model, torch.randn(4, 3), by_hand(model, (6, [("0.weight", 0), ("0.bias", 0)])))
+    assert not report.reacted
+
+
+def test_a_network_that_amplifies_rounding_still_reveals_a_wrong_group():
+    """Rounding grows by about 1e9 here; a wrong group changes the output altogether."""
+    depth = [m for _ in range(6) for m in (nn.Linear(5, 5, bias=False), Lambda(lambda x: torch.sin(30 * x)))]
+    model = nn.Sequential(nn.Linear(3, 5), *depth, nn.Linear(5, 2))
+    right = infer(model, torch.randn(4, 3), verify=False)
+    verify(model, torch.randn(4, 3), right)
+    with pytest.raises(InvarianceError):
+        verify(model, torch.randn(4, 3), by_hand(model, (5, [("0.weight", 0), ("0.bias", 0)])))
+
+
+def test_masked_scores_do_not_hide_the_others():
+    """An output of -1e30 in places: the entries beside it count by their own size."""
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            mask = torch.tensor([True, False, False, False])
+            return self.b(self.a(x).relu()).masked_fill(mask, -1e30)
+
+    model = Masked()
+    with pytest.raises(InvarianceError):
+        verify(model, torch.randn(4, 3), by_hand(model, (6, [("a.weight", 0), ("a.bias", 0)])))
+    assert infer(model, torch.randn(4, 3)).stats["verified"] < 1e-12
+
+
+def test_integer_outputs_are_compared_exactly():
+    model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 4), Lambda(lambda x: x.argmax(-1)))
+    x = torch.randn(64, 3)
+    with pytest.raises(InvarianceError):
+        verify(model, x, by_hand(model, (6, [("0.weight", 0), ("0.bias", 0)])))
+    assert verify(model, x, infer(model, x, verify=False)).error == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_any_float_type_is_checked_in_float64(dtype):
+    model = mlp().to(dtype)
+    assert infer(model, torch.randn(4, 3, dtype=dtype)).stats["verified"] < 1e-12
+
+
+def test_the_model_and_the_global_generator_are_left_alone():
+    model = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 2)).train()
+    x = torch.randn(4, 3)
+    symmetry = infer(model, x, verify=False)
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    verify(model, x, symmetry)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    assert all(m.training for m in model.modules())
+
+
+def test_a_model_that_cannot_be_copied_is_named():
+    class Stubborn(nn.Linear):
+        def __deepcopy__(self, memo):
+            raise RuntimeError("no")
+
+    model = Stubborn(3, 2)
+    with pytest.raises(TraceError, match=r"Stubborn cannot be copied.*verify=False"):
+        verify(model, torch.randn(4, 3), by_hand(model))
