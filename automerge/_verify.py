@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -229,7 +230,9 @@ def verify(
         for values, given in zip(before, inputs, strict=True):
             error = _difference(values, subject.outputs(moved, *given))
             if not error <= tolerance:
-                if not within_rounding(error, lambda s, g=given: subject.outputs(s, *g), base, _difference):
+                if not within_rounding(
+                    error, partial(subject.outputs, args=given[0], kwargs=given[1]), base, _difference
+                ):
                     raise InvarianceError(_failure(subject, base, moved, given, error))
                 drowned = True
             else:
@@ -292,7 +295,7 @@ def _reacts(
     for values, given in zip(before, inputs, strict=True):
         change = _difference(values, subject.outputs(changed, *given))
         if change > 1e-8 and not within_rounding(
-            change, lambda s, g=given: subject.outputs(s, *g), base, _difference, 1
+            change, partial(subject.outputs, args=given[0], kwargs=given[1]), base, _difference, 1
         ):
             return True
     return False

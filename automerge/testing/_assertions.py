@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -264,7 +265,7 @@ def _check(
     def error(moved: State) -> float:
         errors = [difference(b, subject.run(moved, given)) for b, given in zip(before, inputs, strict=True)]
         return max(
-            0.0 if e > tolerance and within_rounding(e, lambda s, g=given: subject.run(s, g), state, difference) else e
+            0.0 if e > tolerance and within_rounding(e, partial(subject.run, given=given), state, difference) else e
             for e, given in zip(errors, inputs, strict=True)
         )
 
