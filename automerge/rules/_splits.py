@@ -28,7 +28,7 @@ class Splits(Letters):
         for v in values:
             outer = [g for g in v.factors if batch & set(g.letters)]
             for f in v.factors:
-                if len(f.letters) == 1 and not batch & set(f.letters):
+                if not batch & set(f.letters):
                     for g in outer:
                         self.request_split(f, g, batch)
 
