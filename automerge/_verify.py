@@ -27,7 +27,7 @@ class Verification:
 
     Attributes:
         error: the largest difference of outputs, relative to the largest output.
-        elements: how many random elements were tried, each on every input.
+        elements: how many random elements were tried, on one input each.
         inputs: how many inputs.
         reacted: False if the outputs did not change when the moved weights were perturbed, or hold nothing but rounding
             errors, so that nothing was checked.
@@ -193,14 +193,14 @@ def verify(
     """Check a symmetry on the model: random group elements must leave the float64 output unchanged.
 
     The weights and normalisation statistics are randomised first, because a fresh initialisation (zeros, ones, layer
-    scales of 1e-6) hides mistakes. Each element is tried on the example and on a fresh input.
+    scales of 1e-6) hides mistakes. The elements take turns on the example and on a fresh input.
 
     Args:
         model: the model; it is copied, not changed.
         args: the example inputs, as for `infer`.
         symmetry: what to check.
         kwargs: keyword inputs.
-        elements: how many random elements.
+        elements: how many random elements on each input, at least.
         seed: of weights, inputs and elements.
         tolerance: the largest relative difference that passes.
 
@@ -224,20 +224,17 @@ def verify(
         base = own
         inputs = inputs[:1]
         before = [subject.outputs(base, *i) for i in inputs]
-    worst, drowned = 0.0, False
-    for element in trial_elements(symmetry, elements, seed):
-        moved = symmetry.apply(base, element)
-        for values, given in zip(before, inputs, strict=True):
-            error = _difference(values, subject.outputs(moved, *given))
-            if not error <= tolerance:
-                if not within_rounding(
-                    error, partial(subject.outputs, args=given[0], kwargs=given[1]), base, _difference
-                ):
-                    raise InvarianceError(_failure(subject, base, moved, given, error))
-                drowned = True
-            else:
-                worst = max(worst, error)
-    count = elements if symmetry.sets else 0
+    worst, drowned, count = 0.0, False, 0
+    for element in trial_elements(symmetry, elements * len(inputs), seed):
+        turn, count = count % len(inputs), count + 1
+        given, moved = inputs[turn], symmetry.apply(base, element)
+        error = _difference(before[turn], subject.outputs(moved, *given))
+        if not error <= tolerance:
+            if not within_rounding(error, partial(subject.outputs, args=given[0], kwargs=given[1]), base, _difference):
+                raise InvarianceError(_failure(subject, base, moved, given, error))
+            drowned = True
+        else:
+            worst = max(worst, error)
     reacted = not count or (not drowned and _reacts(subject, base, symmetry, inputs, before))
     return Verification(worst, count, len(inputs), ok, time.perf_counter() - start, reacted)
 
@@ -302,18 +299,28 @@ def _reacts(
 
 
 def trial_elements(symmetry: Symmetry, count: int, seed: int) -> Iterator[Element]:
-    """Elements that move every generator: a random half of them by cycles, the other half, then all at random.
+    """Elements that tell the generators apart: every one is moved, and of any two small ones one without the other.
 
-    Uniform permutations would leave a generator of two units alone half the time, and always move some pairs together.
+    Large sets move by independent random cycles each time. A set of two or three units has hardly a choice, so two of them
+    that may only move together would always do so, or by chance in every trial: each gets a binary code of its own, and
+    moves in the trials where its code has a one.
+
+    Args:
+        symmetry: the group.
+        count: at least so many elements; more where the codes need them. None if there are no generators.
+        seed: of the codes and cycles.
     """
     rng = np.random.default_rng(seed)
-    half = rng.random(len(symmetry.sets)) < 0.5
-    for i in range(count if symmetry.sets else 0):
-        if i % 3 == 0:
-            half = rng.random(len(symmetry.sets)) < 0.5
-        chosen = (half, ~half, np.ones_like(half))[i % 3]
+    small = [i for i, g in enumerate(symmetry.sets) if g.size <= 3]
+    bits = max(count, int(np.ceil(np.log2(len(small) + 1)))) if symmetry.sets else 0
+    drawn = rng.choice(2**bits - 1, size=len(small), replace=False) + 1 if small else []
+    codes = dict(zip(small, map(int, drawn), strict=True))
+    for bit in range(bits):
         yield symmetry.element(
-            [_cycle(g.size, rng) if c else np.arange(g.size) for g, c in zip(symmetry.sets, chosen, strict=True)]
+            [
+                _cycle(g.size, rng) if codes.get(i, -1) >> bit & 1 else np.arange(g.size)
+                for i, g in enumerate(symmetry.sets)
+            ]
         )
 
 

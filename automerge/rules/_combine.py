@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,58 +27,60 @@ class Combine(Splits):
         lists: list[list[Factor]] = []
         for v in values:
             wanted = {c for f in v.factors for c in f.letters} & (pinned - v.pinned)
-            lists.append((self.pin_letters(v, wanted, "meets a pinned axis") if wanted else v).factors)
+            lists.append(list((self.pin_letters(v, wanted, "meets a pinned axis") if wanted else v).factors))
         self._ask_splits(values, lists)
-        done: list[list[Factor]] = []
-        for mine in lists:
-            for other in done:
-                for i in range(len(mine)):
-                    for j in range(len(other)):
-                        mine[i], other[j] = self._consistent(mine[i], other[j], lists)
-            done.append(list(mine))
-        kept = self._prune([f for fs in done for f in fs], pinned)
+        before: list[Factor] = []
+        now = [f for fs in lists for f in fs]
+        while len(before) != len(now) or any(f is not g for f, g in zip(before, now, strict=True)):
+            before = now  # and again where a factor was refined on the way
+            for b, c in itertools.combinations(range(len(lists)), 2):
+                for i, j in itertools.product(range(len(lists[c])), range(len(lists[b]))):
+                    self._consistent(lists, c, i, b, j)
+            now = [f for fs in lists for f in fs]
+        kept = self._prune(now, pinned)
         return Value(axes, dict(size), kept, pinned & set(size))
 
-    def _consistent(self, f: Factor, g: Factor, lists: Sequence[Sequence[Factor]]) -> tuple[Factor, Factor]:
+    def _consistent(self, lists: list[list[Factor]], a: int, i: int, b: int, j: int) -> None:
         """Make two factors of different operands agree on the letters that they share."""
+        f, g = lists[a][i], lists[b][j]
         common = [c for c in f.letters if c in g.letters]
         if not common:
-            return f, g
-        if set(f.letters) == set(g.letters):
-            return self._same_letters(f, g)
+            return
+        if len(common) == len(f.letters) == len(g.letters):
+            self._same_letters(lists, a, i, b, j)
+            return
         if len(common) == len(f.letters) or len(common) == len(g.letters):
-            small, large = (f, g) if len(common) == len(f.letters) else (g, f)
-            large = self.injective(large)
-            order = list(large.letters)
-            size = dict(zip(large.letters, large.labels.shape, strict=True))
-            self.axes.edge(large.labels, spread(small, order, size))
-            return (f, large) if small is f else (large, g)
-        f, g = self.injective(f), self.injective(g)
+            small, large = (f, (b, j)) if len(common) == len(f.letters) else (g, (a, i))
+            wide = self.make_injective(lists[large[0]], large[1])
+            size = dict(zip(wide.letters, wide.labels.shape, strict=True))
+            self.axes.edge(wide.labels, spread(small, list(wide.letters), size))
+            return
+        f, g = self.make_injective(lists[a], i), self.make_injective(lists[b], j)
         for k in (h for fs in lists for h in fs):
             if set(k.letters) == set(common) and self.axes.injective(k.labels):
-                return f, g  # both have edges to that factor already, or get them as a pair
-        a = self.axes.project(f.labels, tuple(f.letters.index(c) for c in common))
-        b = self.axes.project(g.labels, tuple(g.letters.index(c) for c in common))
+                return  # both have edges to that factor already, or get them as a pair
         fa = [c for c in f.letters if c in common]
         ga = [c for c in g.letters if c in common]
-        self.axes.tie(a, b.transpose([ga.index(c) for c in fa]))
-        return f, g
+        one = self.axes.project(f.labels, tuple(f.letters.index(c) for c in common))
+        two = self.axes.project(g.labels, tuple(g.letters.index(c) for c in common))
+        self.axes.tie(one, two.transpose([ga.index(c) for c in fa]))
 
-    def _same_letters(self, f: Factor, g: Factor) -> tuple[Factor, Factor]:
+    def _same_letters(self, lists: list[list[Factor]], a: int, i: int, b: int, j: int) -> None:
+        f, g = lists[a][i], lists[b][j]
         labels = g.labels.transpose([g.letters.index(c) for c in f.letters])
         if np.array_equal(f.labels, labels):
-            return f, g
+            return
         one, two = self.axes.injective(f.labels), self.axes.injective(labels)
-        if not one and not two:
-            both = Factor(f.letters, self.axes.relabel(f.labels, labels))
-            return both, both
         if one and two:
             self.axes.tie(f.labels, labels)
         elif one:
             self.axes.edge(f.labels, labels)
-        else:
+        elif two:
             self.axes.edge(labels, f.labels)
-        return f, g
+        else:
+            both = Factor(f.letters, self.axes.relabel(f.labels, labels))
+            self.replace(lists[a], i, both)
+            self.replace(lists[b], j, both)
 
     def _prune(self, factors: list[Factor], pinned: set[int]) -> list[Factor]:
         """Drop factors that smaller kept ones (and pins) already determine; the edges between them stand."""
@@ -103,12 +106,14 @@ class Combine(Splits):
 
     def reduce(self, value: Value, letters: set[int]) -> Value:
         """A symmetric function over some letters (sum, maximum, ...); the axes keep their place with those letters gone."""
-        kept = [f for f in value.factors if not letters & set(f.letters)]
-        for f in value.factors:
-            gone = letters & set(f.letters)
-            if not gone:
+        factors = list(value.factors)
+        for i, f in enumerate(factors):
+            if letters & set(f.letters) and not (set(f.letters) <= letters and self._determined(f, factors)):
+                self.make_injective(factors, i)  # how often a label occurs must count
+        kept = [f for f in factors if not letters & set(f.letters)]
+        for f in factors:
+            if not letters & set(f.letters):
                 continue
-            f = self.injective(f)
             rest = tuple(k for k, c in enumerate(f.letters) if c not in letters)
             if not rest:
                 continue
@@ -123,6 +128,10 @@ class Combine(Splits):
         axes = tuple(tuple(c for c in a if c not in letters) for a in value.axes)
         size = {c: n for c, n in value.size.items() if c not in letters}
         return Value(axes, size, kept, value.pinned - letters)
+
+    def _determined(self, f: Factor, factors: Sequence[Factor]) -> bool:
+        """Whether another factor of the value has an edge from every position to the labels of this one."""
+        return any(set(g.letters) > set(f.letters) and self.axes.injective(g.labels) for g in factors)
 
     def contract(self, a: Value, b: Value, out: tuple[tuple[int, ...], ...], batch: set[int]) -> Value:
         """Sum of products over the letters that ``out`` lacks; a and b already share letters where they are paired."""

@@ -43,11 +43,11 @@ def mm(context: Context, a: Value, b: Value, *_: Any, **__: Any) -> Value:
 @rule("matmul")
 def matmul(context: Context, a: Value, b: Value) -> Value:
     vector_a, vector_b = len(a.axes) == 1, len(b.axes) == 1
-    a = Value(((), *a.axes), a.size, a.factors, a.pinned) if vector_a else a
-    b = Value((*b.axes, ()), b.size, b.factors, b.pinned) if vector_b else b
+    a = a.with_axes(((), *a.axes)) if vector_a else a
+    b = b.with_axes((*b.axes, ())) if vector_b else b
     n = max(len(a.axes), len(b.axes))
-    a = Value(((),) * (n - len(a.axes)) + a.axes, a.size, a.factors, a.pinned)
-    b = Value(((),) * (n - len(b.axes)) + b.axes, b.size, b.factors, b.pinned)
+    a = a.with_axes(((),) * (n - len(a.axes)) + a.axes)
+    b = b.with_axes(((),) * (n - len(b.axes)) + b.axes)
     out = batched(context.engine, a, b)
     return context.engine.reshape(out, context.shape)
 
@@ -59,7 +59,7 @@ def addmm(context: Context, c: Value, a: Value, b: Value, **_: Any) -> Value:
     product = batched(context.engine, a, b)
     if len(product.axes) > len(context.shape):
         product = context.engine.reduce(product, set(product.axes[0]))
-        product = Value(product.axes[1:], product.size, product.factors, product.pinned)
+        product = product.with_axes(product.axes[1:])
     return context.engine.elementwise([c, product])
 
 
@@ -98,9 +98,9 @@ def linear(context: Context, x: Value, w: Value, bias: Value | None = None) -> V
 def distances(context: Context, a: Value, b: Value, *_: Any) -> Value:
     """Distances between rows: a contraction over their entries."""
     n = max(len(a.axes), len(b.axes))
-    a = Value(((),) * (n - len(a.axes)) + a.axes, a.size, a.factors, a.pinned)
-    b = Value(((),) * (n - len(b.axes)) + b.axes, b.size, b.factors, b.pinned)
-    b = Value((*b.axes[:-2], b.axes[-1], b.axes[-2]), b.size, b.factors, b.pinned)
+    a = a.with_axes(((),) * (n - len(a.axes)) + a.axes)
+    b = b.with_axes(((),) * (n - len(b.axes)) + b.axes)
+    b = b.with_axes((*b.axes[:-2], b.axes[-1], b.axes[-2]))
     return batched(context.engine, a, b)
 
 
@@ -115,7 +115,7 @@ def grouped_mm(context: Context, a: Value, b: Value, offsets: Value | None = Non
     a = engine.pin_letters(a, set(a.axes[0]), "rows sorted by data")
     b = engine.pin_letters(b, set(b.axes[0]), "experts chosen by data")
     b = engine.reduce(b, set(b.axes[0]))
-    return batched(engine, a, Value(b.axes[1:], b.size, b.factors, b.pinned))
+    return batched(engine, a, b.with_axes(b.axes[1:]))
 
 
 @rule("_trilinear")
@@ -127,12 +127,12 @@ def trilinear(
         wide = list(v.axes)
         for k in sorted(extra):
             wide.insert(k, ())
-        values.append(Value(tuple(wide), v.size, v.factors, v.pinned))
+        values.append(v.with_axes(tuple(wide)))
     product = context.engine.elementwise(values)
     gone = {letter for k in sums for letter in product.axes[k]}
     reduced = context.engine.reduce(product, gone)
     axes = tuple(axis for k, axis in enumerate(reduced.axes) if k not in set(sums))
-    return Value(axes, reduced.size, reduced.factors, reduced.pinned)
+    return reduced.with_axes(axes)
 
 
 @rule("convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution", "convolution_overrideable")
@@ -154,7 +154,7 @@ def convolution(
         raise Unruled("a convolution with another signature")
     w = copy_letters(w)
     n = len(w.axes) - 2
-    x = Value(((),) * (n + 2 - len(x.axes)) + x.axes, x.size, x.factors, x.pinned)  # an unbatched input
+    x = x.with_axes(((),) * (n + 2 - len(x.axes)) + x.axes)  # an unbatched input
     mixing = [not _pointwise(w.shape[k + 2], _at(stride, k), _at(padding, k), _at(output_padding, k)) for k in range(n)]
     for k in range(n):
         if mixing[k]:
@@ -174,7 +174,7 @@ def convolution(
         if mixing[k]:
             out = repinned(engine, out, k + 2, context.node.meta["val"].shape[k - n])
     if bias is not None:
-        out = engine.elementwise([out, Value((*bias.axes, *((),) * n), bias.size, bias.factors, bias.pinned)])
+        out = engine.elementwise([out, bias.with_axes((*bias.axes, *((),) * n))])
     return engine.reshape(out, context.shape)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from automerge.rules._combine import Combine
-from automerge.rules._value import Factor, Value, drop_constant, new_letter, plain, rename, split_letter, spread
+from automerge.rules._value import Factor, Value, drop_constant, new_letter, plain, split_letter, spread
 
 
 class Engine(Combine):
@@ -47,7 +47,7 @@ class Engine(Combine):
 
     def _merge_run(self, value: Value, run: list[int], todo: list[int], n: int) -> tuple[Value, int, int]:
         used = 0
-        flat = Value((tuple(value.letters),), value.size, value.factors, value.pinned)
+        flat = value.with_axes((tuple(value.letters),))
         total = int(np.prod([value.size[c] for c in run], dtype=np.int64))
         while total % n:
             run.append(todo[used])
@@ -107,17 +107,16 @@ class Engine(Combine):
         for v, who in zip(values, map(id, same), strict=True):
             if who not in made_once:
                 made_once[who] = self.merge_axis(v, axis)[0]
-        singles = [self._segment(made_once[who], axis) for who in map(id, same)]
+        singles = [made_once[who] for who in map(id, same)]
         lengths = [v.shape[axis] for v in values]
-        hidden = [
-            Value(tuple(() if k == axis else a for k, a in enumerate(v.axes)), v.size, v.factors, v.pinned)
-            for v in singles
-        ]
-        own = [v.axes[axis] for v in singles]
-        aligned, axes, size = self.align(hidden)
-        for v in singles:
-            size.update({c: v.size[c] for a in [v.axes[axis]] for c in a})
-        both = self.combine(aligned, axes, size)
+        n, count = len(singles[0].axes), len(singles)
+        apart = []  # the joined axes side by side, each a further axis of its own
+        for i, v in enumerate(singles):
+            others = tuple(() if k == axis else a for k, a in enumerate(v.axes))
+            apart.append(v.with_axes((*others, *(v.axes[axis] if i == j else () for j in range(count)))))
+        aligned, wide, size = self.align(apart)
+        axes, own = wide[:n], wide[n:]
+        both = self.combine(aligned, wide, size)
         made = new_letter()
         inner = {c for a in own for c in a}
         total = sum(lengths)
@@ -138,10 +137,6 @@ class Engine(Combine):
     def _all_fixed(self, labels: np.ndarray) -> bool:
         """Whether labels are distinct and none of them can move: then they say no more than the coordinate."""
         return bool(self.axes.rigid[labels].all()) and self.axes.injective(labels)
-
-    @staticmethod
-    def _segment(value: Value, axis: int) -> Value:
-        return rename(value, {letter: new_letter() for letter in value.axes[axis]})
 
     def _join_segments(
         self,

@@ -30,9 +30,9 @@ def looked_up(engine: Engine, table: Value, axis: int, index: Value, reason: str
         index.settle()
     rest = engine.reduce(table, set(table.axes[axis]))
     n = len(index.axes)
-    shaped = Value((*rest.axes[:axis], *((),) * n, *rest.axes[axis + 1 :]), rest.size, rest.factors, rest.pinned)
+    shaped = rest.with_axes((*rest.axes[:axis], *((),) * n, *rest.axes[axis + 1 :]))
     tail = len(rest.axes) - axis - 1
-    wide = Value((*index.axes, *((),) * tail), index.size, index.factors, index.pinned)
+    wide = index.with_axes((*index.axes, *((),) * tail))
     return engine.elementwise([shaped, copy_letters(wide)])
 
 
@@ -121,7 +121,7 @@ def _generic_index(context: Context, x: Value, given: Sequence[tuple[int, Value]
         rest.factors,
         rest.pinned,
     )
-    wide = Value((*where.axes, *((),) * tail), where.size, where.factors, where.pinned)
+    wide = where.with_axes((*where.axes, *((),) * tail))
     return engine.elementwise([shaped, wide])
 
 
@@ -176,7 +176,7 @@ def gather(context: Context, x: Value, dim: int, index: Value, **_: Any) -> Valu
 
 def bare(value: Value) -> Value:
     """A value without its promises, where a rule has seen to them."""
-    return Value(value.axes, value.size, value.factors, value.pinned)
+    return value.with_axes(value.axes)
 
 
 def tie_axis(engine: Engine, x: Value, dim: int, labels: np.ndarray) -> Value:
@@ -307,7 +307,7 @@ def grid_sample(context: Context, x: Value, grid: Value, *_: Any) -> Value:
     grid = engine.pin_letters(grid, set(grid.axes[-1]), "coordinates")
     where = engine.reduce(grid, set(grid.axes[-1]))
     where = without_axis(where, len(where.axes) - 1)
-    where = Value((where.axes[0], (), *where.axes[1:]), where.size, where.factors, where.pinned)
+    where = where.with_axes((where.axes[0], (), *where.axes[1:]))
     return engine.elementwise([x, copy_letters(where)])
 
 

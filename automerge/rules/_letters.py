@@ -20,27 +20,32 @@ class Letters:
     def __init__(self) -> None:
         self.axes = Axes()
 
-    def injective(self, factor: Factor) -> Factor:
-        """The factor itself if it names no vertex twice, else one with a fresh vertex per position."""
-        if self.axes.injective(factor.labels):
-            return factor
-        return Factor(factor.letters, self.axes.refine(factor.labels))
+    def make_injective(self, factors: list[Factor], i: int) -> Factor:
+        """See to it that factor i of a value names no vertex twice, with a fresh vertex per position if it does."""
+        if not self.axes.injective(factors[i].labels):
+            self.replace(factors, i, Factor(factors[i].letters, self.axes.refine(factors[i].labels)))
+        return factors[i]
+
+    def replace(self, factors: list[Factor], i: int, finer: Factor) -> None:
+        """Put a finer factor in the place of factor i; those that determined the old one must determine the new one."""
+        factors[i] = finer
+        for j, other in enumerate(factors):
+            if j != i and set(finer.letters) <= set(other.letters):
+                other = self.make_injective(factors, j)
+                size = dict(zip(other.letters, other.labels.shape, strict=True))
+                self.axes.edge(other.labels, spread(finer, other.letters, size))
 
     def pin_letters(self, value: Value, letters: set[int], reason: str) -> Value:
         """Give the coordinates of some letters a meaning."""
         letters = letters & set(value.size)
-        factors = []
-        for f in value.factors:
-            inside = [c for c in f.letters if c in letters]
-            if not inside:
-                factors.append(f)
-                continue
-            if len(inside) == len(f.letters):
-                self.pin_factor(f, reason)
-                continue
-            f = self.injective(f)
-            self._mark_coordinates(f, inside, reason)
-            factors.append(f)
+        factors = list(value.factors)
+        for i in range(len(factors)):
+            inside = [c for c in factors[i].letters if c in letters]
+            if inside and len(inside) == len(factors[i].letters):
+                self.pin_factor(factors[i], reason)
+            elif inside:
+                self._mark_coordinates(self.make_injective(factors, i), inside, reason)
+        factors = [f for f in factors if not set(f.letters) <= letters]
         return Value(value.axes, value.size, factors, value.pinned | letters)
 
     def pin_factor(self, factor: Factor, reason: str) -> None:
@@ -134,7 +139,7 @@ class Letters:
     def align(self, values: Sequence[Value]) -> tuple[list[Value], tuple[tuple[int, ...], ...], dict[int, int]]:
         """Broadcast: the values over common letters, and the axes of the result with the letters' lengths."""
         ndim = max(len(v.axes) for v in values)
-        out = [Value(((),) * (ndim - len(v.axes)) + v.axes, v.size, v.factors, v.pinned) for v in values]
+        out = [v.with_axes(((),) * (ndim - len(v.axes)) + v.axes) for v in values]
         axes: list[tuple[int, ...]] = []
         size: dict[int, int] = {}
         for k in range(ndim):

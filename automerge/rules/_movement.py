@@ -103,12 +103,12 @@ def repeat_interleave(context: Context, x: Value, repeats: Any, dim: int | None 
 
 def without_axis(x: Value, axis: int) -> Value:
     """Remove an axis of length one."""
-    return Value(x.axes[:axis] + x.axes[axis + 1 :], x.size, x.factors, x.pinned)
+    return x.with_axes(x.axes[:axis] + x.axes[axis + 1 :])
 
 
 def with_axis(x: Value, axis: int) -> Value:
     """Insert an axis of length one."""
-    return Value((*x.axes[:axis], (), *x.axes[axis:]), x.size, x.factors, x.pinned)
+    return x.with_axes((*x.axes[:axis], (), *x.axes[axis:]))
 
 
 def slice_index(n: int, start: int | None, stop: int | None, step: int | None) -> np.ndarray:
@@ -271,7 +271,10 @@ def diag_embed(context: Context, x: Value, offset: int = 0, dim1: int = -2, dim2
     if any(set(f.letters) & set(axis) and not set(f.letters) <= set(axis) for f in x.factors):
         raise Unruled("a diagonal of a joint axis")
     other = {c: new_letter() for c in axis}
-    mine = [context.engine.injective(f) if set(f.letters) <= set(axis) else f for f in x.factors]
+    mine = list(x.factors)
+    for i, f in enumerate(mine):
+        if set(f.letters) <= set(axis):
+            context.engine.make_injective(mine, i)
     twin = [Factor(tuple(other[c] for c in f.letters), f.labels) for f in mine if set(f.letters) <= set(axis)]
     size = x.size | {other[c]: x.size[c] for c in axis}
     pinned = x.pinned | {other[c] for c in axis if c in x.pinned}

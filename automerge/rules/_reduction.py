@@ -72,7 +72,7 @@ def on_axis(value: Value | None, axis: int, ndim: int) -> list[Value]:
         return []
     axes: list[tuple[int, ...]] = [()] * ndim
     axes[axis] = value.axes[0]
-    return [Value(tuple(axes), value.size, value.factors, value.pinned)]
+    return [value.with_axes(tuple(axes))]
 
 
 @rule("native_layer_norm", "_fused_rms_norm", "layer_norm", "rms_norm")
@@ -161,7 +161,7 @@ def fractional_pooling(context: Context, x: Value, kernel: Any, size: Any, sampl
     engine = context.engine
     spatial = len(x.axes) - len(samples.axes) + 1
     drawn = engine.reduce(engine.pin_letters(samples, set(samples.axes[-1]), "coordinates"), set(samples.axes[-1]))
-    drawn = Value((*drawn.axes[:-1], *((),) * spatial), drawn.size, drawn.factors, drawn.pinned)
+    drawn = drawn.with_axes((*drawn.axes[:-1], *((),) * spatial))
     x = engine.elementwise([x, drawn])
     for k in range(len(x.axes) - spatial, len(x.axes)):
         x = engine.pin_letters(x, set(x.axes[k]), "spatial axis of a window operator")

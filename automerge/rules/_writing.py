@@ -100,7 +100,7 @@ def _index_write(engine: Engine, name: str, x: Value, dim: int, others: Sequence
             index.pinned,
         )
     ]
-    parts += [copy_letters(v) if len(v.axes) == n else Value(((),) * n, v.size, v.factors, v.pinned) for v in sources]
+    parts += [copy_letters(v) if len(v.axes) == n else v.with_axes(((),) * n) for v in sources]
     written = engine.elementwise(parts)
     return engine.elementwise([x, engine.reduce(written, set(written.axes[dim]))])
 
@@ -113,7 +113,7 @@ def _index_put(context: Context, x: Value, indices: Sequence[Value | None], valu
     if len(axes) == 1 and nodes[0].meta["val"].dtype is torch.bool and values.shape == ():
         mask = covered[0]
         tail = len(x.axes) - axes[0] - len(mask.axes)
-        return engine.elementwise([x, Value((*mask.axes, *((),) * tail), mask.size, mask.factors, mask.pinned), values])
+        return engine.elementwise([x, mask.with_axes((*mask.axes, *((),) * tail)), values])
     constant = constant_index(covered[0]) if len(axes) == 1 else None
     if constant is not None and constant.ndim == 1 and np.unique(constant).size == constant.size:
         shape = [constant.size if k == axes[0] else m for k, m in enumerate(x.shape)]
@@ -127,7 +127,7 @@ def _index_put(context: Context, x: Value, indices: Sequence[Value | None], valu
     k = axes[0]
     x = engine.pin_letters(x, set(x.axes[k]), "written at given positions")
     engine.pin_all(covered[0], "written at given positions")  # type: ignore[arg-type]
-    values = Value(((),) * (len(x.axes) - len(values.axes)) + values.axes, values.size, values.factors, values.pinned)
+    values = values.with_axes(((),) * (len(x.axes) - len(values.axes)) + values.axes)
     values = engine.pin_letters(values, set(values.axes[k]), "written at given positions")
     out = engine.elementwise([x, engine.reduce(values, set(values.axes[k]))])
     return engine.pin_letters(out, set(out.axes[k]), "written at given positions")
@@ -148,7 +148,7 @@ def masked_scatter(context: Context, x: Value, mask: Value, source: Value) -> Va
     x = engine.pin_letters(x, {c for axis in x.axes[:lead] for c in axis}, "written at given positions")
     gone = {c for axis in source.axes[: len(source.axes) - tail] for c in axis}
     rows = engine.reduce(engine.pin_letters(source, gone, "written at given positions"), gone)
-    rows = Value(rows.axes[len(source.axes) - tail :], rows.size, rows.factors, rows.pinned)
+    rows = rows.with_axes(rows.axes[len(source.axes) - tail :])
     return engine.elementwise([x, copy_letters(rows)])
 
 

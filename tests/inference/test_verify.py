@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from automerge import Generator, InvarianceError, Slot, Symmetry, TraceError, infer, verify
+from automerge._verify import trial_elements
 
 
 def units(n: int) -> np.ndarray:
@@ -43,8 +44,8 @@ def test_a_true_group_passes_and_the_report_says_how_well():
     assert report.error < 1e-12
     assert report.reacted
     assert report.randomised
-    assert (report.elements, report.inputs) == (3, 2)
-    assert "verified: 3 random elements on 2 inputs" in str(report)
+    assert (report.elements, report.inputs) == (6, 2)
+    assert "verified: 6 random elements on 2 inputs" in str(report)
 
 
 @pytest.mark.parametrize("leave_out", [("0.weight", 0), ("0.bias", 0), ("2.weight", 1)])
@@ -60,6 +61,25 @@ def test_the_first_operator_that_differs_is_named_with_its_module():
     wrong = by_hand(model, (6, [("2.weight", 0), ("2.bias", 0)]))  # forgets 4.weight[1]
     with pytest.raises(InvarianceError, match=r"aten\.\w+.* in module '4'"):
         verify(model, torch.randn(4, 3), wrong)
+
+
+def test_two_pairs_that_may_only_move_together_are_told_apart():
+    """Sets of two units always move by the same exchange: one that moves without its partner must be tried."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2))
+    torn = by_hand(model, (2, [("0.weight", 0), ("0.bias", 0)]), (2, [("2.weight", 1)]))
+    for seed in range(40):
+        with pytest.raises(InvarianceError):
+            verify(model, torch.randn(4, 3), torn, seed=seed)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 100])
+def test_trial_elements_separate_small_sets(count):
+    names = [f"w{i}" for i in range(count)]
+    symmetry = Symmetry(dict.fromkeys(names, (2,)), tuple(Generator(2, (Slot(n, 0, units(2)),)) for n in names))
+    moved = [frozenset(e.maps) for e in trial_elements(symmetry, 3, 0)]
+    patterns = [tuple(n in m for m in moved) for n in names]
+    assert len(set(patterns)) == count
+    assert all(any(p) for p in patterns)
 
 
 def test_fresh_normalisation_statistics_hide_nothing():
@@ -172,6 +192,6 @@ def test_a_model_that_cannot_be_copied_is_named():
         def __deepcopy__(self, memo):
             raise RuntimeError("no")
 
-    model = Stubborn(3, 2)
+    model = Stubborn(6, 2)
     with pytest.raises(TraceError, match=r"Stubborn cannot be copied.*verify=False"):
         verify(model, torch.randn(4, 3), by_hand(model))
