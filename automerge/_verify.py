@@ -313,7 +313,7 @@ def trial_elements(symmetry: Symmetry, count: int, seed: int) -> Iterator[Elemen
     rng = np.random.default_rng(seed)
     small = [i for i, g in enumerate(symmetry.sets) if g.size <= 3]
     bits = max(count, int(np.ceil(np.log2(len(small) + 1)))) if symmetry.sets else 0
-    drawn = rng.choice(2**bits - 1, size=len(small), replace=False) + 1 if small else []
+    drawn: Any = rng.choice(2**bits - 1, size=len(small), replace=False) + 1 if small else ()
     codes = dict(zip(small, map(int, drawn), strict=True))
     for bit in range(bits):
         yield symmetry.element(

@@ -1,0 +1,310 @@
+"""Soundness on random programs: whatever inference claims about them must hold.
+
+Nobody decides here what the symmetry is; every generator is tried alone and together with the others, by the definition of
+a generator. The operators are those that have broken rules before: lookups with repeats, copies, regrouped axes, shared
+weights, grouped products, writes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from automerge import infer
+from automerge.testing import assert_sound
+
+ACTIVATIONS = (torch.relu, torch.tanh, torch.sigmoid, torch.square, torch.sin)
+STEPS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor | None]] = {}
+
+
+def step(fn: Callable[[Any, torch.Tensor], torch.Tensor | None]) -> Callable[[Any, torch.Tensor], torch.Tensor | None]:
+    STEPS[fn.__name__] = fn
+    return fn
+
+
+class Program(nn.Module):
+    """A sequence of steps drawn once; a value is (batch, width) or (batch, tokens, width).
+
+    Every draw is made while the program is built and replayed afterwards, and parameters are made on first use.
+    """
+
+    def __init__(self, pick: Callable[[list[Any]], Any], length: int, tokens: int) -> None:
+        super().__init__()
+        self.pick, self.recorded, self.length = pick, [], length
+        self.weights = nn.ParameterList()
+        self.forward(torch.zeros(2, tokens, 3) if tokens else torch.zeros(2, 3))
+        self.pick = None
+
+    def draw(self, options: Any) -> Any:
+        if self.pick is not None:
+            self.recorded.append(self.pick(list(options)))
+        self.at += 1
+        return self.recorded[self.at - 1]
+
+    def weight(self, *shape: int) -> torch.Tensor:
+        self.used += 1
+        if self.pick is not None:
+            rng = torch.Generator().manual_seed(self.used)
+            self.weights.append(nn.Parameter(torch.randn(shape, generator=rng) / math.sqrt(shape[0])))
+        return self.weights[self.used - 1]
+
+    def factor(self, n: int) -> int | None:
+        options = [k for k in range(2, n) if n % k == 0]
+        return self.draw(options) if options else None
+
+    def linear(self, h: torch.Tensor, n: int) -> torch.Tensor:
+        return h @ self.weight(h.shape[-1], n)
+
+    def other(self, h: torch.Tensor) -> torch.Tensor:
+        return self.draw_value([v for v in self.values if v.shape == h.shape])
+
+    def draw_value(self, options: list[torch.Tensor]) -> torch.Tensor:
+        return options[self.draw(range(len(options)))]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.at = self.used = 0
+        self.values = [self.linear(x, self.draw([4, 6, 8])) for _ in range(self.draw([1, 2]))]
+        for _ in range(self.length):
+            h = self.draw_value(self.values[-3:])
+            out = STEPS[self.draw(STEPS)](self, h)
+            if out is not None and 2 <= out.shape[-1] <= 16:
+                self.values.append(out)
+        h = self.values[-1]
+        if self.draw([True, False]):
+            h = h + self.other(h)
+        if h.ndim == 3 and self.draw([True, False]):
+            h = h.flatten(1)
+        h = h.sum(-1) if self.draw([True, False, False]) else self.linear(h, 2)
+        self.values = []
+        return h
+
+
+# -------------------------------------------------------------------- along the width
+@step
+def dense(p, h):
+    return p.linear(p.draw(ACTIVATIONS)(h), p.draw([4, 6, 8]))
+
+
+@step
+def residual(p, h):
+    return h + p.linear(h, h.shape[-1])
+
+
+@step
+def activation(p, h):
+    return p.draw(ACTIVATIONS)(h)
+
+
+@step
+def scaled(p, h):
+    return h * p.weight(h.shape[-1]) + p.weight(h.shape[-1])
+
+
+@step
+def flip_added(p, h):
+    return h + h.flip(-1) if p.draw([True, False]) else h * h.roll(1, -1)
+
+
+@step
+def joined(p, h):
+    return torch.cat([h, p.other(h).tanh() if p.draw([True, False]) else h], -1)
+
+
+@step
+def split_joined(p, h):
+    k = p.draw(range(1, h.shape[-1]))
+    a, b = h.split([k, h.shape[-1] - k], -1)
+    return torch.cat([b.relu(), a.tanh()] if p.draw([True, False]) else [a.relu(), b.relu()], -1)
+
+
+@step
+def sliced(p, h):
+    return h[..., p.draw(range(h.shape[-1] // 2)) :: p.draw([1, 2])]
+
+
+@step
+def repeated(p, h):
+    return torch.cat([h, h], -1) if p.draw([True, False]) else h.repeat_interleave(2, -1)
+
+
+@step
+def looked_up(p, h):
+    n = h.shape[-1]
+    return h[..., torch.tensor([p.draw(range(n)) for _ in range(n)])]
+
+
+@step
+def summed(p, h):
+    return h + p.other(h)
+
+
+@step
+def gated(p, h):
+    return h * p.other(h).sigmoid()
+
+
+@step
+def padded(p, h):
+    return F.pad(h, (p.draw([0, 1]), 1))
+
+
+@step
+def softmax(p, h):
+    return h.softmax(-1)
+
+
+@step
+def scattered(p, h):
+    out = h.new_zeros(*h.shape[:-1], h.shape[-1] + 2)
+    out[..., 1:-1] = h
+    out[..., 0] += h[..., 0]
+    return out
+
+
+@step
+def written(p, h):
+    out = h.clone()
+    k = p.draw(range(1, h.shape[-1]))
+    out[..., :k] = out[..., :k] * 2 if p.draw([True, False]) else h[..., -k:].tanh()
+    return out
+
+
+@step
+def tied(p, h):
+    w = p.weight(h.shape[-1], p.draw([3, h.shape[-1]]))
+    return (h @ w).tanh() @ w.T
+
+
+@step
+def weight_twice(p, h):
+    w = p.weight(h.shape[-1], h.shape[-1])
+    return ((h @ w).tanh() @ w).relu()
+
+
+@step
+def running(p, h):
+    return h.cumsum(-1)
+
+
+@step
+def ordered(p, h):
+    return h.sort(-1).values
+
+
+# -------------------------------------------------------------------- the width as a product
+def grid(p, h):
+    k = p.factor(h.shape[-1])
+    return (None, None) if k is None else (k, h.unflatten(-1, (k, -1)))
+
+
+@step
+def transposed(p, h):
+    _, g = grid(p, h)
+    return None if g is None else g.mT.flatten(-2)
+
+
+@step
+def group_softmax(p, h):
+    _, g = grid(p, h)
+    return None if g is None else g.softmax(p.draw([-1, -2])).flatten(-2)
+
+
+@step
+def group_linear(p, h):
+    k, g = grid(p, h)
+    if g is None:
+        return None
+    w = p.weight(k, g.shape[-1], p.draw([2, 3]))
+    return torch.einsum("...ki,kij->...kj", g, w).flatten(-2)
+
+
+@step
+def group_shared_linear(p, h):
+    _, g = grid(p, h)
+    return None if g is None else p.linear(g, p.draw([2, 3])).flatten(-2)
+
+
+@step
+def gram(p, h):
+    _, g = grid(p, h)
+    return None if g is None else (g @ p.other(h).reshape(g.shape).mT).flatten(-2)
+
+
+@step
+def group_biased(p, h):
+    k, g = grid(p, h)
+    if g is None:
+        return None
+    bias = p.weight(g.shape[-1]) if p.draw([True, False]) else p.weight(k, 1)
+    return (g + bias).tanh().flatten(-2)
+
+
+@step
+def group_max(p, h):
+    _, g = grid(p, h)
+    return None if g is None else g.amax(p.draw([-1, -2]))
+
+
+@step
+def group_norm(p, h):
+    k = p.factor(h.shape[-1])
+    if k is None or h.ndim != 2:
+        return None
+    return F.group_norm(h, k, p.weight(h.shape[-1]), p.weight(h.shape[-1]))
+
+
+@step
+def broadcast(p, h):
+    _, g = grid(p, h)
+    return None if g is None else (g * g.mean(p.draw([-1, -2]), keepdim=True) + g.amax(-2, keepdim=True)).flatten(-2)
+
+
+@step
+def outer(p, h):
+    return (h[..., :, None] * h[..., None, :]).flatten(-2) if h.shape[-1] <= 4 else None
+
+
+# -------------------------------------------------------------------- along the tokens
+@step
+def token_mixed(p, h):
+    return p.linear(h.mT, h.shape[1]).mT if h.ndim == 3 else None
+
+
+@step
+def attended(p, h):
+    return (h @ p.other(h).mT).softmax(-1) @ h if h.ndim == 3 else None
+
+
+@step
+def positioned(p, h):
+    return h + p.weight(h.shape[1], h.shape[2]) if h.ndim == 3 else None
+
+
+@step
+def pooled(p, h):
+    return h - h.mean(1, keepdim=True) if h.ndim == 3 else None
+
+
+@st.composite
+def programs(draw):
+    def pick(options):
+        return options[draw(st.integers(0, len(options) - 1))]
+
+    tokens = pick([0, 0, 2, 3])
+    return Program(pick, pick(range(1, 8)), tokens), torch.randn(2, tokens, 3) if tokens else torch.randn(2, 3)
+
+
+@settings(max_examples=150)
+@given(programs())
+def test_what_is_claimed_holds(case):
+    program, x = case
+    symmetry = infer(program, x, verify=False)
+    assert not symmetry.unruled
+    assert_sound(program, x, symmetry, elements=4)
