@@ -105,7 +105,7 @@ def infer_graph(graph: fx.GraphModule) -> tuple[Symmetry, Analysis]:
         aliases={a: n for a, n in info.aliases.items() if n in shapes},
         pins=tuple(assembler.pins(generators, shapes, unused)),
         unruled=tuple(analysis.unruled),
-        notes=tuple(_notes(info)),
+        notes=(*_notes(info), *analysis.engine.notes),
         flow=_flow(graph),
         axis_graph=axes.graph,
         stats={

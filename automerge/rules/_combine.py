@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from automerge.rules._splits import Splits
-from automerge.rules._value import Factor, Value, spread
+from automerge.rules._value import Factor, Value, new_letter, rename, spread
 
 
 class Combine(Splits):
@@ -23,6 +23,8 @@ class Combine(Splits):
 
     def combine(self, values: Sequence[Value], axes: tuple[tuple[int, ...], ...], size: dict[int, int]) -> Value:
         """The tuple of several tensors over common letters: tie what overlaps, drop what is determined by the rest."""
+        values, chosen = self._same_choices(values, set(size))
+        size = size | {c: v.size[c] for v in values for c in v.chosen}
         pinned = set().union(*(v.pinned for v in values))
         lists: list[list[Factor]] = []
         for v in values:
@@ -38,7 +40,29 @@ class Combine(Splits):
                     self._consistent(lists, c, i, b, j)
             now = [f for fs in lists for f in fs]
         kept = self._prune(now, pinned)
-        return Value(axes, dict(size), kept, pinned & set(size))
+        return Value(axes, dict(size), kept, pinned & set(size), chosen=chosen)
+
+    def _same_choices(
+        self, values: Sequence[Value], letters: set[int]
+    ) -> tuple[Sequence[Value], dict[int, tuple[int, ...]]]:
+        """Operands whose chosen letters are equal only where they were read at the same places."""
+        chosen: dict[int, tuple[int, ...]] = {}
+        if not self.choices:
+            return values, chosen
+        out = []
+        for v in values:
+            names: dict[int, int] = {}
+            lost = {c for f in v.factors for c in f.letters} - letters - set(v.chosen)
+            if lost:  # a rule that does not know of choices: nothing may be joint with them any more
+                v = self.reduce(v, lost)
+            here = {c for a in v.axes for c in a}
+            for c, by in v.chosen.items():
+                if not set(by) <= here or chosen.get(c, by) != by:
+                    names[c] = new_letter()
+            v = rename(v, names) if names else v
+            chosen |= v.chosen
+            out.append(v)
+        return out, chosen
 
     def _consistent(self, lists: list[list[Factor]], a: int, i: int, b: int, j: int) -> None:
         """Make two factors of different operands agree on the letters that they share."""
@@ -105,7 +129,14 @@ class Combine(Splits):
         return k.labels.transpose([k.letters.index(c) for c in f.letters])
 
     def reduce(self, value: Value, letters: set[int]) -> Value:
-        """A symmetric function over some letters (sum, maximum, ...); the axes keep their place with those letters gone."""
+        """A symmetric function over some letters (sum, maximum, ...); the axes keep their place with those letters gone.
+
+        What was read at places that depend on those letters is no longer joint with the choice.
+        """
+        if self.choices:
+            here = {c for a in value.axes for c in a} - letters
+            lost = {c for f in value.factors for c in f.letters} - here - set(value.chosen)
+            letters = letters | lost | {c for c, by in value.chosen.items() if not set(by) <= here}
         factors = list(value.factors)
         for i, f in enumerate(factors):
             if letters & set(f.letters) and not (set(f.letters) <= letters and self._determined(f, factors)):
@@ -127,17 +158,26 @@ class Combine(Splits):
             kept.append(Factor(tuple(f.letters[k] for k in rest), self.axes.project(f.labels, rest)))
         axes = tuple(tuple(c for c in a if c not in letters) for a in value.axes)
         size = {c: n for c, n in value.size.items() if c not in letters}
-        return Value(axes, size, kept, value.pinned - letters)
+        chosen = {c: by for c, by in value.chosen.items() if c not in letters}
+        return Value(axes, size, kept, value.pinned - letters, chosen=chosen)
 
     def _determined(self, f: Factor, factors: Sequence[Factor]) -> bool:
         """Whether another factor of the value has an edge from every position to the labels of this one."""
         return any(set(g.letters) > set(f.letters) and self.axes.injective(g.labels) for g in factors)
 
+    def pin_all(self, value: Value, reason: str) -> Value:
+        """Give every coordinate of a tensor a meaning."""
+        value = self.reduce(value, set(value.chosen)) if self.choices else value
+        return self.pin_letters(value, {c for axis in value.axes for c in axis}, reason)
+
     def contract(self, a: Value, b: Value, out: tuple[tuple[int, ...], ...], batch: set[int]) -> Value:
         """Sum of products over the letters that ``out`` lacks; a and b already share letters where they are paired."""
-        self._ask_batched((a, b), batch)
-        size = a.size | b.size
+        letters = {c for v in (a, b) for axis in v.axes for c in axis}
+        (a, b), chosen = self._same_choices((a, b), letters)
+        self._ask_batched((a, b), batch | set(chosen))
+        size = {c: n for v in (a, b) for c, n in v.size.items() if c in letters}
         both = self.combine([a, b], (tuple(size),), size)
         keep = {c for axis in out for c in axis}
         reduced = self.reduce(both, set(size) - keep)
-        return Value(out, {c: size[c] for c in keep}, reduced.factors, reduced.pinned)
+        kept = {c: reduced.size[c] for c in (*keep, *reduced.chosen)}
+        return Value(out, kept, reduced.factors, reduced.pinned, chosen=reduced.chosen)

@@ -106,16 +106,27 @@ def distances(context: Context, a: Value, b: Value, *_: Any) -> Value:
 
 @rule("_grouped_mm")
 def grouped_mm(context: Context, a: Value, b: Value, offsets: Value | None = None, *_: Any, **__: Any) -> Value:
-    """Rows sorted by expert, each group times its expert's matrix; which rows are whose depends on data, so the experts
-    are pinned and their inner units keep one common order.
+    """Rows sorted by expert, each group times its expert's matrix: every row reads the matrix that the offsets give it.
+
+    Which rows are whose depends on data, so the experts are pinned; inside each, the units have their own order.
     """
     if len(a.axes) != 2 or len(b.axes) != 3 or offsets is None:
         raise Unruled("a grouped product with another layout")
     engine = context.engine
     a = engine.pin_letters(a, set(a.axes[0]), "rows sorted by data")
-    b = engine.pin_letters(b, set(b.axes[0]), "experts chosen by data")
-    b = engine.reduce(b, set(b.axes[0]))
-    return batched(engine, a, b.with_axes(b.axes[1:]))
+    b, letter = engine.merge_axis(copy_letters(b), 0)
+    if letter is not None:
+        b = engine.fix_letter(b, letter, "experts chosen by data")
+    rows = a.axes[0]
+    if letter is None or not rows:
+        b = b.with_axes(((), *b.axes[1:]))
+    else:
+        choice = engine.choice(offsets)
+        b = rename(b, {letter: choice})
+        size = b.size | {c: a.size[c] for c in rows}
+        b = Value((rows, *b.axes[1:]), size, b.factors, b.pinned | set(rows), chosen={choice: rows})
+    a, b = pair_axes(engine, a, 1, b, 1)
+    return engine.contract(a, b, (rows, b.axes[2]), set())
 
 
 @rule("_trilinear")

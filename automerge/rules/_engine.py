@@ -37,7 +37,7 @@ class Engine(Combine):
                     todo = [one, *todo[used:]]
                     mine, have = [], 1
             axes.append(tuple(mine))
-        return Value(tuple(axes), dict(value.size), value.factors, value.pinned)
+        return value.with_axes(axes)
 
     def _cut(self, value: Value, letter: int, outer: int) -> tuple[Value, tuple[int, int]]:
         before = set(value.size)
@@ -86,7 +86,7 @@ class Engine(Combine):
         if letter in value.pinned and index.size > 1:
             pinned.add(made)
         axes = tuple(((made,) if index.size > 1 else ()) if k == axis else a for k, a in enumerate(value.axes))
-        return Value(axes, size, factors, pinned)
+        return Value(axes, size, factors, pinned, chosen=value.chosen)
 
     def piece(self, value: Value, axis: int, index: np.ndarray) -> Value:
         """`take` that singles out its positions only when the piece is used for anything but to be joined again."""
@@ -123,16 +123,16 @@ class Engine(Combine):
         rest = [f for f in both.factors if not inner & set(f.letters)]
         parts = [[f for f in both.factors if set(a) & set(f.letters)] for a in own]
         pinned = both.pinned - inner
-        size_out = {c: n for c, n in size.items() if c not in inner} | {made: total}
+        size_out = {c: n for c, n in both.size.items() if c not in inner} | {made: total}
         axes_out = tuple((made,) if k == axis else a for k, a in enumerate(axes))
         if not any(parts) and all(set(a) <= both.pinned for a in own) and len(set(map(id, same))) == len(same):
-            return Value(axes_out, size_out, rest, pinned | {made})
+            return Value(axes_out, size_out, rest, pinned | {made}, chosen=both.chosen)
         joint = self._join_segments(both, own, parts, lengths, same, made)
         if joint is not None and joint.letters == (made,) and self._all_fixed(joint.labels):
-            return Value(axes_out, size_out, rest, pinned | {made})
+            return Value(axes_out, size_out, rest, pinned | {made}, chosen=both.chosen)
         if joint is not None:
             rest.append(joint)
-        return Value(axes_out, size_out, rest, pinned)
+        return Value(axes_out, size_out, rest, pinned, chosen=both.chosen)
 
     def _all_fixed(self, labels: np.ndarray) -> bool:
         """Whether labels are distinct and none of them can move: then they say no more than the coordinate."""

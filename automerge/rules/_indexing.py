@@ -14,26 +14,44 @@ from automerge.rules._engine import Engine
 from automerge.rules._movement import gathered, without_axis
 from automerge.rules._reduction import axes_of, fits, normalised
 from automerge.rules._registry import Context, rule
-from automerge.rules._value import Factor, Value, copy_letters, plain
+from automerge.rules._value import Factor, Value, copy_letters, plain, rename
 
 
 def looked_up(engine: Engine, table: Value, axis: int, index: Value, reason: str) -> Value:
     """``table`` read along one axis at data-dependent positions; the index's axes take its place.
 
-    That axis is pinned, unless the index points into exactly it (a codebook and its nearest entry).
+    That axis is pinned, unless the index points into exactly it (a codebook and its nearest entry; experts and the best
+    of their scores). What is read stays joint with the choice, so that every entry may have an order of its own.
     """
     points = points_into(engine, table, axis, index)
+    source = index
     if points is not None:
         table, index = tie_axis(engine, table, axis, points), bare(index)
     else:
-        table = engine.pin_letters(table, set(table.axes[axis]), reason)
         index.settle()
-    rest = engine.reduce(table, set(table.axes[axis]))
-    n = len(index.axes)
-    shaped = rest.with_axes((*rest.axes[:axis], *((),) * n, *rest.axes[axis + 1 :]))
-    tail = len(rest.axes) - axis - 1
-    wide = index.with_axes((*index.axes, *((),) * tail))
-    return engine.elementwise([shaped, copy_letters(wide)])
+    table, letter = engine.merge_axis(table, axis)
+    if points is None and letter is not None:
+        table = engine.fix_letter(table, letter, reason)
+    if letter is not None and not _worth_a_choice(engine, table, letter, source, points):
+        table, letter = engine.reduce(table, {letter}), None
+    lead, tail = table.axes[:axis], table.axes[axis + 1 :]
+    where = copy_letters(index)
+    where = where.with_axes((*((),) * len(lead), *where.axes, *((),) * len(tail)))
+    if letter is None:
+        return engine.elementwise([table.with_axes((*lead, *((),) * len(index.axes), *tail)), where])
+    table = rename(table, {letter: engine.choice(source)})
+    axes = (*lead, *where.axes[len(lead) : len(where.axes) - len(tail)], *tail)
+    size = table.size | where.size
+    chosen = {engine.choice(source): tuple(c for axis in where.axes for c in axis)}
+    read = Value(axes, size, table.factors, table.pinned, chosen=chosen)
+    return engine.combine([read, where], axes, {c: size[c] for a in axes for c in a})
+
+
+def _worth_a_choice(engine: Engine, table: Value, letter: int, index: Value, points: np.ndarray | None) -> bool:
+    """Whether the entries of a table may have orders of their own: weights, or what is read where weights were."""
+    others = {c for f in table.factors for c in f.letters if letter not in f.letters}
+    joint = any(letter in f.letters and len(f.letters) > 1 for f in table.factors)
+    return joint or id(index) in engine.choices or len(others) >= (1 if points is not None else 2)
 
 
 def constant_index(value: Any) -> np.ndarray | None:
@@ -145,10 +163,7 @@ def points_into(engine: Engine, x: Value, dim: int, index: Value) -> np.ndarray 
     points = index.points
     if points is None or x.shape[dim] != points.size:
         return None
-    touching = [f for f in x.factors if set(f.letters) & set(x.axes[dim])]
-    if set(x.axes[dim]) & x.pinned or any(not set(f.letters) <= set(x.axes[dim]) for f in touching):
-        return None
-    return points
+    return None if set(x.axes[dim]) & x.pinned else points
 
 
 @rule("gather", "take_along_dim", carries=True)
@@ -180,7 +195,11 @@ def bare(value: Value) -> Value:
 
 
 def tie_axis(engine: Engine, x: Value, dim: int, labels: np.ndarray) -> Value:
-    """Give an axis (as one letter) the labels, tied to those it has."""
+    """Give an axis (as one letter) the labels of the one that an index points into, tied to those it has."""
+    engine.notes[
+        f"{engine.axes.where}: entries chosen by the largest or smallest of some scores are interchangeable as long as no "
+        "two of those scores are exactly equal (the first of equals wins)"
+    ] = None
     x, letter = engine.merge_axis(x, dim)
     if letter is None:
         return x

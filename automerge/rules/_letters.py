@@ -15,10 +15,18 @@ class Letters:
 
     Attributes:
         axes: the vertices and their relations.
+        notes: what a reader of the answer must know.
+        choices: index tensor (by identity) -> the letter of what is read at its positions, and the tensor to keep it alive.
     """
 
     def __init__(self) -> None:
         self.axes = Axes()
+        self.notes: dict[str, None] = {}
+        self.choices: dict[int, tuple[int, Value]] = {}
+
+    def choice(self, index: Value) -> int:
+        """The letter of everything that is read at the positions which an index tensor gives."""
+        return self.choices.setdefault(id(index), (new_letter(), index))[0]
 
     def make_injective(self, factors: list[Factor], i: int) -> Factor:
         """See to it that factor i of a value names no vertex twice, with a fresh vertex per position if it does."""
@@ -46,11 +54,18 @@ class Letters:
             elif inside:
                 self._mark_coordinates(self.make_injective(factors, i), inside, reason)
         factors = [f for f in factors if not set(f.letters) <= letters]
-        return Value(value.axes, value.size, factors, value.pinned | letters)
+        return Value(value.axes, value.size, factors, value.pinned | letters, chosen=value.chosen)
 
     def pin_factor(self, factor: Factor, reason: str) -> None:
         """Fix every vertex of a factor."""
         self.axes.pin(factor.labels, reason)
+
+    def fix_letter(self, value: Value, letter: int, reason: str) -> Value:
+        """Pin one letter in a way that still shows which parameter's axis it is, so that others may be split by it."""
+        own = [f for f in value.factors if f.letters == (letter,)]
+        for f in own:
+            self.pin_factor(f, reason)
+        return value if own and letter not in value.pinned else self.pin_letters(value, {letter}, reason)
 
     def _mark_coordinates(self, factor: Factor, letters: Sequence[int], reason: str) -> None:
         shape = factor.labels.shape
@@ -61,10 +76,6 @@ class Letters:
             view[k] = shape[k]
             at = at * shape[k] + np.arange(shape[k]).reshape(view)
         self.axes.mark(factor.labels, at)
-
-    def pin_all(self, value: Value, reason: str) -> Value:
-        """Give every coordinate of a tensor a meaning."""
-        return self.pin_letters(value, set(value.size), reason)
 
     def merge_axis(self, value: Value, axis: int) -> tuple[Value, int | None]:
         """Make one axis a single letter; returns the value and the letter (None when the axis has length one)."""
@@ -94,22 +105,23 @@ class Letters:
             else:
                 axes.append(axis)
         pinned = value.pinned - inside
+        chosen = {c: _merged(by, letters, one) for c, by in value.chosen.items()}
         if pins and not touched and pins != inside:  # copies of pinned positions stay copies
             fixed = tuple(c for c in letters if c in pins)
             labels = self.axes.fresh(tuple(value.size[c] for c in fixed))
             self.axes.pin(labels, "joined with a pinned axis")
             whole = spread(Factor(fixed, labels), letters, value.size)
-            return Value(tuple(axes), size, [*rest, Factor((one,), whole.reshape(-1).copy())], pinned)
+            return Value(tuple(axes), size, [*rest, Factor((one,), whole.reshape(-1).copy())], pinned, chosen=chosen)
         if pins == inside:
             rest += [self._over_merged(value, f, letters, one) for f in touched if set(f.letters) - inside]
-            return Value(tuple(axes), size, rest, pinned | {one})
+            return Value(tuple(axes), size, rest, pinned | {one}, chosen=chosen)
         if touched:
             joint = self._joint(value, touched, pins)
             outer = tuple(c for c in joint.letters if c not in inside)
             full = spread(joint, (*outer, *letters), value.size)
             labels = np.ascontiguousarray(full).reshape([*(value.size[c] for c in outer), total])
             rest.append(Factor((*outer, one), labels))
-        return Value(tuple(axes), size, rest, pinned)
+        return Value(tuple(axes), size, rest, pinned, chosen=chosen)
 
     def _over_merged(self, value: Value, factor: Factor, letters: tuple[int, ...], one: int) -> Factor:
         """A factor that is joint with pinned letters, over the product of those letters."""
@@ -161,3 +173,11 @@ class Letters:
             axes.append(letters)
             size.update({c: out[who[0]].size[c] for c in letters})
         return out, tuple(axes), size
+
+
+def _merged(by: tuple[int, ...], letters: tuple[int, ...], one: int) -> tuple[int, ...]:
+    """Where a run of letters became one, in the letters that a place depends on; other orders stay as they are."""
+    for k in range(len(by)):
+        if by[k : k + len(letters)] == letters:
+            return (*by[:k], one, *by[k + len(letters) :])
+    return by

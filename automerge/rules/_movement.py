@@ -29,13 +29,14 @@ def view(context: Context, x: Value, *_: Any, **__: Any) -> Value:
 @rule("clone", "contiguous", "alias", "detach", "_to_copy", "to", "lift_fresh", "lift_fresh_copy", "positive", "dropout",
       "conj", "_conj", "conj_physical", "resolve_conj", "resolve_neg", "_to_dense", carries=True)  # fmt: skip
 def identity(context: Context, x: Value, *_: Any, **__: Any) -> Value:
-    out = Value(x.axes, dict(x.size), list(x.factors), set(x.pinned), origin=x.origin)
+    out = x.with_axes(x.axes)
+    out.origin = x.origin
     return out.carry(x)
 
 
 def permuted(x: Value, order: Sequence[int]) -> Value:
     """The value with its axes in another order."""
-    return Value(tuple(x.axes[d] for d in order), dict(x.size), list(x.factors), set(x.pinned)).carry(x)
+    return x.with_axes(x.axes[d] for d in order).carry(x)
 
 
 @rule("permute", carries=True)
@@ -68,7 +69,7 @@ def expanded(x: Value, shape: Sequence[int]) -> Value:
             size[letter] = int(n)
             letters = (letter,)
         axes.append(letters)
-    return Value(tuple(axes), size, list(x.factors), set(x.pinned)).carry(x)
+    return Value(tuple(axes), size, list(x.factors), set(x.pinned), chosen=x.chosen).carry(x)
 
 
 @rule("expand", "expand_as", "broadcast_to", carries=True)
@@ -88,7 +89,7 @@ def repeat(context: Context, x: Value, repeats: Sequence[int]) -> Value:
         elif n == 0:
             raise Unruled("empty repeat")
         axes.append(letters)
-    return Value(tuple(axes), size, list(wide.factors), set(wide.pinned))
+    return Value(tuple(axes), size, list(wide.factors), set(wide.pinned), chosen=wide.chosen)
 
 
 @rule("repeat_interleave")
@@ -98,7 +99,8 @@ def repeat_interleave(context: Context, x: Value, repeats: Any, dim: int | None 
     letter = new_letter()
     axes = list(x.axes)
     axes[dim] = (*axes[dim], letter) if repeats > 1 else axes[dim]
-    return Value(tuple(axes), dict(x.size) | ({letter: repeats} if repeats > 1 else {}), list(x.factors), set(x.pinned))
+    size = x.size | ({letter: repeats} if repeats > 1 else {})
+    return Value(tuple(axes), size, list(x.factors), set(x.pinned), chosen=x.chosen)
 
 
 def without_axis(x: Value, axis: int) -> Value:
@@ -130,11 +132,12 @@ def select(context: Context, x: Value, dim: int, index: int) -> Value:
     return without_axis(taken, dim).carry(taken)
 
 
-@rule("flip")
+@rule("flip", carries=True)
 def flip(context: Context, x: Value, dims: Sequence[int]) -> Value:
+    out = x
     for d in dims:
-        x = context.engine.take(x, d % len(x.axes), np.arange(x.shape[d])[::-1])
-    return x
+        out = context.engine.take(out, d % len(x.axes), np.arange(x.shape[d])[::-1])
+    return out if out is x else out.carry(x)
 
 
 @rule("roll")

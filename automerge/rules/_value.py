@@ -7,6 +7,10 @@ L(i) for the tuple of labels that the factors give to position i, the claim that
     and for every group element g:  x_after[i'] = x_before[i]  whenever  L(i') = g L(i)  and pinned letters agree;
 
 moreover g maps the set of labels that occur onto itself. A letter without factor or pin is one along which x is constant.
+
+A *chosen* letter is on no axis: x is a larger tensor, for which the claim holds, read at one place of that letter which
+depends on data and on the coordinates of other letters (an expert's weights for every token). Two values that were read
+at the same places share the letter, so that what is joint with it keeps its own order in every expert.
 """
 
 from __future__ import annotations
@@ -46,6 +50,7 @@ class Value:
         points: for an index tensor: its entries are positions along an axis with these labels.
         obligations: constraints to be made unless a later rule shows that they are not needed (the pieces of a slice
             are joined again; a position is only used to read from the axis that it came from).
+        chosen: letter on no axis -> the letters on whose coordinates its place depends.
     """
 
     axes: tuple[tuple[int, ...], ...]
@@ -56,6 +61,7 @@ class Value:
     origin: tuple[Value, int, np.ndarray] | None = None
     points: np.ndarray | None = None
     obligations: list[Callable[[], None]] = field(default_factory=list)
+    chosen: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     def settle(self) -> Value:
         """Meet the obligations: called before any rule that is not known to carry them."""
@@ -86,8 +92,9 @@ class Value:
     def with_axes(self, axes: Iterable[Sequence[int]]) -> Value:
         """The same content under other axes; letters that vanish must be constant ones."""
         new = tuple(tuple(a) for a in axes)
-        keep = {c for a in new for c in a}
-        return Value(new, {c: self.size[c] for c in keep}, list(self.factors), self.pinned & keep)
+        keep = {c for a in new for c in a} | set(self.chosen)
+        size = {c: self.size[c] for c in keep}
+        return Value(new, size, list(self.factors), self.pinned & keep, chosen=self.chosen)
 
 
 class ConstantValue(Value):
@@ -96,7 +103,7 @@ class ConstantValue(Value):
     def __init__(self, data: Any, make: Callable[[tuple[tuple[int, ...], ...]], tuple[list[Factor], set[int]]]) -> None:
         empty = plain(data.shape)
         self.axes, self.size, self.data = empty.axes, empty.size, data
-        self.origin, self.points, self.obligations = None, None, []
+        self.origin, self.points, self.obligations, self.chosen = None, None, [], {}
         self._make = make
         self._made: tuple[list[Factor], set[int]] | None = None
 
@@ -171,7 +178,8 @@ def split_letter(value: Value, letter: int, sizes: Sequence[int]) -> Value:
         if reduced is not None:
             factors.append(reduced)
     pinned = (value.pinned - {letter}) | (set(keep) if letter in value.pinned else set())
-    return Value(axes, size, factors, pinned)
+    chosen = {c: tuple(q for b in by for q in (keep if b == letter else [b])) for c, by in value.chosen.items()}
+    return Value(axes, size, factors, pinned, chosen=chosen)
 
 
 def rename(value: Value, names: dict[int, int]) -> Value:
@@ -185,12 +193,13 @@ def rename(value: Value, names: dict[int, int]) -> Value:
         {get(c): n for c, n in value.size.items()},
         [Factor(tuple(get(c) for c in f.letters), f.labels) for f in value.factors],
         {get(c) for c in value.pinned},
+        chosen={get(c): tuple(get(b) for b in by) for c, by in value.chosen.items()},
     )
 
 
 def copy_letters(value: Value) -> Value:
     """The value under new letters, so that it can stand beside itself in one operator."""
-    return rename(value, {c: new_letter() for c in value.size})
+    return rename(value, {c: new_letter() for c in value.size if c not in value.chosen})
 
 
 def spread(factor: Factor, letters: Sequence[int], size: dict[int, int]) -> np.ndarray:

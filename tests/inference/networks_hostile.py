@@ -576,6 +576,45 @@ def _route_gather(s: Any, x: Any) -> Any:
     return s.out((torch.einsum("bkh,bkhd->bkd", hidden, s.b[index]) * weight[..., None]).sum(1))
 
 
+def _route(first: Callable[..., Any], second: Callable[..., Any]) -> Callable[..., Any]:
+    """Experts read twice, each time with something done to what was read."""
+
+    def forward(s: Any, x: Any) -> Any:
+        h = s.i(x)
+        weight, index = s.g(h).softmax(-1).topk(2, -1)
+        hidden = torch.einsum("bd,bkdh->bkh", h, first(s.a, index)).relu()
+        return s.out((torch.einsum("bkh,bkhd->bkd", hidden, second(s.b, index)) * weight[..., None]).sum(1))
+
+    return forward
+
+
+def _route_early_sum(s: Any, x: Any) -> Any:
+    h = s.i(x)
+    index = s.g(h).softmax(-1).topk(2, -1)[1]
+    hidden = torch.einsum("bd,bkdh->bkh", h, s.a[index]).relu().sum(1)
+    return s.out(torch.einsum("bh,bhd->bd", hidden, s.b[index][:, 0]))
+
+
+def _route_two_ranks(s: Any, x: Any) -> Any:
+    h = s.i(x)
+    index = s.g(h).softmax(-1).topk(2, -1)[1]
+    hidden = torch.einsum("bd,bdh->bh", h, s.a[index][:, 0]).relu()
+    return s.out(torch.einsum("bh,bhd->bd", hidden, s.b[index][:, 1]))
+
+
+def _route_first(s: Any, x: Any) -> Any:
+    h = s.i(x)
+    index = s.g(h).argmax(-1)
+    hidden = torch.einsum("bd,bdh->bh", h, s.a[index]) + s.c[index]
+    gate, up = hidden.chunk(2, -1)
+    return s.out(torch.bmm((gate.relu() * up)[:, None], s.b[index])[:, 0])
+
+
+def _route_given(s: Any, x: Any, index: Any) -> Any:
+    hidden = torch.einsum("bd,bdh->bh", s.i(x), s.a[index]).relu()
+    return s.out(torch.einsum("bh,bhd->bd", hidden, s.b[index]))
+
+
 def _route_mask(s: Any, x: Any) -> Any:
     h = s.i(x)
     score = s.g(h)
@@ -613,7 +652,37 @@ add(
     a=par(3, 5, 7),
     b=par(3, 7, 5),
     out=lin(5, 2),
-    missing="weights looked up by top-k: experts are interchangeable, and each has its own order",
+)
+_EXPERTS: dict[str, Any] = {"i": lin(4, 5), "g": lin(5, 3), "a": par(3, 5, 7), "b": par(3, 7, 5), "out": lin(5, 2)}
+_read = lambda w, index: w[index]  # noqa: E731
+add("ExpertsReadFlipped", "3 7 5x2", (x,), _route(_read, lambda w, index: w[index].flip(1)), **_EXPERTS)
+add("ExpertsReadAtFlipped", "3 7 5x2", (x,), _route(_read, lambda w, index: w[index.flip(1)]), **_EXPERTS)
+add("ExpertsReadTransposed", "3 7 5x2", (x[:2],), _route(_read, lambda w, index: w[index].transpose(0, 1)), **_EXPERTS)
+add("ExpertsReadTwice", "3 7x3 5x2", (x,), _route(_read, lambda w, index: w[index].flip(1).flip(1)), **_EXPERTS,
+    missing="what is done to a choice and undone again")  # fmt: skip
+add("ExpertsSummedEarly", "3 7 5x2", (x,), _route_early_sum, **_EXPERTS)
+add("ExpertsOfTwoRanks", "3 7 5x2", (x,), _route_two_ranks, **_EXPERTS)
+add(
+    "ExpertsOfTheBest",
+    "3 7x3 5x2",
+    (x,),
+    _route_first,
+    i=lin(4, 5),
+    g=lin(5, 3),
+    a=par(3, 5, 14),
+    c=par(3, 14),
+    b=par(3, 7, 5),
+    out=lin(5, 2),
+)
+add(
+    "ExpertsGiven",
+    "7x3 5x2",
+    (x, torch.tensor([2, 0] * (len(x) // 2) + [1] * (len(x) % 2))),
+    _route_given,
+    i=lin(4, 5),
+    a=par(3, 5, 7),
+    b=par(3, 7, 5),
+    out=lin(5, 2),
 )
 add(
     "ExpertsMasked",

@@ -198,6 +198,30 @@ def ordered(p, h):
     return h.sort(-1).values
 
 
+@step
+def experts(p, h):
+    """Weights read at the best of some scores, once or twice, and what is read moved about in between."""
+    count, hidden, n = 3, p.draw([2, 3]), h.shape[-1]
+    up, down = p.weight(count, n, hidden), p.weight(count, hidden, p.draw([4, 6]))
+    index = (p.linear(h, count) + p.weight(count)).topk(2, -1).indices  # biased: no ties
+    first, second = up[index], down[index if p.draw([True, True, False]) else index.flip(-1)]
+    y = torch.einsum("...d,...kdh->...kh", h, first).relu()
+    if p.draw([True, False]):
+        y = y + p.weight(count, hidden)[index]
+    if p.draw([False, False, True]):
+        y, second = (y.flip(-2), second) if p.draw([True, False]) else (y[..., :1, :], second[..., 1:, :, :])
+    if p.draw([False, False, True]):
+        y = y.sum(-2, keepdim=True).expand_as(y)
+    if h.ndim == 3 and p.draw([False, True]):
+        y = y.flip(1)
+    return torch.einsum("...kh,...khd->...d", y, second)
+
+
+@step
+def table(p, h):
+    return p.weight(5, p.draw([4, 6]))[(p.linear(h, 5) + p.weight(5)).argmax(-1)]
+
+
 # -------------------------------------------------------------------- the width as a product
 def grid(p, h):
     k = p.factor(h.shape[-1])
