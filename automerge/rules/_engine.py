@@ -98,7 +98,7 @@ class Engine(Combine):
         del self.axes.marks[before:]
         out.points = value.points
         out.obligations = [lambda: self.axes.marks.extend(marks), *value.obligations] if marks else value.obligations
-        out.origin = (value, axis, np.asarray(index))
+        out.origin = (value, axis, np.asarray(index), ())
         return out
 
     def concatenate(self, values: Sequence[Value], axis: int, same: Sequence[object]) -> Value:

@@ -11,7 +11,7 @@ import torch
 
 from automerge.rules._axes import Unruled
 from automerge.rules._engine import Engine
-from automerge.rules._registry import Context, rule
+from automerge.rules._registry import Context, function_name, rule
 from automerge.rules._value import Factor, Value, drop_constant, new_letter, plain
 
 
@@ -29,6 +29,9 @@ def view(context: Context, x: Value, *_: Any, **__: Any) -> Value:
 @rule("clone", "contiguous", "alias", "detach", "_to_copy", "to", "lift_fresh", "lift_fresh_copy", "positive", "dropout",
       "conj", "_conj", "conj_physical", "resolve_conj", "resolve_neg", "_to_dense", carries=True)  # fmt: skip
 def identity(context: Context, x: Value, *_: Any, **__: Any) -> Value:
+    name = context.node.target.overloadpacket.__name__
+    if x.origin is not None and name not in ("clone", "contiguous", "alias", "detach", "lift_fresh", "dropout"):
+        return x.after(function_name(context.node))  # another type rounds, a conjugate differs
     out = x.with_axes(x.axes)
     out.origin = x.origin
     return out.carry(x)
@@ -178,7 +181,7 @@ def cat(context: Context, tensors: Sequence[Value], dim: int = 0) -> Value:
         return pairs[0][0]
     dim %= len(pairs[0][0].axes)
     origins = [v.origin for v, _ in pairs]
-    if all(o is not None and o[0] is origins[0][0] and o[1] == dim for o in origins):  # type: ignore[index]
+    if all(o is not None and o[0] is origins[0][0] and o[1] == dim and o[3] == origins[0][3] for o in origins):  # type: ignore[index]
         whole = origins[0][0]  # type: ignore[index]
         return context.engine.take(whole.settle(), dim, np.concatenate([o[2] for o in origins]))  # type: ignore[index]
     for v, _ in pairs:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from automerge._opaque import CLASSES, OpaqueModule
 from automerge.rules._engine import Engine
@@ -118,7 +118,7 @@ def find_rule(target: Any) -> Rule | None:
 
 def carries(target: Any) -> bool:
     """Whether an operator's rule sees to the obligations of its operands."""
-    return operator_name(target) in _CARRYING
+    return operator_name(target) in _CARRYING or find_rule(target) is pointwise
 
 
 def values_in(args: Sequence[Any]) -> list[Value]:
@@ -136,4 +136,17 @@ def values_in(args: Sequence[Any]) -> list[Value]:
 
 def pointwise(context: Context, *args: Any, **kwargs: Any) -> Value:
     """A function of the operands at the same broadcast position."""
-    return context.engine.elementwise(values_in([*args, *kwargs.values()]))
+    values = values_in([*args, *kwargs.values()])
+    tags = getattr(context.node.target, "tags", ())
+    if (
+        all(v is values[0] for v in values)
+        and values[0].origin is not None
+        and torch.Tag.nondeterministic_seeded not in tags
+    ):
+        return values[0].after(function_name(context.node))
+    return context.engine.elementwise([v.settle() for v in values])
+
+
+def function_name(node: fx.Node) -> str:
+    """An operator and its arguments but for the tensor: equal for equal functions of one tensor."""
+    return repr((str(node.target), [None if isinstance(a, fx.Node) else a for a in node.args], dict(node.kwargs)))

@@ -46,7 +46,7 @@ class Value:
         factors: the factors.
         pinned: letters whose coordinate means itself.
         data: the tensor itself, if it depends on nothing but constants.
-        origin: for a slice: the value it was taken from, the axis and the positions.
+        origin: for a slice: the value it was taken from, the axis, the positions, and the functions applied since.
         points: for an index tensor: its entries are positions along an axis with these labels.
         obligations: constraints to be made unless a later rule shows that they are not needed (the pieces of a slice
             are joined again; a position is only used to read from the axis that it came from).
@@ -58,7 +58,7 @@ class Value:
     factors: list[Factor] = field(default_factory=list)
     pinned: set[int] = field(default_factory=set)
     data: Any = None
-    origin: tuple[Value, int, np.ndarray] | None = None
+    origin: tuple[Value, int, np.ndarray, tuple[str, ...]] | None = None
     points: np.ndarray | None = None
     obligations: list[Callable[[], None]] = field(default_factory=list)
     chosen: dict[int, tuple[int, ...]] = field(default_factory=dict)
@@ -74,6 +74,14 @@ class Value:
         """Take over what another value promises, for rules that leave its entries as they are."""
         self.points, self.obligations = other.points, other.obligations
         return self
+
+    def after(self, function: str) -> Value:
+        """A slice after a function of its entries: it can still be joined with others after the same function."""
+        out = self.with_axes(self.axes)
+        assert self.origin is not None
+        out.origin = (*self.origin[:3], (*self.origin[3], function))
+        out.obligations = self.obligations
+        return out
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -321,7 +321,38 @@ add(
     lambda s, x: s.out(torch.cat([t.relu() for t in s.a(x).split(3, 1)], 1)),
     a=lin(4, 6),
     out=lin(6, 2),
-    missing="a slice singles its positions out even if all slices meet again",
+)
+add(
+    "SplitSquareAndJoin",
+    "6",
+    (x,),
+    lambda s, x: s.out(torch.cat([(t * t).clamp(max=2.0) + 1 for t in s.a(x).chunk(2, 1)], 1)),
+    a=lin(4, 6),
+    out=lin(6, 2),
+)
+add(
+    "SplitAndJoinUnequal",
+    "3x2",
+    (x,),
+    lambda s, x: s.out(torch.cat([t.clamp(max=float(k)) for k, t in enumerate(s.a(x).split(3, 1))], 1)),
+    a=lin(4, 6),
+    out=lin(6, 2),
+)
+add(
+    "SplitRoundedAndJoined",
+    "3x2",
+    (x,),
+    lambda s, x: s.out(torch.cat([(h := s.a(x))[:, :3].to(torch.bfloat16).to(x), h[:, 3:]], 1)),
+    a=lin(4, 6),
+    out=lin(6, 2),
+)
+add(
+    "SplitAndJoinHalf",
+    "3x2",
+    (x,),
+    lambda s, x: s.out(torch.cat([(h := s.a(x))[:, :3].relu(), h[:, 3:]], 1)),
+    a=lin(4, 6),
+    out=lin(6, 2),
 )
 add(
     "RollByHand",
