@@ -14,7 +14,18 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
+from automerge._tree_io import map_tensors, tensors_of
+
 aten = torch.ops.aten
+
+
+def shadow(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor on the meta device with the same shape, type and place in a storage of the same size."""
+    if tensor.is_meta or tensor.layout is not torch.strided:
+        return tensor
+    storage = torch.UntypedStorage(tensor.untyped_storage().nbytes(), device="meta")
+    empty = torch.empty(0, dtype=tensor.dtype, device="meta")
+    return empty.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 class _Base:
@@ -29,7 +40,7 @@ class _Base:
         """Before a write: give every node that shares the storage an example value of its own."""
         for node in self.live:
             value = node.meta.get("val")
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and not value.is_meta:
                 node.meta["val"] = value.detach().clone()
         self.live.clear()
 
@@ -57,7 +68,7 @@ class Tracked:
         self.base.live.append(node)
 
     def view(self, op: Any, args: Any, kwargs: Any, item: int | None, node: fx.Node, value: torch.Tensor) -> Tracked:
-        """The entry of a view of this tensor."""
+        """The entry of a view of this tensor; ``value`` is the view, or what its node keeps of it."""
         step = _Step(op, tuple(args[1:]), dict(kwargs), item, self.node.meta["val"], value)
         return Tracked(node, self.base, (*self.chain, step))
 
@@ -87,6 +98,9 @@ def computed(
     The live tensor shares memory that may be written again; it only serves where the operator depends on memory layout.
     """
     values, named = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+    if any(t.is_meta for t in tensors_of((values, named, live))):
+        values, named = map_tensors(lambda _, t: shadow(t), values), map_tensors(lambda _, t: shadow(t), named)
+        live = None if live is None else shadow(live)
     if "as_strided" in str(target) and live is not None:
         if "scatter" not in str(target):
             return recorder.emit(target, args, kwargs, live.detach().clone())
@@ -112,7 +126,8 @@ def write(recorder: Any, func: Any, args: Any, kwargs: Any, node_args: Any, node
     if functional is None:
         nodes = [recorder.emit(func, node_args, node_kwargs, v) for v in values]
     elif len(targets) == 1:
-        nodes = [recorder.emit(functional, node_args, plain_kwargs, values[0].clone())]
+        nodes = [recorder.emit(functional, node_args, plain_kwargs, values[0])]
+        nodes[0].meta["val"] = recorder.example(nodes[0], nodes[0].meta["val"], own=True)
     else:
         whole = recorder.emit(functional, node_args, plain_kwargs, None)
         nodes = [recorder.emit(operator.getitem, (whole, i), {}, v) for i, v in enumerate(values)]
@@ -120,7 +135,7 @@ def write(recorder: Any, func: Any, args: Any, kwargs: Any, node_args: Any, node
         assign(recorder, recorder._lookup(target), node, target)
     returned = out if isinstance(out, list | tuple) else [out]
     for value in returned:
-        if isinstance(value, torch.Tensor) and id(value) not in recorder.tracked:
+        if isinstance(value, torch.Tensor) and not recorder.knows(value):
             recorder._register(value, recorder._lookup(value))
     return out
 
@@ -132,8 +147,11 @@ def _retarget(recorder: Any, func: Any, args: Any, node_args: Any, node_kwargs: 
     """An operator that changes a tensor's own shape: the object becomes a view of what it was."""
     functional, _ = functional_of(func)
     before = recorder._lookup(args[0])
-    node = recorder.emit(functional, node_args, node_kwargs, out.detach().clone())
-    recorder._register(args[0], before.view(functional, node_args, node_kwargs, None, node, out))
+    node = recorder.emit(functional, node_args, node_kwargs, out)
+    node.meta["val"] = recorder.example(node, node.meta["val"], own=True)
+    recorder._register(
+        args[0], before.view(functional, node_args, node_kwargs, None, node, recorder.example(node, out))
+    )
     return out
 
 

@@ -54,7 +54,7 @@ def infer(
         [8]
     """
     start = time.perf_counter()
-    graph = trace(model, args, kwargs)
+    graph = trace(model, args, kwargs, values=False)
     traced = time.perf_counter()
     symmetry, _ = infer_graph(graph)
     if strict and symmetry.unruled:
@@ -97,6 +97,8 @@ def infer_graph(graph: fx.GraphModule) -> tuple[Symmetry, Analysis]:
             dropped += 1
         else:
             generators.append(made)
+            analysis.units.append(units.table)
+    analysis.united = structure.index
     unused = [n for n in shapes if n not in analysis.states]
     symmetry = Symmetry(
         shapes=shapes,

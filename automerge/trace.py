@@ -17,13 +17,15 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import module as _nn_module
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils.weak import TensorWeakRef
 
-from automerge._aliases import Tracked, read, write
+from automerge._aliases import Tracked, read, shadow, write
 from automerge._errors import TraceError
 from automerge._opaque import opaque_modules
 from automerge._tree_io import map_tensors, tensors_of
@@ -71,7 +73,9 @@ def normalise_args(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[A
     return positional, dict(kwargs or {})
 
 
-def trace(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) -> fx.GraphModule:
+def trace(
+    model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None, *, values: bool = True
+) -> fx.GraphModule:
     """Record one forward pass as a graph of ATen operators.
 
     The model runs once in eval mode without gradients; its mode, parameters and buffers are left as they were.
@@ -80,6 +84,8 @@ def trace(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) 
         model: any module that runs forward.
         args: a tensor, or a tuple or list of positional inputs (they may nest).
         kwargs: keyword inputs.
+        values: whether nodes keep their example values. Without, what depends on inputs or float parameters is kept as a
+            tensor on the meta device (shape, dtype, strides), so that activations are freed as the model runs.
 
     Returns:
         A GraphModule. Its placeholders are the state-dict tensors (once per tied tensor) and then the input tensors; every
@@ -100,7 +106,7 @@ def trace(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) 
         )
     positional, keywords = normalise_args(args, kwargs)
     _check_traceable(model, (positional, keywords))
-    recorder = _Recorder(model)
+    recorder = _Recorder(model, values)
     positional, keywords = recorder.add_inputs(positional, keywords)
     with prepared(model), recorder.watch_modules():
         try:
@@ -141,13 +147,15 @@ def record(
 ) -> fx.GraphModule:
     """Record a function of tensors; its nodes all carry the given module path and source line.
 
+    A tensor on the meta device stands for any values: zeros take its place.
+
     Raises:
         TraceError: if no tensor comes out.
     """
-    recorder = _Recorder(nn.Module())
+    recorder = _Recorder(nn.Module(), values=False)
     copies = []
     for i, tensor in enumerate(tensors):
-        copies.append(tensor.detach().clone())
+        copies.append(_materialised(tensor))
         recorder._placeholder(f"arg{i}", copies[-1], "input")
     with torch.no_grad(), recorder:
         result = function(*copies)
@@ -155,6 +163,12 @@ def record(
     for node in graph.graph.nodes:
         node.meta.update(module=module, source=source)
     return graph
+
+
+def _materialised(tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.is_meta:
+        return tensor.detach().clone()
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).zero_()
 
 
 @contextlib.contextmanager
@@ -208,18 +222,20 @@ def _put_back(module: nn.Module, attributes: dict[str, Any]) -> None:
 class _Recorder(TorchDispatchMode):
     """Writes every dispatched operator into an fx graph; in-place operators become functional ones."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, values: bool) -> None:
         super().__init__()
+        self.values = values
         self.graph = fx.Graph()
         self.root = nn.Module()
         self.info = TraceInfo()
         self.paths = {id(m): name for name, m in model.named_modules()}
         self.stack: list[str] = []
-        self.tracked: dict[int, Tracked] = {}
-        self.layouts: dict[tuple[Any, ...], Tracked] = {}
-        self.registered: dict[int, tuple[Any, ...]] = {}
+        # by identity and by place in memory; tensors die while the model runs, and both are given out again
+        self.tracked: dict[int, tuple[TensorWeakRef, Tracked, tuple[Any, ...] | None]] = {}
+        self.layouts: dict[tuple[Any, ...], tuple[StorageWeakRef, Tracked]] = {}
         self.alive: list[torch.Tensor] = []
         self.tainted: set[fx.Node] = set()
+        self.varying: set[fx.Node] = set()
         self.states: list[tuple[torch.Tensor, fx.Node]] = []
         self._add_state(model)
 
@@ -234,8 +250,8 @@ class _Recorder(TorchDispatchMode):
             key = (id(tensor),) if tensor.numel() == 0 else _layout(tensor)
             if key in first:
                 self.info.aliases[name] = first[key]
-                self.tracked.setdefault(id(tensor), self.layouts.get(key) or self.tracked[id(tensor)])
-                self.alive.append(tensor)
+                if id(tensor) not in self.tracked:
+                    self._register(tensor, self.layouts[key][1])
                 continue
             first[key] = name
             node = self._placeholder(name, tensor, "state")
@@ -256,7 +272,10 @@ class _Recorder(TorchDispatchMode):
         node = self.graph.placeholder(word if word[0].isalpha() else f"{kind}_{word}")
         node.meta.update(val=tensor.detach(), kind=kind, name=name, module="", source="")
         self._register(tensor, Tracked(node))
+        self.alive.append(tensor)
         self.tainted.add(node)
+        if kind == "input" or tensor.is_floating_point() or tensor.is_complex():
+            self.varying.add(node)
         return node
 
     def add_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -295,23 +314,32 @@ class _Recorder(TorchDispatchMode):
 
     # ------------------------------------------------------------ tensors and nodes
     def _register(self, tensor: torch.Tensor, tracked: Tracked) -> None:
-        self.alive.append(tensor)
-        self.tracked[id(tensor)] = tracked
-        if tensor.layout is torch.strided and tensor.numel():
-            self.layouts[_layout(tensor)] = tracked
-            self.registered[id(tensor)] = _layout(tensor)
-
-    def _lookup(self, tensor: torch.Tensor) -> Tracked:
-        found = self.tracked.get(id(tensor))
+        layout = None
         if tensor.layout is torch.strided and tensor.numel():
             layout = _layout(tensor)
-            if found is None or self.registered.get(id(tensor), layout) != layout:
-                # x.data and the like make tensors that no operator announced; x.data = y points x elsewhere
-                found = self.layouts.get(layout)
-        if found is None:
-            found = Tracked(self._constant(tensor))
-            self._register(tensor, found)
+            self.layouts[layout] = (StorageWeakRef(tensor.untyped_storage()), tracked)
+        else:
+            self.alive.append(tensor)
+        self.tracked[id(tensor)] = (TensorWeakRef(tensor), tracked, layout)
+
+    def _lookup(self, tensor: torch.Tensor) -> Tracked:
+        known = self.tracked.get(id(tensor))
+        strided = tensor.layout is torch.strided and tensor.numel() > 0
+        layout = _layout(tensor) if strided else None
+        if known is not None and known[0]() is tensor and known[2] == layout:
+            return known[1]
+        # x.data and the like make tensors that no operator announced; x.data = y points x elsewhere
+        place = self.layouts.get(layout) if layout is not None else None
+        if place is not None and not place[0].expired():
+            return place[1]
+        found = Tracked(self._constant(tensor))
+        self._register(tensor, found)
         return found
+
+    def knows(self, tensor: torch.Tensor) -> bool:
+        """Whether this very object was registered."""
+        known = self.tracked.get(id(tensor))
+        return known is not None and known[0]() is tensor
 
     def _constant(self, tensor: torch.Tensor) -> fx.Node:
         name = f"_constant_{len(self.info.unknown)}"
@@ -324,10 +352,21 @@ class _Recorder(TorchDispatchMode):
 
     def emit(self, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
         node = self.graph.call_function(target, args, kwargs)
-        node.meta.update(val=value, module=self.stack[-1] if self.stack else "", source=_source())
-        if any(n in self.tainted for n in node.all_input_nodes):
+        sources = node.all_input_nodes
+        if any(n in self.tainted for n in sources):
             self.tainted.add(node)
+        if any(n in self.varying for n in sources):
+            self.varying.add(node)
+        node.meta.update(val=self.example(node, value), module=self.stack[-1] if self.stack else "", source=_source())
         return node
+
+    def example(self, node: fx.Node, value: Any, own: bool = False) -> Any:
+        """What a node keeps of its value: the value itself (a copy with ``own``), or its shape, type and strides."""
+        if not isinstance(value, torch.Tensor):
+            return type(value)(self.example(node, v) for v in value) if type(value) in (list, tuple) else value
+        if not self.values and node in self.varying:
+            return shadow(value)
+        return value.detach().clone() if own else value
 
     # ------------------------------------------------------------ dispatch
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -358,7 +397,7 @@ class _Recorder(TorchDispatchMode):
     def record(self, func: Any, args: Any, node_args: Any, node_kwargs: Any, out: Any) -> fx.Node:
         """Emit one functional operator and register its outputs, as views of their base where the schema says so."""
         if isinstance(out, torch.Tensor):
-            node = self.emit(func, node_args, node_kwargs, out.detach() if out.requires_grad else out)
+            node = self.emit(func, node_args, node_kwargs, out.detach())
             self._track(func, args, node_args, node_kwargs, out, node, None)
             return node
         node = self.emit(func, node_args, node_kwargs, out)
@@ -379,7 +418,10 @@ class _Recorder(TorchDispatchMode):
                 if out is source:
                     return
                 base = self._lookup(source)
-        self._register(out, Tracked(node) if base is None else base.view(func, node_args, node_kwargs, item, node, out))
+        held = node.meta["val"]
+        self._register(
+            out, Tracked(node) if base is None else base.view(func, node_args, node_kwargs, item, node, held)
+        )
 
     def node_of(self, tensor: torch.Tensor) -> fx.Node:
         """The node that holds a tensor's present value."""
@@ -387,12 +429,13 @@ class _Recorder(TorchDispatchMode):
 
     def record_call(self, target: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Emit a call that is no operator, and register its output tensor or tuple of tensors."""
-        node = self.emit(target, args, kwargs, out)
-        if isinstance(out, torch.Tensor):
-            self._register(out, Tracked(node))
-        else:
-            for i, value in enumerate(out):
-                self._register(value, Tracked(self.emit(operator.getitem, (node, i), {}, value)))
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            node = self.emit(target, args, kwargs, out)
+            if isinstance(out, torch.Tensor):
+                self._register(out, Tracked(node))
+            else:
+                for i, value in enumerate(out):
+                    self._register(value, Tracked(self.emit(operator.getitem, (node, i), {}, value)))
 
     def finish(self, result: Any) -> fx.GraphModule:
         outputs = tensors_of(result)
