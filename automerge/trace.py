@@ -8,6 +8,7 @@ loops and hooks need no support, because they simply run. The graph holds for th
 from __future__ import annotations
 
 import contextlib
+import itertools
 import operator
 import os
 import sys
@@ -183,7 +184,7 @@ def prepared(model: nn.Module) -> Iterator[None]:
     try:
         if recurrent:
             torch._C._set_mkldnn_enabled(False)
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(_attention_kernels(model)):
             yield
     finally:
         torch._C._set_mkldnn_enabled(mkldnn)
@@ -192,6 +193,13 @@ def prepared(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for module, attributes in before:
             _put_back(module, attributes)
+
+
+def _attention_kernels(model: nn.Module) -> list[SDPBackend]:
+    """On the CPU the kernel that never holds all scores, which has a rule; elsewhere the plain operators."""
+    if all(t.device.type == "cpu" for t in itertools.chain(model.parameters(), model.buffers())):
+        return [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    return [SDPBackend.MATH]
 
 
 _CONTAINERS = (list, dict, set)

@@ -12,8 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
+from torch.utils.weak import TensorWeakRef
 
 from automerge import TraceError, trace
+from automerge.infer import infer_graph
 from automerge.testing import Network, networks
 
 
@@ -332,3 +334,100 @@ def test_the_trace_is_deterministic() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.GELU(), nn.LayerNorm(3))
     one, two = (trace(model, torch.tensor(np.eye(2, dtype=np.float32))) for _ in range(2))
     assert one.code == two.code
+
+
+# -------------------------------------------------------------------- memory
+class _Watched(nn.Module):
+    """Ten layers with views and in-place writes between them; keeps weak references to what they compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(10))
+        self.made: list[TensorWeakRef] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            y = layer(x)
+            self.made.append(TensorWeakRef(y))
+            y.view(-1, 2, 3)[:, 0].mul_(2)
+            x = y.relu_() + x
+        return x
+
+
+def test_activations_die_while_the_model_runs():
+    model, alive = _Watched(), []
+
+    def count(*_: Any) -> None:
+        alive.append(sum(r() is not None for r in model.made))
+
+    for layer in model.layers:
+        layer.register_forward_hook(count)
+    graph = trace(model, torch.randn(2, 6), values=False)
+    assert len(alive) == 10
+    assert max(alive) <= 2
+    nodes = [n for n in graph.graph.nodes if n.op == "call_function"]
+    assert all(n.meta["val"].is_meta for n in nodes)
+    kept = trace(model, torch.randn(2, 6))
+    shapes = [(str(n.target), n.meta["val"].shape, n.meta["val"].dtype) for n in kept.graph.nodes if n.op != "output"]
+    assert shapes == [
+        (str(n.target), n.meta["val"].shape, n.meta["val"].dtype) for n in graph.graph.nodes if n.op != "output"
+    ]
+
+
+def test_memory_given_out_again_is_not_mistaken():
+    """Tensors of one size follow each other in the same memory; an alias outlives the tensor that it was made from."""
+
+    class Reuse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            total = torch.zeros_like(x)
+            for _ in range(20):
+                h = self.a(x)
+                alias = h.data
+                del h
+                total = total + self.b(alias * 2)
+                del alias
+            return total
+
+    model, x = Reuse(), torch.randn(3, 4)
+    graph = trace(model, x, values=False)
+    assert not graph.meta["trace"].unknown
+    state = dict(model.named_parameters())
+    fed = [state[n].detach() for n in graph.meta["trace"].names.values()]
+    assert torch.allclose(graph(*fed, x)[0], model(x))
+
+
+def test_constants_keep_their_values_without_the_others():
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+            self.register_buffer("order", torch.tensor([3, 1, 0, 2]))
+            self.register_buffer("scale", torch.ones(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            mask = torch.ones(4, 4).tril()
+            mask[0] = 2.0
+            return self.a(x)[:, self.order.flip(0)] @ mask * self.scale
+
+    graph = trace(Table(), torch.randn(2, 4), values=False)
+    values = {str(n.target): n.meta["val"] for n in graph.graph.nodes if n.op != "output"}
+    assert values["aten.flip.default"].tolist() == [2, 0, 1, 3]
+    assert values["aten.tril.default"].tolist()[3] == [1, 1, 1, 1]
+    assert values["aten.mm.default"].is_meta
+
+
+@pytest.mark.parametrize("kinds", ["vector", "tokens", "image"])
+def test_the_answer_does_not_depend_on_the_values_kept(kinds):
+    @settings(max_examples=15)
+    @given(networks(kinds=[kinds]))
+    def check(network):
+        lean = infer_graph(trace(network.model, network.args, values=False))[0]
+        full = infer_graph(trace(network.model, network.args))[0]
+        assert lean.generators() == full.generators()
+        assert [(p.param, p.axis, p.count) for p in lean.pins] == [(p.param, p.axis, p.count) for p in full.pins]
+
+    check()

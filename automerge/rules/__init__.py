@@ -39,6 +39,8 @@ class Analysis:
         unruled: operators without a rule, with their place.
         states: state-dict name -> its value, for every float parameter or buffer that the output depends on.
         values: node -> value, for the pictures and for localising a failure.
+        united: vertex -> united vertex; filled in by the search, as is ``units``.
+        units: for each generator found its united vertices, ``(units, columns)``.
     """
 
     engine: Engine
@@ -46,6 +48,8 @@ class Analysis:
     unruled: list[str] = field(default_factory=list)
     states: dict[str, Value] = field(default_factory=dict)
     values: dict[fx.Node, Any] = field(default_factory=dict)
+    united: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    units: list[np.ndarray] = field(default_factory=list)
 
 
 def place(node: fx.Node) -> str:

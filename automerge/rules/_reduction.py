@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from automerge.rules._contraction import repinned
+from automerge.rules._contraction import batched, repinned
 from automerge.rules._engine import Engine
 from automerge.rules._movement import without_axis
 from automerge.rules._registry import Context, rule
@@ -64,6 +64,21 @@ def softmax(context: Context, x: Value, dim: int, *_: Any, **__: Any) -> Value:
 def normalised(engine: Engine, x: Value, axes: Sequence[int]) -> Value:
     """A function of each entry and of a symmetric function over its axes (softmax, normalisation)."""
     return engine.elementwise([x, reduced(engine, x, axes, keepdim=True)])
+
+
+@rule("_scaled_dot_product_flash_attention_for_cpu")
+def attention(
+    context: Context, q: Value, k: Value, v: Value, _: float = 0.0, is_causal: bool = False, **kwargs: Any
+) -> tuple[Value, Value]:
+    """Softmax over the keys of query times key, plus a mask, times value."""
+    engine = context.engine
+    scores = batched(engine, q, k.with_axes((*k.axes[:-2], k.axes[-1], k.axes[-2])))
+    if is_causal:
+        scores = engine.pin_letters(scores, {*scores.axes[-1], *scores.axes[-2]}, "a causal mask")
+    if isinstance(kwargs.get("attn_mask"), Value):
+        scores = engine.elementwise([scores, kwargs["attn_mask"]])
+    last = len(scores.axes) - 1
+    return batched(engine, normalised(engine, scores, [last]), v), reduced(engine, scores, [last], keepdim=False)
 
 
 def on_axis(value: Value | None, axis: int, ndim: int) -> list[Value]:
