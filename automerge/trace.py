@@ -153,7 +153,7 @@ def record(
     Raises:
         TraceError: if no tensor comes out.
     """
-    recorder = _Recorder(nn.Module(), values=False)
+    recorder = _Recorder(nn.Module(), values=True)
     copies = []
     for i, tensor in enumerate(tensors):
         copies.append(_materialised(tensor))

@@ -57,6 +57,13 @@ def on_dim(d: Draw, *rest: Any, least: int = 2, keep: bool = False, listed: bool
     return call(P(s), [dim] if listed else dim, *rest, keep=[dim] if keep else [], **kwargs)
 
 
+def attention(d: Draw) -> Case:
+    b, h, s, t, e = (d.n(2, 3) for _ in range(5))
+    options: Any = d.pick({}, {"attn_mask": p(s, t)}, {"attn_mask": p(b, 1, s, t)})
+    causal = not options and d.flag()
+    return call(p(b, h, s, e), p(b, h, t, e), p(b, h, t, e), 0.0, causal, **options, outs=d.pick((0,), (0, 1)))
+
+
 def viewed(d: Draw) -> tuple[P, list[int]]:
     """A tensor and another shape of the same size."""
     a, b, c = d.n(2, 3), d.n(2, 3), d.n(2, 3)
@@ -293,6 +300,7 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     "argmax argmin": lambda d: on_dim(d, d.flag()),
     "_softmax _log_softmax": lambda d: on_dim(d, False),
     "softmax log_softmax special_softmax _safe_softmax": on_dim,
+    "_scaled_dot_product_flash_attention_for_cpu": attention,
     "native_layer_norm": lambda d: normalised(d, 1e-5, outs=d.pick((0,), (0, 1))),
     "layer_norm": lambda d: normalised(d, 1e-5),
     "rms_norm _fused_rms_norm": lambda d: normalised(d, 1e-5, bias=False),
