@@ -10,6 +10,7 @@ from automerge._errors import (
     InvarianceError,
     MatchingError,
     OutputError,
+    RankError,
     SymmetryError,
     TraceError,
     UnknownOperatorError,
@@ -21,7 +22,21 @@ from automerge.evaluate import agreement, barrier, cycle_error, evaluate, interp
 from automerge.groups import Element
 from automerge.infer import infer
 from automerge.io import load_state_dict, save_state_dict
-from automerge.matchers import FrankWolfe, Identity, Matcher, Matching, match
+from automerge.matchers import (
+    CCA,
+    ActivationMatching,
+    FrankWolfe,
+    Identity,
+    Matcher,
+    Matching,
+    MergeMany,
+    Pairwise,
+    PairwiseFrankWolfe,
+    Procrustes,
+    Synchronised,
+    WeightMatching,
+    match,
+)
 from automerge.merge import MergeResult, average, merge
 from automerge.renormalise import Repair, RepairReport, reset_batchnorm
 from automerge.rules import register_rule
@@ -29,6 +44,8 @@ from automerge.symmetry import Generator, Pin, Slot, Symmetry
 from automerge.trace import TraceInfo, trace
 
 __all__ = [
+    "CCA",
+    "ActivationMatching",
     "Agreement",
     "AutomergeError",
     "Barrier",
@@ -43,19 +60,26 @@ __all__ = [
     "Matcher",
     "Matching",
     "MatchingError",
+    "MergeMany",
     "MergeResult",
     "OutputError",
+    "Pairwise",
+    "PairwiseFrankWolfe",
     "Pin",
+    "Procrustes",
+    "RankError",
     "Repair",
     "RepairReport",
     "Similarity",
     "Slot",
     "Symmetry",
     "SymmetryError",
+    "Synchronised",
     "TraceError",
     "TraceInfo",
     "UnknownOperatorError",
     "Verification",
+    "WeightMatching",
     "__version__",
     "agreement",
     "average",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from automerge._errors import AutomergeError, OutputError
-from automerge.io import check_writable, temporary_name
+from automerge._files import check_writable, replacement
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,14 +34,11 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], force: bool = Fals
     """
     file = Path(path)
     check_picture(figure, file, force)
-    temporary = temporary_name(file)
     try:
-        figure.savefig(temporary, dpi=150)
-        os.replace(temporary, file)
+        with replacement(file) as temporary:
+            figure.savefig(temporary, dpi=150)
     except OSError as error:
         raise OutputError(f"{file} cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return file
 
 

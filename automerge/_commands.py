@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from automerge import _demo
-from automerge._console import Console
+from automerge._console import Console, follow
 from automerge._data import Batches
-from automerge._errors import InvarianceError
+from automerge._distributed import merge_share
+from automerge._errors import InvarianceError, SymmetryError
 from automerge._factory import UsageError, build_model, draw_inputs, load_batches, parse_input
-from automerge._files import write_text
+from automerge._files import check_writable, write_text
+from automerge._merge_checks import check_weights
+from automerge._ranks import Group
 from automerge._verify import verify as verify_symmetry
 from automerge.infer import infer
-from automerge.io import StateDict, check_state_dict, check_writable, load_state_dict
-from automerge.matchers import FrankWolfe, Identity, Matcher
+from automerge.io import StateDict, check_state_dict, load_state_dict, save_state_dict
+from automerge.matchers import MATCHERS, FrankWolfe
 from automerge.merge import merge as merge_models
 from automerge.symmetry import Symmetry
-
-MATCHERS: Mapping[str, Callable[[], Matcher]] = {"frank-wolfe": FrankWolfe, "identity": Identity}
-"""Name on the command line -> the matcher."""
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -42,7 +45,8 @@ def inspect(options: argparse.Namespace) -> None:
     with console.stage("infer" if options.no_verify else "infer and verify"):
         symmetry = infer(model, args, kwargs, verify=not options.no_verify, strict=options.strict)
     console.show(str(symmetry))
-    if not options.no_verify:
+    unseen = any(note.startswith("not verified") for note in symmetry.notes)
+    if symmetry.sets and not options.no_verify and not unseen:
         console.show("verified: random group elements leave the float64 output unchanged")
     if options.json is not None:
         write_text(options.json, symmetry.to_json(), options.force)
@@ -55,7 +59,7 @@ def verify(options: argparse.Namespace) -> None:
     """``automerge verify``: test the inferred or a given symmetry."""
     console = Console()
     specs = [parse_input(text) for text in options.input]
-    given = None if options.symmetry is None else Symmetry.from_json(_read(options.symmetry))
+    given = None if options.symmetry is None else _read_symmetry(options.symmetry)
     model = build_model(options.factory, options.seed)
     args, kwargs = draw_inputs(specs, options.seed)
     symmetry = given
@@ -64,6 +68,8 @@ def verify(options: argparse.Namespace) -> None:
             symmetry = infer(model, args, kwargs, verify=False)
     with console.stage("verify"):
         outcome = _verified(model, args, symmetry, kwargs, options)
+    if not outcome.reacted:
+        raise UsageError(f"{options.factory}: {outcome}; try another --input or --seed")
     console.show(
         f"the symmetry holds: {len(symmetry.sets)} groups, {symmetry.free_share:.1%} of the parameter axes' positions "
         f"are free\n{outcome}"
@@ -82,17 +88,18 @@ def _verified(model: Any, args: Any, symmetry: Symmetry, kwargs: Any, options: a
 
 def merge(options: argparse.Namespace) -> None:
     """``automerge merge``: align checkpoints and write their average."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return _merge_shared(options)
     console = Console()
     _check_output(options.output, options.force)
-    if len(options.checkpoints) < 2:
-        raise UsageError(f"merging needs at least two checkpoints, and only {options.checkpoints[0]} was given")
+    _check_merge(options)
     weights = None if options.weights is None else _weights(options.weights)
     specs = [parse_input(text) for text in options.input or ()]
     model = build_model(options.factory, options.seed)
     states = _read_checkpoints(options.checkpoints, model.state_dict())
     data = None if options.data is None else load_batches(options.data)
     args, kwargs = draw_inputs(specs, options.seed) if specs else _example(data)
-    with console.stage("merge"):
+    with console.stage("merge") as advance:
         result = merge_models(
             states,
             args,
@@ -103,18 +110,93 @@ def merge(options: argparse.Namespace) -> None:
             data=data,
             repair=options.repair,
             coordinates="universe" if options.reference is None else options.reference,
+            progress=follow(advance),
         )
     if result.matching.stats.get("interrupted"):
         raise KeyboardInterrupt
+    named = [
+        {"file": file, **item} for file, item in zip(options.checkpoints, result.provenance["inputs"], strict=True)
+    ]
+    result = replace(result, provenance={**result.provenance, "inputs": named})
     result.save(options.output, options.force)
+    for number, file in enumerate(options.checkpoints):
+        console.show(f"model {number}: {file}")
     console.show(result.report())
     console.show(f"written to {options.output}")
+
+
+def _merge_shared(options: argparse.Namespace) -> None:
+    """``torchrun ... -m automerge merge``: every process holds its own checkpoints, process 0 writes."""
+    console = Console()
+    seconds = os.environ.get("AUTOMERGE_TIMEOUT", "600")
+    if not seconds.isdecimal():
+        raise UsageError(f"AUTOMERGE_TIMEOUT={seconds!r} is not a number of seconds")
+    ranks = Group(float(seconds))
+    try:
+        with ranks.together():
+            if ranks.rank == 0:
+                _check_output(options.output, options.force)
+            _check_merge(options)
+            if options.matcher != "frank-wolfe" or options.data is not None:
+                raise UsageError(
+                    "with several processes --matcher is frank-wolfe, and --data and its repair come after"
+                )
+            if not options.input:
+                raise UsageError("with several processes give an example input with --input SHAPE")
+            args, kwargs = draw_inputs([parse_input(text) for text in options.input], options.seed)
+            model = build_model(options.factory, options.seed)
+            weights = (
+                None if options.weights is None else check_weights(_weights(options.weights), len(options.checkpoints))
+            )
+        shared = merge_share(
+            ranks,
+            model,
+            options.checkpoints,
+            args,
+            kwargs,
+            matcher=FrankWolfe(),
+            weights=weights,
+            reference=options.reference,
+        )
+        with ranks.together():
+            if ranks.rank == 0:
+                made: dict[str, Any] = {
+                    "inputs": [
+                        {"file": f, "sha256": h} for f, h in zip(options.checkpoints, shared.hashes, strict=True)
+                    ]
+                }
+                made |= {"processes": ranks.size, "matcher": shared.matching.matcher}
+                save_state_dict(
+                    options.output, shared.state_dict, {"automerge.provenance": json.dumps(made)}, options.force
+                )
+    finally:
+        ranks.close()
+    if ranks.rank == 0:
+        console.show(f"merged {len(options.checkpoints)} checkpoints in {ranks.size} processes\n{shared.matching}")
+        console.show(f"written to {options.output}")
 
 
 def _check_output(path: Path, force: bool) -> None:
     check_writable(path, force)
     if path.suffix.lower() != ".safetensors":
         raise UsageError(f"-o {path}: automerge writes safetensors only; give a name that ends in .safetensors")
+
+
+def _check_merge(options: argparse.Namespace) -> None:
+    """What the options say about each other; before any long work."""
+    count = len(options.checkpoints)
+    if count < 2:
+        raise UsageError(f"merging needs at least two checkpoints, and only {options.checkpoints[0]} was given")
+    files = [os.path.realpath(path) for path in options.checkpoints]
+    twice = next((path for k, path in enumerate(options.checkpoints) if files[k] in files[:k]), None)
+    if twice is not None:
+        raise UsageError(f"{twice} is given twice; --weights is the way to make one checkpoint count more than another")
+    if options.reference is not None and not 0 <= options.reference < count:
+        raise UsageError(f"--reference {options.reference}: give the number of a checkpoint, from 0 to {count - 1}")
+    if options.data is None and options.repair not in ("auto", "none"):
+        raise UsageError(f"--repair {options.repair} measures activations: give batches with --data FACTORY")
+    if options.data is None and MATCHERS[options.matcher]().needs_data:
+        raise UsageError(f"--matcher {options.matcher} looks at activations: give batches with --data FACTORY")
 
 
 def _weights(text: str) -> list[float]:
@@ -129,7 +211,7 @@ def _weights(text: str) -> list[float]:
 def _read_checkpoints(paths: Sequence[str], expected: Mapping[str, Any]) -> list[StateDict]:
     states = []
     for path in paths:
-        state = load_state_dict(path)
+        state = load_state_dict(path, expected)
         check_state_dict(state, expected, str(path))
         states.append(state)
     return states
@@ -145,9 +227,11 @@ def _example(data: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return batch.args, dict(batch.kwargs)
 
 
-def _read(path: Path) -> str:
+def _read_symmetry(path: Path) -> Symmetry:
     try:
-        return path.read_text(encoding="utf-8")
+        return Symmetry.from_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"
         raise UsageError(f"--symmetry {path} cannot be read ({reason})") from error
+    except SymmetryError as error:
+        raise UsageError(f"--symmetry {path}: {error}") from error

@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-Advance = Callable[[int, int], None]
+from automerge._errors import OutputError
+
+
+class Advance(Protocol):
+    """Moves the bar of a stage."""
+
+    def __call__(self, done: int, of: int, text: str = "") -> None:
+        """Say that ``done`` of ``of`` are done (``of`` is 0 if nobody knows), and what is going on."""
+
+
+def follow(advance: Advance) -> Callable[[Mapping[str, Any]], None]:
+    """What a matcher's ``progress`` wants: its numbers, beside the bar.
+
+    >>> follow(lambda done, of, text="": print(text))({"phase": "polish", "objective": 1234.5678, "moves": 3})
+    polish, objective 1234.57, moves 3
+    """
+
+    def show(numbers: Mapping[str, Any]) -> None:
+        plain = ((k, v) for k, v in numbers.items() if isinstance(v, int | float) and not isinstance(v, bool))
+        parts = [f"{name.replace('_', ' ')} {value:.6g}" for name, value in plain]
+        advance(0, 0, ", ".join([str(numbers["phase"]), *parts] if "phase" in numbers else parts))
+
+    return show
 
 
 class Console:
@@ -36,14 +60,14 @@ class Console:
         """Show that ``name`` is going on, and note its seconds.
 
         Yields:
-            A function to call with (done, all), which moves the bar; calling it is optional.
+            What moves the bar; calling it is optional.
         """
         start = time.perf_counter()
         if self._error.is_terminal:
             with self._bar(self._prefix + name) as advance:
                 yield advance
         else:
-            yield lambda done, of: None
+            yield lambda done, of, text="": None
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         self.note(f"{self._prefix}{name}: {time.perf_counter() - start:.1f} s")
 
@@ -52,15 +76,31 @@ class Console:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         with Progress(*columns, console=self._error, transient=True) as progress:
             task = progress.add_task(name, total=None)
-            yield lambda done, of: progress.update(task, completed=done, total=of)
+
+            def move(done: int, of: int, text: str = "") -> None:
+                progress.update(task, completed=done, total=of or None, description=f"{name} {text}".rstrip())
+
+            yield move
 
     def note(self, text: str) -> None:
-        """One line of progress."""
-        print(text, file=sys.stderr, flush=True)
+        """One line of progress; work goes on if nobody can read it."""
+        with suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
 
     def show(self, text: str) -> None:
-        """A result."""
-        print(text, flush=True)
+        """A result.
+
+        Raises:
+            BrokenPipeError: if the reader has gone.
+            OutputError: if standard output cannot be written for another reason.
+        """
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            drop_output()
+            raise OutputError(f"standard output cannot be written: {error.strerror or error}") from error
 
     def table(
         self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()
@@ -75,6 +115,11 @@ class Console:
             RichConsole().print(table)
         else:
             self.show(plain_table(title, columns, rows, notes))
+
+
+def drop_output() -> None:
+    """Send what is still buffered, and everything after it, nowhere: python would try to write it once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from automerge._console import Advance, Console
+from automerge._console import Advance, Console, follow
 from automerge._factory import UsageError, add_current_directory
 from automerge._files import make_directory, write_text
 from automerge._version import __version__
@@ -106,19 +106,13 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
     digits = data.digits()
     if settings.quick:
         digits = digits.head(512, 256)
-    train_batches = list(zip(digits.x_train.split(_BATCH), digits.y_train.split(_BATCH), strict=True))
-    test_batches = list(zip(digits.x_test.split(_BATCH), digits.y_test.split(_BATCH), strict=True))
-    rooms = [
-        (Room("mlp", "ReLU MLP, four hidden layers of 256", models.mlp.build, train_batches, test_batches), _MLP),
-        (Room("resnet", "Residual CNN with BatchNorm", models.resnet.build, train_batches, test_batches), _RESNET),
-    ]
     result: dict[str, Any] = {}
     seconds: dict[str, Any] = {}
-    for room, options in rooms:
+    for room, options in rooms(digits, models):
         recipe = train_module.Recipe(**{**options, "epochs": 2} if settings.quick else options)
         stages = Console(prefix=f"{room.name}: ")
         with _threads(1):
-            result[room.name] = _room(room, settings, stages, train_module.train, digits, recipe)
+            result[room.name] = run_room(room, settings, stages, train_module.train, digits, recipe)
         seconds[room.name] = {name: round(value, 2) for name, value in stages.seconds.items()}
         _show(room, result[room.name], seconds[room.name], console)
     report = {"result": {"seed": settings.seed, "models": settings.models, "networks": result}, "seconds": seconds}
@@ -126,6 +120,21 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
     write_text(settings.out / "report.json", json.dumps(report, indent=2) + "\n", force=True)
     console.show(f"checkpoints, merged networks, pictures and report.json are in {settings.out}")
     return report
+
+
+def rooms(digits: Any, models: Any) -> list[tuple[Room, dict[str, Any]]]:
+    """The architectures on their data, each with the options of its recipe.
+
+    Args:
+        digits: the data set.
+        models: `zoo.models`.
+    """
+    train_batches = list(zip(digits.x_train.split(_BATCH), digits.y_train.split(_BATCH), strict=True))
+    test_batches = list(zip(digits.x_test.split(_BATCH), digits.y_test.split(_BATCH), strict=True))
+    return [
+        (Room("mlp", "ReLU MLP, four hidden layers of 256", models.mlp.build, train_batches, test_batches), _MLP),
+        (Room("resnet", "Residual CNN with BatchNorm", models.resnet.build, train_batches, test_batches), _RESNET),
+    ]
 
 
 @contextmanager
@@ -152,7 +161,7 @@ def _zoo() -> tuple[Any, Any, Any]:
     return data, train, models
 
 
-def _room(
+def run_room(
     room: Room, settings: Settings, console: Console, train: Callable[..., Any], digits: Any, recipe: Any
 ) -> dict[str, Any]:
     """Everything for one architecture; plain data that is the same for the same seed."""
@@ -164,8 +173,8 @@ def _room(
     network.load_state_dict(states[0])
     with console.stage("infer and verify"):
         symmetry = infer(network, example)
-    with console.stage("match"):
-        matching = match(states, symmetry, FrankWolfe())
+    with console.stage("match") as advance:
+        matching = match(states, symmetry, FrankWolfe(), progress=follow(advance))
     if matching.stats.get("interrupted"):
         raise KeyboardInterrupt
     merged = _merge_all(room, network, states, symmetry, matching, console)

@@ -36,3 +36,7 @@ class MatchingError(AutomergeError):
 
 class OutputError(AutomergeError):
     """A result cannot be written: the path exists (pass `--force`) or is not writable."""
+
+
+class RankError(AutomergeError):
+    """Another process of a distributed run failed, ended, or does not answer."""

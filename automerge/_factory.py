@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import Dataset, IterableDataset
 
 from automerge._errors import AutomergeError
 
@@ -19,6 +23,8 @@ _DTYPES = {
     "float": torch.float32,
     "float32": torch.float32,
     "float64": torch.float64,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
     "int": torch.int64,
     "int64": torch.int64,
     "long": torch.int64,
@@ -27,6 +33,8 @@ _DTYPES = {
 }
 _INPUT = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?:(?P<dtype>[a-z]+\d*):)?(?P<shape>\d+(?:,\d+)*)(?:<(?P<high>\d+))?")
 _HIGH = 10
+_MOST = 2**32  # numbers in one input; torch would fail on more in less clear words
+_HIGHEST = 2**31
 
 
 class UsageError(AutomergeError):
@@ -52,7 +60,8 @@ class InputSpec:
     def draw(self, generator: torch.Generator) -> torch.Tensor:
         """A random tensor: normal for floats, uniform below ``high`` for integers."""
         if self.dtype.is_floating_point:
-            return torch.randn(self.shape, dtype=self.dtype, generator=generator)
+            wide = torch.promote_types(self.dtype, torch.float32)
+            return torch.randn(self.shape, dtype=wide, generator=generator).to(self.dtype)
         high = 2 if self.dtype == torch.bool else self.high
         return torch.randint(0, high, self.shape, generator=generator).to(self.dtype)
 
@@ -85,6 +94,8 @@ def parse_input(text: str) -> InputSpec:
         raise UsageError(
             f"--input {text!r} bounds a float input: '<{high}' belongs to integers, as in 'int:2,16<{high}'"
         )
+    if math.prod(shape) > _MOST or high > _HIGHEST:
+        raise UsageError(f"--input {text!r} is too large: at most {_MOST:,} numbers, and integers below {_HIGHEST:,}")
     return InputSpec(shape, _DTYPES[dtype], high, match["name"] or "")
 
 
@@ -94,9 +105,21 @@ def draw_inputs(specs: Iterable[InputSpec], seed: int) -> tuple[tuple[torch.Tens
     Args:
         specs: what to draw, in order.
         seed: of the draw.
+
+    Raises:
+        UsageError: if a keyword is given twice, or an input does not fit into memory.
     """
+    specs = list(specs)
+    names = [spec.name for spec in specs if spec.name]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise UsageError(f"--input gives the keyword {twice!r} twice")
     generator = torch.Generator().manual_seed(seed)
-    drawn = [(spec.name, spec.draw(generator)) for spec in specs]
+    try:
+        drawn = [(spec.name, spec.draw(generator)) for spec in specs]
+    except RuntimeError as error:
+        shapes = ", ".join(str(spec.shape) for spec in specs)
+        raise UsageError(f"inputs of the shapes {shapes} do not fit into memory; use a smaller --input") from error
     return tuple(value for name, value in drawn if not name), {name: value for name, value in drawn if name}
 
 
@@ -113,12 +136,12 @@ def _call(text: str, option: str) -> Any:
         UsageError: with one sentence that says which of the steps failed.
     """
     module_name, colon, attribute = text.partition(":")
-    if not colon or not module_name or not attribute:
+    if not colon or not attribute or not all(part.isidentifier() for part in module_name.split(".")):
         raise UsageError(f"{option} {text!r} is not of the form package.module:callable")
     add_current_directory()
     try:
         target: Any = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"{option} {text!r}: the module {module_name!r} does not import ({_brief(error)})") from error
     for part in attribute.split("."):
         if not hasattr(target, part):
@@ -128,7 +151,7 @@ def _call(text: str, option: str) -> Any:
         raise UsageError(f"{option} {text!r} is a {type(target).__name__}, not a callable without arguments")
     try:
         return target()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"{option} {text!r} failed when called without arguments ({_brief(error)})") from error
 
 
@@ -140,29 +163,64 @@ def build_model(text: str, seed: int) -> nn.Module:
         seed: of torch's random state while the factory runs.
 
     Raises:
-        UsageError: if it does not import, cannot be called, or returns no module.
+        UsageError: if it does not import, cannot be called, or returns no module, or one whose weights have no values.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _call(text, "FACTORY")
     if not isinstance(model, nn.Module):
         raise UsageError(f"FACTORY {text!r} returned a {type(model).__name__}, not a torch.nn.Module")
-    return model.eval()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor) or tensor.is_meta:
+            what = "is not initialised yet (a lazy module)" if is_lazy(tensor) else "is on the meta device"
+            raise UsageError(
+                f"FACTORY {text!r}: {name} {what}; let the factory return a model whose weights have values"
+            )
+    return model.eval().cpu()
+
+
+class _Source:
+    """Batches of a user's iterable; what goes wrong while it gives them is said in one sentence."""
+
+    def __init__(self, text: str, source: Iterable[Any]) -> None:
+        self.text = text
+        self.source = source
+
+    def __iter__(self) -> Iterator[Any]:
+        items = iter(self.source)
+        number = 0
+        while True:
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            except Exception as error:
+                raise UsageError(
+                    f"--data {self.text!r} failed while giving batch {number} ({_brief(error)})"
+                ) from error
+            if any(isinstance(t, torch.Tensor) and bool(torch.isnan(t).any()) for t in tree_leaves(item)):
+                raise UsageError(f"--data {self.text!r}: batch {number} has values that are NaN")
+            yield item
+            number += 1
 
 
 def load_batches(text: str) -> Iterable[Any]:
     """The batches that a ``--data`` factory gives; an iterator is listed, so that they can be read more than once.
 
     Raises:
-        UsageError: if it does not import, cannot be called, or gives no iterable.
+        UsageError: if it does not import, cannot be called, or gives no iterable; on iteration, if it fails or a batch
+            holds a NaN.
     """
     source = _call(text, "--data")
+    if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
+        raise UsageError(
+            f"--data {text!r} returned a {type(source).__name__} of single samples, not batches; "
+            "return torch.utils.data.DataLoader(dataset, batch_size=256)"
+        )
     if isinstance(source, torch.Tensor | str | dict) or not isinstance(source, Iterable):
         raise UsageError(f"--data {text!r} returned a {type(source).__name__}, not an iterable of batches")
-    try:
-        return list(source) if iter(source) is source else source
-    except Exception as error:
-        raise UsageError(f"--data {text!r} failed while giving its batches ({_brief(error)})") from error
+    batches = _Source(text, source)
+    return list(batches) if iter(source) is source else batches
 
 
 def _brief(error: BaseException) -> str:

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from automerge import _commands
+from automerge._console import drop_output
 from automerge._errors import AutomergeError
 from automerge._version import __version__
+from automerge.matchers import MATCHERS
 
 _DESCRIPTION = """\
 Find which neurons of a PyTorch model may be permuted, align independently trained checkpoints, and merge them.
@@ -45,6 +47,12 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,7 +89,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--models", type=int, default=5, metavar="N", help="networks per architecture (default: 5)")
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="the same seed gives the same table (default: 0)"
+        "--seed", type=_seed, default=0, metavar="S", help="the same seed gives the same table (default: 0)"
     )
     parser.add_argument("--quick", action="store_true", help="few images and epochs: a smoke test, no result")
 
@@ -89,7 +97,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 def _add_model(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("factory", metavar="FACTORY", help="package.module:callable that builds the model")
     parser.add_argument("--input", action="append", metavar="SHAPE", required=required, default=None, help=_INPUT_HELP)
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the weights, inputs and group elements")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="S", help="of the weights, inputs and group elements")
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -139,7 +147,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace the output if it exists")
     parser.add_argument(
         "--matcher",
-        choices=sorted(_commands.MATCHERS),
+        choices=list(MATCHERS),
         default="frank-wolfe",
         help="how to align (default: %(default)s)",
     )
@@ -177,7 +185,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = f"automerge {options.command}"
     try:
         options.run(options)
-        sys.stdout.flush()
     except AutomergeError as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -185,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: interrupted; no half-written file is left", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return 0
     except Exception as error:
         if os.environ.get("AUTOMERGE_TRACEBACK"):

@@ -11,9 +11,9 @@ import hashlib
 import json
 import os
 import pickle
-import secrets
+import stat
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,24 +21,28 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from automerge._errors import CheckpointError, OutputError
+from automerge._files import check_writable, replacement, status_of
 
 StateDict = dict[str, torch.Tensor]
 
 _TORCH_SUFFIXES = (".pt", ".pth")
-_WRAPPERS = ("state_dict", "model")
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
 _TIED = "automerge.tied"
 _RESAVE = "re-save the weights with safetensors.torch.save_file(model.state_dict(), 'name.safetensors')"
 
 
 # -------------------------------------------------------------------- reading
-def load_state_dict(path: str | os.PathLike[str]) -> StateDict:
+def load_state_dict(path: str | os.PathLike[str], names: Collection[str] | None = None) -> StateDict:
     """Read a state dict from ``.safetensors``, ``.pt`` or ``.pth`` to the CPU.
 
-    A wrapper ``{"state_dict": ...}`` or ``{"model": ...}`` is unwrapped; the ``module.`` prefix that DataParallel
-    leaves is stripped when every key has it. Names that `save_state_dict` recorded as tied share one tensor again.
+    A wrapper ``{"state_dict": ...}``, ``{"model_state_dict": ...}`` or ``{"model": ...}`` is unwrapped; the prefixes
+    ``module.`` and ``_orig_mod.``, which DataParallel and torch.compile leave, are stripped when every key has them.
+    Names that `save_state_dict` recorded as tied share one tensor again.
 
     Args:
         path: the file.
+        names: the architecture's, if known: prefixes that are part of them stay.
 
     Returns:
         Name -> tensor, in the file's order for ``.pt`` and in name order for safetensors.
@@ -57,20 +61,23 @@ def load_state_dict(path: str | os.PathLike[str]) -> StateDict:
         >>> folder.cleanup()
     """
     file = Path(path)
-    if file.is_dir():
-        raise CheckpointError(f"{file} is a directory; give the checkpoint file inside it")
-    if not file.exists():
+    status = status_of(file, CheckpointError, "read")
+    if status is None:
         raise CheckpointError(f"{file} does not exist; check the path")
+    if stat.S_ISDIR(status.st_mode):
+        raise CheckpointError(f"{file} is a directory; give the checkpoint file inside it")
     suffix = file.suffix.lower()
     if suffix != ".safetensors" and suffix not in _TORCH_SUFFIXES:
         raise CheckpointError(f"{file}: unknown suffix {file.suffix!r}; expected .safetensors, .pt or .pth")
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{file} is no regular file; copy the checkpoint to one first")
+    if status.st_size == 0:
+        raise CheckpointError(f"{file} is empty (0 bytes); save it again")
     try:
-        if file.stat().st_size == 0:
-            raise CheckpointError(f"{file} is empty (0 bytes); save it again")
         raw = _read_safetensors(file) if suffix == ".safetensors" else _read_torch(file)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
-    return _clean(raw, str(file))
+    return _clean(raw, str(file), names)
 
 
 def _read_safetensors(file: Path) -> object:
@@ -105,14 +112,15 @@ def _read_torch(file: Path) -> object:
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        first = str(error).split("\n", 1)[0].split(". ", 1)[0]
+        reason = f" ({first})" if isinstance(error, RuntimeError) and first else ""
         raise CheckpointError(
-            f"{file} is truncated or not a PyTorch checkpoint ({reason}); copy or download it again"
+            f"{file} is truncated or not a PyTorch checkpoint{reason}; copy or download it again"
         ) from error
 
 
-def _clean(raw: object, label: str) -> StateDict:
-    """Unwrap, strip the prefix, and make sure that names map to tensors."""
+def _clean(raw: object, label: str, names: Collection[str] | None) -> StateDict:
+    """Unwrap, strip prefixes, and make sure that names map to tensors."""
     if isinstance(raw, Mapping):
         for wrapper in _WRAPPERS:
             if isinstance(raw.get(wrapper), Mapping):
@@ -128,9 +136,16 @@ def _clean(raw: object, label: str) -> StateDict:
             )
     if not raw:
         raise CheckpointError(f"{label} is empty: it holds no tensor; save the model's state_dict() again")
-    prefix = "module."
-    cut = len(prefix) if all(name.startswith(prefix) for name in raw) else 0
+    cut = _prefix_length(raw, names)
     return {name[cut:]: value.detach() if value.requires_grad else value for name, value in raw.items()}
+
+
+def _prefix_length(keys: Collection[str], names: Collection[str] | None) -> int:
+    """How many characters of every key are wrappers' prefixes; the fewest that lead to a name of the architecture."""
+    cuts = [0]
+    while prefix := next((p for p in _PREFIXES if all(k.startswith(p, cuts[-1]) for k in keys)), ""):
+        cuts.append(cuts[-1] + len(prefix))
+    return next((cut for cut in cuts if any(k[cut:] in names for k in keys)), cuts[-1]) if names else cuts[-1]
 
 
 # -------------------------------------------------------------------- checking
@@ -145,11 +160,11 @@ def check_state_dict(
         label: how messages call the checked one, e.g. ``"model 1"`` or a file name.
 
     Returns:
-        Notes on tensors of another dtype than expected; they are allowed.
+        Notes on tensors of another dtype than expected; they are allowed. One for each pair of dtypes.
 
     Raises:
-        CheckpointError: for a missing or an extra key, another shape or kind, or a value that is NaN or infinite,
-            naming it.
+        CheckpointError: for a missing or an extra key, another shape or kind (sparse, without values, too narrow to be
+            averaged), or a value that is NaN or infinite, naming it.
 
     Examples:
         >>> check_state_dict({"w": torch.ones(2).double()}, {"w": torch.ones(2)}, "model 1")
@@ -158,24 +173,54 @@ def check_state_dict(
     missing = [n for n in expected if n not in state_dict]
     extra = [n for n in state_dict if n not in expected]
     if missing:
-        raise CheckpointError(f"{label} has no key {_some(missing)}; is it a checkpoint of this architecture?")
+        hint = _prefix_hint(missing, state_dict)
+        raise CheckpointError(
+            f"{label} has no key {_some(missing)}; {hint or 'is it a checkpoint of this architecture?'}"
+        )
     if extra:
         raise CheckpointError(f"{label} has the extra key {_some(extra)}, which the architecture does not have")
-    notes = []
+    others: dict[tuple[torch.dtype, torch.dtype], list[str]] = {}
     for name, value in state_dict.items():
         want = expected[name]
-        if not isinstance(value, torch.Tensor) or value.is_floating_point() != want.is_floating_point():
-            kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
-            raise CheckpointError(f"{label}: {name} is a {kind}, expected {getattr(want, 'dtype', 'a tensor')}")
+        _check_kind(name, value, want, label)
         if value.shape != want.shape:
             raise CheckpointError(
                 f"{label}: {name} has the shape {tuple(value.shape)}, expected {tuple(want.shape)}; "
                 "models can be merged only if their architectures are equal"
             )
         if value.dtype != want.dtype:
-            notes.append(f"{label}: {name} is {value.dtype}, expected {want.dtype}")
+            others.setdefault((value.dtype, want.dtype), []).append(name)
         _check_finite(name, value, label)
-    return tuple(notes)
+    return tuple(f"{label}: {_few(names)} {have}, expected {want}" for (have, want), names in others.items())
+
+
+def _check_kind(name: str, value: object, want: torch.Tensor, label: str) -> None:
+    """A dense tensor with values, of the same kind of numbers, of at least 16 bits if they are floats."""
+    if not isinstance(value, torch.Tensor):
+        raise CheckpointError(f"{label}: {name} is a {type(value).__name__}, expected {want.dtype}")
+    if value.is_floating_point() != want.is_floating_point() or value.is_complex() != want.is_complex():
+        raise CheckpointError(f"{label}: {name} is a {value.dtype}, expected {want.dtype}")
+    if value.layout != torch.strided:
+        raise CheckpointError(f"{label}: {name} is sparse ({value.layout}); save it as a dense tensor, with to_dense()")
+    if value.is_meta:
+        raise CheckpointError(
+            f"{label}: {name} is on the meta device and has no values; load the model's weights first"
+        )
+    if value.is_floating_point() and torch.finfo(value.dtype).bits < 16:
+        raise CheckpointError(
+            f"{label}: {name} is {value.dtype}, too narrow to be averaged; save it as float16 or wider"
+        )
+
+
+def _prefix_hint(missing: Sequence[str], state_dict: Mapping[str, object]) -> str:
+    """What to do if every key has one and the same prefix too much; empty if not."""
+    longer = next((k for k in state_dict if k.endswith("." + missing[0])), None)
+    if longer is None:
+        return ""
+    prefix = longer[: -len(missing[0])]
+    return (
+        f"its names begin with {prefix!r}: remove that prefix" if all(prefix + n in state_dict for n in missing) else ""
+    )
 
 
 def _check_finite(name: str, value: torch.Tensor, label: str) -> None:
@@ -188,6 +233,10 @@ def _check_finite(name: str, value: torch.Tensor, label: str) -> None:
             f"{label}: {name} has {int(bad.sum())} of {value.numel()} values that are {kind}; "
             "the training diverged or the file is damaged, so leave this model out"
         )
+
+
+def _few(names: Sequence[str]) -> str:
+    return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
 
 
 def _some(names: Sequence[str], limit: int = 3) -> str:
@@ -238,35 +287,6 @@ def hash_state_dict(state_dict: Mapping[str, torch.Tensor]) -> str:
 
 
 # -------------------------------------------------------------------- writing
-def check_writable(path: str | os.PathLike[str], force: bool = False) -> None:
-    """Find out before long work whether a result can be written to ``path``.
-
-    Raises:
-        OutputError: if the path is a directory, exists (without ``force``), or its directory is missing or not
-            writable.
-    """
-    file = Path(path)
-    if file.is_dir():
-        raise OutputError(f"{file} is a directory; give a file name inside it")
-    if file.exists() and not force:
-        raise OutputError(f"{file} exists; pass --force (force=True) to replace it, or choose another name")
-    if not file.parent.is_dir():
-        raise OutputError(f"{file} cannot be written: the directory {file.parent} does not exist; create it first")
-    probe = temporary_name(file)
-    try:
-        probe.touch(exist_ok=False)
-        probe.unlink()
-    except OSError as error:
-        raise OutputError(
-            f"{file} cannot be written: {error.strerror or error}; choose a directory that you may write to"
-        ) from error
-
-
-def temporary_name(file: Path) -> Path:
-    """A fresh hidden name next to ``file``, with its suffix, to write to before ``os.replace``."""
-    return file.with_name(f".{file.stem[:100]}.{secrets.token_hex(6)}.tmp{file.suffix}")
-
-
 def save_state_dict(
     path: str | os.PathLike[str],
     state_dict: Mapping[str, torch.Tensor],
@@ -297,14 +317,11 @@ def save_state_dict(
     tied = tied_names(state_dict)
     if tied:
         header[_TIED] = json.dumps(tied)
-    temporary = temporary_name(file)
     try:
-        save_file(_owned(state_dict), str(temporary), metadata=header)
-        os.replace(temporary, file)
+        with replacement(file) as temporary:
+            save_file(_owned(state_dict), str(temporary), metadata=header)
     except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
         raise OutputError(f"{file} cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _owned(state_dict: Mapping[str, torch.Tensor]) -> StateDict:

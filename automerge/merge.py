@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from automerge._data import Batches
+from automerge._errors import MatchingError
 from automerge._merge_checks import (
     Model,
     check_coordinates,
@@ -160,7 +161,8 @@ def merge(
         progress: called by the matcher with a dict of numbers as the work goes on.
 
     Raises:
-        MatchingError: for fewer than two models, unsuitable weights or a model number out of range.
+        MatchingError: for fewer than two models, unsuitable weights, a model number out of range, or a matcher that needs
+            data without data.
         CheckpointError: for models whose keys, shapes or integer buffers differ, or that hold NaN or Inf.
         AutomergeError: for an unknown ``repair``, one that needs data, or empty data.
 
@@ -178,11 +180,16 @@ def merge(
     check_coordinates(coordinates, len(dicts))
     mode = choose_repair(repair, network, data)
     batches = None if data is None else check_data(network, data, args, kwargs)
+    if matcher.needs_data and batches is None:
+        raise MatchingError(f"{type(matcher).__name__} looks at activations: give batches, merge(..., data=batches)")
     clock.lap("check")
     if symmetry is None:
         symmetry = infer(_with_weights(network, dicts[0], given), args, kwargs, verify=verify)
     clock.lap("infer")
-    matching = match(dicts, symmetry, matcher, progress=progress, data=batches)
+    runnable: list[Model] = [*dicts]
+    if matcher.needs_data:
+        runnable[0] = _with_weights(network, dicts[0], given)
+    matching = match(runnable, symmetry, matcher, progress=progress, data=batches)
     clock.lap("match")
     moved = [symmetry.apply(d, e) for d, e in zip(dicts, _elements(matching, coordinates), strict=True)]
     merged = average(moved, share, aliases={**symmetry.aliases, **tied_names(network.state_dict())})

@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from automerge._errors import AutomergeError, OutputError
+from automerge._canvas import new_figure, save_figure
 from automerge.evaluate import Barrier, Similarity
-from automerge.io import check_writable, temporary_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,11 +22,7 @@ _BEFORE, _AFTER, _EXTRA = "#8c8c8c", "#1f6fb4", ("#d1495b", "#3a7d44", "#8e5ea2"
 
 
 def _figure(columns: int = 1, width: float = 5.0, height: float = 3.6) -> tuple[Figure, list[Axes]]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise AutomergeError("drawing needs matplotlib; install it with: pip install 'automerge[plot]'") from error
-    figure = Figure(figsize=(width * columns, height), layout="constrained")
+    figure = new_figure(width * columns, height, layout="constrained")
     return figure, [figure.add_subplot(1, columns, k + 1) for k in range(columns)]
 
 
@@ -37,28 +32,6 @@ def _style(axes: Axes, x: str, y: str) -> None:
     axes.grid(alpha=0.3, linewidth=0.6)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-
-
-def save_figure(figure: Figure, path: str | os.PathLike[str], force: bool = False) -> Path:
-    """Write a figure under a temporary name and rename it; the format follows the suffix (png, pdf, svg).
-
-    Raises:
-        OutputError: if the path exists (without ``force``), cannot be written, or has an unknown suffix.
-    """
-    file = Path(path)
-    check_writable(file, force)
-    known = figure.canvas.get_supported_filetypes()
-    if file.suffix[1:].lower() not in known:
-        raise OutputError(f"{file}: unknown picture format {file.suffix!r}; use one of {', '.join(sorted(known))}")
-    temporary = temporary_name(file)
-    try:
-        figure.savefig(temporary, dpi=150)
-        os.replace(temporary, file)
-    except OSError as error:
-        raise OutputError(f"{file} cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return file
 
 
 def plot_barrier(

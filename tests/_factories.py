@@ -1,9 +1,11 @@
 """Factories for the tests of the command line: good ones, and each way of being bad."""
 
+import sys
 from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 
 def mlp() -> nn.Module:
@@ -12,6 +14,54 @@ def mlp() -> nn.Module:
 
 def batchnorm() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3))
+
+
+def float16() -> nn.Module:
+    return mlp().half()
+
+
+def bfloat16() -> nn.Module:
+    return mlp().bfloat16()
+
+
+def float64() -> nn.Module:
+    return mlp().double()
+
+
+def meta() -> nn.Module:
+    with torch.device("meta"):
+        return mlp()
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.LazyLinear(4), nn.ReLU(), nn.Linear(4, 2))
+
+
+class Table(nn.Module):
+    """Has an integer buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("index", torch.arange(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)[:, self.get_buffer("index")]
+
+
+table = Table
+
+
+class Dead(nn.Module):
+    """Its output is no number, whatever its weights are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(4, 6)
+        self.down = nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.relu(self.up(x))) * torch.nan
 
 
 def tokens() -> nn.Module:
@@ -55,6 +105,36 @@ def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         yield torch.randn(16, 1, 4, 4, generator=generator), torch.randint(0, 3, (16,), generator=generator)
 
 
+def samples() -> TensorDataset:
+    return TensorDataset(torch.randn(8, 1, 4, 4), torch.zeros(8))
+
+
+def words() -> list[str]:
+    return ["a", "b"]
+
+
+def wide() -> list[torch.Tensor]:
+    return [torch.randn(4, 7)]
+
+
+def not_a_number() -> list[torch.Tensor]:
+    return [torch.randn(4, 1, 4, 4), torch.full((4, 1, 4, 4), torch.nan)]
+
+
+def broken_generator() -> Iterator[torch.Tensor]:
+    yield torch.randn(4, 1, 4, 4)
+    raise OSError("disk gone")
+
+
+class _BrokenLater:
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return broken_generator()
+
+
+def broken_later() -> _BrokenLater:
+    return _BrokenLater()
+
+
 def no_batches() -> list[torch.Tensor]:
     return []
 
@@ -69,6 +149,10 @@ def needs_argument(width: int) -> nn.Module:
 
 def raises() -> nn.Module:
     raise RuntimeError("no such weights\nand a second line")
+
+
+def leaves() -> nn.Module:
+    sys.exit(7)
 
 
 VALUE = 3

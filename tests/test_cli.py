@@ -3,19 +3,24 @@
 import json
 import os
 import pickle
+import pty
 import stat
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from automerge import cli
 from automerge._factory import InputSpec, UsageError, draw_inputs, parse_input
+from automerge.io import hash_state_dict
 from tests import _factories
 
 F = "tests._factories:"
@@ -117,7 +122,9 @@ def test_verify_accepts_the_inferred_and_refuses_a_wrong_symmetry(
     capsys.readouterr()
     fails(capsys, "verify", F + "mlp", *SHAPE, "--symmetry", path)
     path.write_text("{")
-    assert "not a symmetry file" in fails(capsys, "verify", F + "mlp", *SHAPE, "--symmetry", path)
+    message = fails(capsys, "verify", F + "mlp", *SHAPE, "--symmetry", path)
+    assert "not a symmetry file" in message
+    assert str(path) in message
     assert "absent.json" in fails(capsys, "verify", F + "mlp", *SHAPE, "--symmetry", tmp_path / "absent.json")
 
 
@@ -177,6 +184,37 @@ def test_the_output_is_checked_before_anything_else(tmp_path: Path, capsys: pyte
     assert "does not exist" in message
 
 
+def unwritable(kind: str, folder: Path) -> Path:
+    """An output path that nobody can write to, root included."""
+    if kind == "parent is a file":
+        (folder / "file").write_text("precious")
+        return folder / "file" / "m.safetensors"
+    if kind == "directory":
+        (folder / "m.safetensors").mkdir()
+        return folder / "m.safetensors"
+    if kind == "name too long":
+        return folder / ("m" * 300 + ".safetensors")
+    if kind == "device":
+        (folder / "m.safetensors").symlink_to("/dev/full")
+        return folder / "m.safetensors"
+    return Path("/proc/m.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["parent is a file", "directory", "name too long", "device", "file system"])
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_an_output_that_cannot_be_written(
+    kind: str, force: list[str], checkpoints: Sequence[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = unwritable(kind, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    message = fails(capsys, "merge", F + "mlp", *checkpoints, "-o", out, *SHAPE, *force)
+    assert str(out) in message
+    assert "infer" not in message
+    message = fails(capsys, "inspect", F + "mlp", *SHAPE, "--json", out, *force)
+    assert str(out) in message
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_an_output_directory_without_permission(
     checkpoints: Sequence[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -192,11 +230,25 @@ def test_an_output_directory_without_permission(
         folder.chmod(stat.S_IRWXU)
 
 
-def test_output_in_a_place_that_is_no_directory(
-    checkpoints: Sequence[Path], capsys: pytest.CaptureFixture[str]
+def test_a_disk_that_fills_up_while_the_result_is_written(
+    checkpoints: Sequence[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = checkpoints[0] / "m.safetensors"
-    assert str(out) in fails(capsys, "merge", F + "mlp", *checkpoints, "-o", out, *SHAPE)
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("automerge.io.save_file", full)
+    out = tmp_path / "m.safetensors"
+    assert "No space left" in fails(capsys, "merge", F + "mlp", *checkpoints, "-o", out, *SHAPE)
+    assert sorted(tmp_path.iterdir()) == sorted(checkpoints)
+
+
+def test_standard_output_that_is_full() -> None:
+    call = [sys.executable, "-m", "automerge", "inspect", F + "mlp", *SHAPE, "--no-verify"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(call, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if not _is_progress(line)]
+    assert lines == ["automerge inspect: standard output cannot be written: No space left on device"]
 
 
 def test_output_with_another_suffix(
@@ -205,12 +257,67 @@ def test_output_with_another_suffix(
     assert ".safetensors" in fails(capsys, "merge", F + "mlp", *checkpoints, "-o", tmp_path / "m.bin", *SHAPE)
 
 
+def test_a_merged_file_is_as_open_to_others_as_a_new_one(checkpoints: Sequence[Path], tmp_path: Path) -> None:
+    out = tmp_path / "m.safetensors"
+    before = os.umask(0o027)
+    try:
+        assert run("merge", F + "mlp", *checkpoints, "-o", out, *SHAPE) == 0
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(out.stat().st_mode) == 0o640
+
+
+def test_a_merged_file_says_which_files_it_was_made_of(
+    checkpoints: Sequence[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "m.safetensors"
+    assert run("merge", F + "mlp", *checkpoints, "-o", out, *SHAPE) == 0
+    with safe_open(str(out), "pt") as handle:
+        inputs = json.loads(handle.metadata()["automerge.provenance"])["inputs"]
+    assert [i["file"] for i in inputs] == [str(p) for p in checkpoints]
+    assert [i["sha256"] for i in inputs] == [hash_state_dict(load_file(p)) for p in checkpoints]
+    printed = capsys.readouterr().out
+    assert all(f"model {k}: {p}" in printed for k, p in enumerate(checkpoints))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_checkpoints_of_another_precision(
+    dtype: torch.dtype, checkpoints: Sequence[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in checkpoints:
+        save_file({k: v.to(dtype) for k, v in load_file(path).items()}, path)
+    out = tmp_path / "m.safetensors"
+    assert run("merge", F + "mlp", *checkpoints, "-o", out, *SHAPE) == 0
+    assert {v.dtype for v in load_file(out).values()} == {dtype}
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Note: model")]
+    assert notes == [f"Note: model {k}: 1.bias and 5 more are {dtype}, expected torch.float32" for k in range(3)]
+
+
+@pytest.mark.parametrize("wrap", ["module", "compiled", "lightning style", "tutorial style"])
+def test_checkpoints_as_people_save_them(wrap: str, checkpoints: Sequence[Path], tmp_path: Path) -> None:
+    plain = load_file(checkpoints[1])
+    saved: Any = {
+        "module": {f"module.{k}": v for k, v in plain.items()},
+        "compiled": {f"_orig_mod.{k}": v for k, v in plain.items()},
+        "lightning style": {"state_dict": {f"module.{k}": v for k, v in plain.items()}, "epoch": 3},
+        "tutorial style": {"epoch": 3, "model_state_dict": plain, "optimizer_state_dict": {"state": {}}},
+    }[wrap]
+    torch.save(saved, tmp_path / "b.pt")
+    outs = [tmp_path / "m1.safetensors", tmp_path / "m2.safetensors"]
+    for second, out in zip((checkpoints[1], tmp_path / "b.pt"), outs, strict=True):
+        assert run("merge", F + "mlp", checkpoints[0], second, "-o", out, *SHAPE) == 0
+    assert hash_state_dict(load_file(outs[0])) == hash_state_dict(load_file(outs[1]))
+
+
 BAD_CHECKPOINTS = {
     "shape": (lambda p: damaged(p, **{"1_bias": torch.zeros(13)}), ["1.bias", "(13,)", "(12,)"]),
     "missing": (lambda p: damaged(p, **{"3_bias": None}), ["3.bias", "no key"]),
     "extra": (lambda p: damaged(p, **{"9_bias": torch.zeros(1)}), ["9.bias", "extra"]),
     "nan": (lambda p: damaged(p, **{"1_bias": torch.full((12,), torch.nan)}), ["1.bias", "NaN"]),
     "inf": (lambda p: damaged(p, **{"1_bias": torch.full((12,), torch.inf)}), ["1.bias", "infinite"]),
+    "integers": (lambda p: damaged(p, **{"1_bias": torch.zeros(12).int()}), ["1.bias", "torch.int32"]),
+    "complex": (lambda p: damaged(p, **{"1_bias": torch.zeros(12).cfloat()}), ["1.bias", "torch.complex64"]),
+    "float8": (lambda p: damaged(p, **{"1_bias": torch.zeros(12).to(torch.float8_e5m2)}), ["1.bias", "too narrow"]),
 }
 
 
@@ -244,10 +351,35 @@ def test_files_that_are_no_checkpoints(
     short.write_bytes(checkpoints[0].read_bytes()[:-100])
     code = tmp_path / "code.pt"
     code.write_bytes(pickle.dumps(_Evil()))
-    for path, word in ((short, "truncated"), (code, "pickle"), (tmp_path / "absent.pt", "does not exist")):
+    empty = tmp_path / "empty.safetensors"
+    empty.touch()
+    numpy = tmp_path / "arrays.npz"
+    np.savez(numpy, **{"1.bias": np.zeros(12)})
+    folder = tmp_path / "folder.safetensors"
+    folder.mkdir()
+    whole = tmp_path / "whole.pt"
+    torch.save(_factories.mlp(), whole)
+    scalars = tmp_path / "scalars.pt"
+    torch.save({"loss": 1.0}, scalars)
+    sparse = tmp_path / "sparse.pt"
+    torch.save({k: v.to_sparse() for k, v in load_file(checkpoints[1]).items()}, sparse)
+    cases = (
+        (short, "truncated"),
+        (code, "pickle"),
+        (whole, "pickle"),
+        (tmp_path / "absent.pt", "does not exist"),
+        (empty, "is empty"),
+        (numpy, "unknown suffix '.npz'"),
+        (folder, "is a directory"),
+        (scalars, "the entry 'loss' is a float"),
+        (sparse, "sparse"),
+        (tmp_path / ("x" * 300 + ".pt"), "too long"),
+    )
+    for path, word in cases:
         message = fails(capsys, "merge", F + "mlp", checkpoints[0], path, "-o", out, *SHAPE)
         assert word in message
         assert path.name in message
+    assert not out.exists()
     assert not (tmp_path / "executed").exists()
 
 
@@ -259,6 +391,23 @@ class _Evil:
 def test_one_checkpoint(checkpoints: Sequence[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = fails(capsys, "merge", F + "mlp", checkpoints[0], "-o", tmp_path / "m.safetensors", *SHAPE)
     assert "two" in message
+
+
+def test_one_checkpoint_twice(checkpoints: Sequence[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(checkpoints[0])
+    for again in (checkpoints[0], link):
+        call = ["merge", F + "mlp", *checkpoints[:2], again, "-o", tmp_path / "m.safetensors", *SHAPE]
+        assert f"{again} is given twice" in fails(capsys, *call)
+
+
+def test_integer_buffers_that_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for number, path in enumerate(paths):
+        save_file({**_factories.table().state_dict(), "index": torch.arange(4) + number}, path)
+    message = fails(capsys, "merge", F + "table", *paths, "-o", tmp_path / "m.safetensors", "--input", "3,4")
+    assert "index" in message
+    assert "model 1" in message
 
 
 @pytest.mark.parametrize("weights", ["1", "1,x", "1,2,3,4", "0,0,0"])
@@ -275,7 +424,11 @@ def test_bad_reference_and_matcher(
     checkpoints: Sequence[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     call = ["merge", F + "mlp", *checkpoints, "-o", tmp_path / "m.safetensors", *SHAPE]
-    assert "3" in fails(capsys, *call, "--reference", 3)
+    for reference in (3, -1):
+        assert "from 0 to 2" in fails(capsys, *call, f"--reference={reference}")
+    assert "--data" in fails(capsys, *call, "--repair", "reset")
+    assert "BatchNorm" in fails(capsys, *call, "--repair", "reset", "--data", F + "batches")
+    assert "--data" in fails(capsys, *call, "--matcher", "activation-matching")
     assert "frank-wolfe" in fails(capsys, *call, "--matcher", "magic")
 
 
@@ -287,13 +440,57 @@ def test_neither_input_nor_data(
     assert "--data" in message
 
 
-@pytest.mark.parametrize(("name", "word"), [("no_batches", "batch"), ("number", "iterable"), ("absent", "no 'absent'")])
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("no_batches", "batch"),
+        ("number", "iterable"),
+        ("absent", "no 'absent'"),
+        ("samples", "DataLoader"),
+        ("words", "batch 0 of the data is a str"),
+        ("wide", "does not run on the first batch"),
+        ("broken_generator", "while giving batch 1 (OSError: disk gone)"),
+        ("broken_later", "while giving batch 1 (OSError: disk gone)"),
+        ("not_a_number", "batch 1 has values that are NaN"),
+    ],
+)
 def test_bad_data(
     name: str, word: str, checkpoints: Sequence[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     call = ["merge", F + "mlp", *checkpoints, "-o", tmp_path / "m.safetensors"]
     assert word in fails(capsys, *call, "--data", F + name)
     assert word in fails(capsys, *call, *SHAPE, "--data", F + name)
+
+
+# ---------------------------------------------------------------- progress
+def test_progress_is_plain_lines_where_nobody_watches(checkpoints: Sequence[Path], tmp_path: Path) -> None:
+    call = [sys.executable, "-m", "automerge", "merge", F + "mlp", *checkpoints, "-o", tmp_path / "m.safetensors"]
+    done = subprocess.run([*map(str, call), *SHAPE], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert [_is_progress(line) for line in done.stderr.splitlines()] == [True]
+    assert "\x1b" not in done.stdout + done.stderr
+
+
+def test_progress_is_a_bar_on_a_terminal(checkpoints: Sequence[Path], tmp_path: Path) -> None:
+    call = [sys.executable, "-m", "automerge", "merge", F + "mlp", *checkpoints, "-o", tmp_path / "m.safetensors"]
+    master, slave = pty.openpty()
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    with subprocess.Popen(
+        [*map(str, call), *SHAPE], cwd=ROOT, stdout=subprocess.PIPE, stderr=slave, env=env
+    ) as process:
+        os.close(slave)
+        shown = b""
+        with suppress(OSError):  # Linux says so when the other end is closed
+            while part := os.read(master, 4096):
+                shown += part
+        assert process.stdout is not None
+        printed = process.stdout.read()
+    os.close(master)
+    assert process.returncode == 0
+    assert b"\x1b[" in shown
+    assert "━".encode() in shown
+    assert b"objective" in shown
+    assert b"\x1b" not in printed
+    assert b"written to" in printed
 
 
 # ---------------------------------------------------------------- factories and inputs
@@ -308,6 +505,13 @@ def test_bad_data(
         (F + "number", ["int", "torch.nn.Module"]),
         (F + "needs_argument", ["width"]),
         (F + "raises", ["no such weights"]),
+        (F + "leaves", ["SystemExit"]),
+        (F + "meta", ["1.weight", "meta device"]),
+        (F + "lazy", ["0.weight", "lazy"]),
+        ("tests._factories", ["package.module:callable"]),
+        ("../x:build", ["package.module:callable"]),
+        (":build", ["package.module:callable"]),
+        ("tests._factories:", ["package.module:callable"]),
     ],
 )
 def test_bad_factory(command: str, factory: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -345,10 +549,41 @@ def test_wrong_input_shape(command: str, capsys: pytest.CaptureFixture[str]) -> 
         ("float7:2", "float7"),
         ("0,3", "zero"),
         ("2,3<9", "integers"),
+        ("abc", "commas"),
+        ("-1,3", "commas"),
+        ("int:2,3<0", "zero"),
+        ("99999999999999999999,3", "too large"),
+        ("int:2,3<99999999999999999999", "too large"),
     ],
 )
 def test_bad_shape_syntax(text: str, word: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert word in fails(capsys, "inspect", F + "mlp", "--input", text)
+    assert word in fails(capsys, "inspect", F + "mlp", f"--input={text}")
+
+
+def test_a_keyword_given_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    call = ["inspect", F + "Keyword", "--input", "3,4", "--input", "scale=3,1", "--input", "scale=3,1"]
+    assert "'scale' twice" in fails(capsys, *call)
+
+
+@pytest.mark.parametrize("seed", ["-1", "x", "1.5", "99999999999999999999"])
+@pytest.mark.parametrize("command", [["demo"], ["inspect", F + "mlp", *SHAPE]])
+def test_bad_seed(seed: str, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "not a whole number from 0" in fails(capsys, *command, f"--seed={seed}")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_models_of_another_precision(dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "same dtype" in fails(capsys, "inspect", F + dtype, *SHAPE)
+    assert run("inspect", F + dtype, "--input", f"{dtype}:2,1,4,4") == 0
+    assert "12 units" in capsys.readouterr().out
+
+
+def test_what_cannot_be_verified_is_not_called_verified(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", F + "Dead", "--input", "3,4") == 0
+    out = capsys.readouterr().out
+    assert "Note: not verified" in out
+    assert "\nverified" not in out
+    assert "not verified" in fails(capsys, "verify", F + "Dead", "--input", "3,4")
 
 
 def test_input_grammar() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from safetensors import safe_open
 
 from automerge import io
 from automerge._errors import CheckpointError, OutputError
-from automerge.io import check_state_dict, check_writable, hash_state_dict, load_state_dict, save_state_dict, tied_names
+from automerge._files import check_writable, write_text
+from automerge.io import check_state_dict, hash_state_dict, load_state_dict, save_state_dict, tied_names
 
 torch.set_num_threads(1)
 
@@ -75,8 +78,8 @@ def test_hash_sees_values_names_shapes_and_dtypes_but_not_order(state: dict[str,
         assert hash_state_dict({**state, name: flipped}) != own
 
 
-@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model_state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
 @pytest.mark.parametrize("suffix", [".pt", ".pth"])
 def test_torch_files_with_wrapper_and_prefix(tmp_path: Path, wrapper: str | None, prefix: str, suffix: str) -> None:
     state = {prefix + "a.weight": torch.randn(2, 3), prefix + "b": torch.arange(3)}
@@ -89,6 +92,15 @@ def test_torch_files_with_wrapper_and_prefix(tmp_path: Path, wrapper: str | None
 def test_prefix_stays_if_not_on_every_key(tmp_path: Path) -> None:
     torch.save({"module.a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "m.pt")
     assert set(load_state_dict(tmp_path / "m.pt")) == {"module.a", "b"}
+
+
+def test_prefix_stays_if_it_is_the_architecture_s_own(tmp_path: Path) -> None:
+    torch.save({"module.module.a": torch.ones(1), "module.module.b": torch.ones(1)}, tmp_path / "m.pt")
+    assert set(load_state_dict(tmp_path / "m.pt")) == {"a", "b"}
+    for prefix in ("", "module.", "module.module."):
+        names = {prefix + "a", prefix + "b"}
+        assert set(load_state_dict(tmp_path / "m.pt", names)) == names
+    assert set(load_state_dict(tmp_path / "m.pt", {"other"})) == {"a", "b"}
 
 
 def test_tied_and_overlapping_tensors(tmp_path: Path) -> None:
@@ -140,6 +152,11 @@ def test_bad_paths(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"unknown suffix '\.bin'; expected \.safetensors, \.pt or \.pth"):
         load_state_dict(tmp_path / "a.bin")
+    with pytest.raises(CheckpointError, match="File name too long"):
+        load_state_dict(tmp_path / ("x" * 300 + ".pt"))
+    os.mkfifo(tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="is no regular file"):
+        load_state_dict(tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
@@ -192,6 +209,41 @@ def test_check_state_dict_messages() -> None:
     assert notes == ("model 1: a.weight is torch.float16, expected torch.float32",)
 
 
+def test_notes_on_dtypes_are_one_for_each_pair() -> None:
+    want = {name: torch.ones(2) for name in "abcd"}
+    have = {**{name: torch.ones(2).bfloat16() for name in "abc"}, "d": torch.ones(2).half()}
+    assert check_state_dict(have, want, "model 1") == (
+        "model 1: a and 2 more are torch.bfloat16, expected torch.float32",
+        "model 1: d is torch.float16, expected torch.float32",
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (torch.ones(2, 3).to_sparse(), r"a is sparse \(torch.sparse_coo\); save it as a dense tensor"),
+        (torch.ones(2, 3, device="meta"), "a is on the meta device and has no values"),
+        (torch.ones(2, 3).to(torch.float8_e4m3fn), "a is torch.float8_e4m3fn, too narrow to be averaged"),
+        (torch.ones(2, 3, dtype=torch.complex64), "a is a torch.complex64, expected torch.float32"),
+        (torch.ones(2, 3, dtype=torch.int8), "a is a torch.int8, expected torch.float32"),
+        ([1.0], "a is a list, expected torch.float32"),
+    ],
+)
+def test_tensors_of_a_kind_that_cannot_be_averaged(value: Any, words: str) -> None:
+    with pytest.raises(CheckpointError, match=f"model 1: {words}"):
+        check_state_dict({"a": value}, {"a": torch.ones(2, 3)}, "model 1")
+    with pytest.raises(CheckpointError, match=r"n is a torch\.complex64, expected torch\.int64"):
+        check_state_dict({"n": torch.ones(1, dtype=torch.complex64)}, {"n": torch.ones(1).long()}, "model 1")
+
+
+def test_a_prefix_too_much_is_named() -> None:
+    want = {"a.weight": torch.ones(1), "b": torch.ones(1)}
+    with pytest.raises(CheckpointError, match=r"no key 'a.weight', 'b'; its names begin with 'model\.': remove that"):
+        check_state_dict({f"model.{k}": v for k, v in want.items()}, want, "model 1")
+    with pytest.raises(CheckpointError, match="is it a checkpoint of this architecture"):
+        check_state_dict({"model.a.weight": torch.ones(1)}, want, "model 1")
+
+
 # -------------------------------------------------------------------- writing
 def test_an_existing_file_is_kept_without_force(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
@@ -212,8 +264,19 @@ def test_unwritable_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(OutputError, match="writes safetensors only"):
         save_state_dict(tmp_path / "a.pt", {"w": torch.ones(1)})
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match="does not exist"):
+    with pytest.raises(OutputError, match=r"the directory .*file is a file; choose another"):
         check_writable(tmp_path / "file" / "a.safetensors")
+    with pytest.raises(OutputError, match="File name too long"):
+        check_writable(tmp_path / ("x" * 300))
+    os.mkfifo(tmp_path / "pipe")
+    for force in (False, True):
+        with pytest.raises(OutputError, match="is a device or a pipe"):
+            check_writable(tmp_path / "pipe", force)
+        with pytest.raises(OutputError, match="is a device or a pipe"):
+            check_writable("/dev/null", force)
+    for place in ("/proc", "/dev/fd"):  # there nobody may make files, root included
+        with pytest.raises(OutputError, match="cannot be written"):
+            check_writable(Path(place) / "a.safetensors")
 
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied")
@@ -239,6 +302,43 @@ def test_an_interrupted_write_leaves_the_old_file(
         save_state_dict(file, {"w": torch.ones(1)}, force=True)
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
     assert load_state_dict(file)["w"].item() == 0
+
+
+@pytest.fixture(params=[0o022, 0o027, 0o077])
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_modes_are_those_that_open_gives(tmp_path: Path, umask: int) -> None:
+    plain, weights, text = (tmp_path / name for name in ("plain", "a.safetensors", "a.json"))
+    plain.open("w").close()
+    save_state_dict(weights, {"w": torch.zeros(1)})
+    write_text(text, "{}")
+    assert mode(plain) == 0o666 & ~umask
+    assert mode(weights) == mode(text) == mode(plain)
+    for path in (weights, text):  # and a file that is replaced keeps its own
+        path.chmod(0o640)
+    save_state_dict(weights, {"w": torch.ones(1)}, force=True)
+    write_text(text, "[]", force=True)
+    assert mode(weights) == mode(text) == 0o640
+    assert load_state_dict(weights)["w"].item() == 1
+
+
+def test_a_link_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    link, target = tmp_path / "a.safetensors", tmp_path / "there" / "b.safetensors"
+    link.symlink_to(target)
+    for value in (0.0, 1.0):
+        save_state_dict(link, {"w": torch.full((1,), value)}, force=True)
+        assert link.is_symlink()
+        assert load_state_dict(target)["w"].item() == value
+    assert [p.name for p in target.parent.iterdir()] == ["b.safetensors"]
 
 
 def test_what_safetensors_cannot_hold(tmp_path: Path) -> None:

@@ -340,7 +340,7 @@ def test_a_note_names_other_dtypes() -> None:
     models = [_mlp(0), _mlp(1).double()]
     result = merge(models, X)
     assert result.state_dict["0.weight"].dtype == torch.float32
-    assert result.notes[0] == "model 1: 0.weight is torch.float64, expected torch.float32"
+    assert result.notes[0] == "model 1: 0.weight and 5 more are torch.float64, expected torch.float32"
 
 
 def test_matcher_options_are_kept_and_stages_timed() -> None:

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from automerge._polynomial import maximise_polynomial
+from automerge._state import State
 from automerge.blocks import decompose
-from automerge.objective import Objective, State
+from automerge.objective import Objective
 from tests import _symmetries as hand
 from tests._all_pairs import AllPairs
 
@@ -71,6 +72,10 @@ def test_segment_polynomial_and_incremental_state(name: str, seed: int, one: boo
     sigma = [s[models] for s in random_vertex(objective, seed)]
     start = [p.clone() for p in state.plan]
     segment = state.segment(sigma, models)
+    ends = state.ends(state.gradient(models), sigma, models)
+    known = state.segment(sigma, models, ends).coefficients
+    assert known == pytest.approx(segment.coefficients, abs=1e-10 * max(1.0, float(np.abs(known).max())))
+    assert segment.coefficients[1] == pytest.approx(ends[1] - ends[0], rel=1e-9)
     before = state.value()
     step = 0.37
     state.advance(segment, step)

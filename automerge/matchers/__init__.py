@@ -2,15 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from automerge.matchers._activations import ActivationMatching
 from automerge.matchers._base import Matcher, Matching, Model, Progress, check_models
+from automerge.matchers._cca import CCA
 from automerge.matchers._frank_wolfe import FrankWolfe
 from automerge.matchers._identity import Identity
+from automerge.matchers._merge_many import MergeMany
+from automerge.matchers._pairwise import Pairwise, PairwiseFrankWolfe
+from automerge.matchers._procrustes import Procrustes
+from automerge.matchers._synchronised import Synchronised
+from automerge.matchers._weight_matching import WeightMatching
 from automerge.symmetry import Symmetry
 
-__all__ = ["FrankWolfe", "Identity", "Matcher", "Matching", "check_models", "match"]
+MATCHERS: Mapping[str, Callable[[], Matcher]] = {
+    "frank-wolfe": FrankWolfe,
+    "weight-matching": WeightMatching,
+    "merge-many": MergeMany,
+    "pairwise-frank-wolfe": PairwiseFrankWolfe,
+    "synchronised": Synchronised,
+    "activation-matching": ActivationMatching,
+    "cca": CCA,
+    "procrustes": Procrustes,
+    "identity": Identity,
+}
+"""Name -> matcher with its defaults: the choices of the command line, and what the conformance suite runs over."""
+
+__all__ = [
+    "CCA",
+    "MATCHERS",
+    "ActivationMatching",
+    "FrankWolfe",
+    "Identity",
+    "Matcher",
+    "Matching",
+    "MergeMany",
+    "Pairwise",
+    "PairwiseFrankWolfe",
+    "Procrustes",
+    "Synchronised",
+    "WeightMatching",
+    "check_models",
+    "match",
+]
 
 
 def match(
@@ -24,7 +60,8 @@ def match(
     """Match N models of one architecture in a common universe.
 
     Args:
-        models: state dicts or modules, at least two; they are not changed.
+        models: state dicts or modules, at least two; they are not changed. A matcher that looks at activations needs at
+            least one module; its architecture runs all of them.
         symmetry: of the architecture.
         matcher: `FrankWolfe` with its defaults if None.
         progress: called with a dict of numbers as the work goes on.

@@ -9,13 +9,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from automerge._errors import CheckpointError, MatchingError, SymmetryError
+from automerge._linear_maps import LinearElement, Matrix, linear_element
 from automerge.groups import Element
 from automerge.io import check_state_dict, save_state_dict
 from automerge.symmetry import Symmetry
@@ -27,7 +28,15 @@ _FORMAT = "automerge.matching/1"
 
 
 class Matcher(ABC):
-    """Finds one map per model to a common universe. Implementations are frozen dataclasses of their options."""
+    """Finds one map per model to a common universe. Implementations are frozen dataclasses of their options.
+
+    Attributes:
+        needs_data: whether it looks at activations: then ``data`` is needed, and at least one model as a module.
+        exact: whether its maps leave every model's function as it is. Linear maps do so up to what is nonlinear.
+    """
+
+    needs_data: ClassVar[bool] = False
+    exact: ClassVar[bool] = True
 
     @abstractmethod
     def match(
@@ -53,7 +62,7 @@ class Matching:
     """One map per model to a common universe.
 
     Attributes:
-        to_universe: the map of each model; for permutation matchers an exact group `Element`.
+        to_universe: the map of each model: an exact group `Element`, for matchers by linear maps one with matrices.
         symmetry: the group they come from.
         matcher: which matcher, with its options.
         stats: what it measured (objective per iteration, seconds, ...).
@@ -92,7 +101,7 @@ class Matching:
     def cycle_error(self) -> float:
         """The largest share of positions that a composition around a pair or a triangle of models displaces.
 
-        Exactly 0 for maps through a universe; measured, not assumed.
+        Exactly 0 for maps through a universe; measured, not assumed. Matrices count where they are off by more than 1e-8.
         """
         total = max(1, sum(sum(self.symmetry.shapes[n]) for e in self.to_universe for n in e.maps))
         maps = {(a, b): self.between(a, b) for a, b in itertools.permutations(range(len(self)), 2)}
@@ -130,7 +139,7 @@ class Matching:
 
     # ---------------------------------------------------------------- files
     def save(self, path: str | os.PathLike[str], force: bool = False) -> None:
-        """Write to a safetensors file (integer maps; the rest as JSON in the header), all at once or not at all.
+        """Write to a safetensors file (integer maps, matrices; the rest as JSON in the header), all at once or not at all.
 
         Raises:
             OutputError: if the path exists (without ``force``) or cannot be written.
@@ -142,6 +151,12 @@ class Matching:
             for axis, index in enumerate(maps)
         }
         header = {"automerge.matching": _FORMAT, "models": str(len(self)), "matcher": self.matcher}
+        for m, element in enumerate(self.to_universe):
+            if isinstance(element, LinearElement):
+                header["roles"] = json.dumps({str(g): roles for g, roles in element.roles.items()})
+                for g, matrix in element.matrices.items():
+                    tensors[f"{m}/forward/{g}"] = matrix.forward.contiguous()
+                    tensors[f"{m}/inverse/{g}"] = matrix.inverse.contiguous()
         header |= {"symmetry": self.symmetry.to_json(), "stats": json.dumps(dict(self.stats))}
         save_state_dict(path, tensors or {"empty": torch.zeros(0)}, header, force)
 
@@ -155,22 +170,33 @@ class Matching:
         try:
             with safe_open(str(Path(path)), framework="pt") as handle:
                 header = handle.metadata() or {}
-                tensors = {key: handle.get_tensor(key).numpy() for key in handle.keys()}  # noqa: SIM118
+                tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
             if header.get("automerge.matching") != _FORMAT:
                 raise CheckpointError(f"{path} is not a matching: expected the format {_FORMAT!r} in its header")
             symmetry = Symmetry.from_json(header["symmetry"])
-            maps: list[dict[str, dict[int, Any]]] = [{} for _ in range(int(header["models"]))]
-            for key, index in tensors.items():
-                if key != "empty":
-                    m, axis, name = key.split("/", 2)
-                    maps[int(m)].setdefault(name, {})[int(axis)] = index
-            elements = tuple(
-                Element(symmetry.shapes, {n: tuple(i[k] for k in range(len(i))) for n, i in sorted(one.items())})
-                for one in maps
-            )
+            roles = {int(g): tuple(r) for g, r in json.loads(header.get("roles", "{}")).items()}
+            elements = tuple(_read_element(tensors, symmetry, m, roles) for m in range(int(header["models"])))
             return Matching(elements, symmetry, header.get("matcher", ""), json.loads(header["stats"]))
         except (OSError, SafetensorError, SymmetryError, KeyError, ValueError, IndexError) as error:
             raise CheckpointError(f"{path} cannot be read as a matching: {error}") from error
+
+
+def _read_element(
+    tensors: Mapping[str, torch.Tensor], symmetry: Symmetry, model: int, roles: Mapping[int, tuple[bool, ...]]
+) -> Element:
+    """One model's element, from the tensors of a file."""
+    maps: dict[str, dict[int, Any]] = {}
+    for key, tensor in tensors.items():
+        number, _, rest = key.partition("/")
+        axis, _, name = rest.partition("/")
+        if number == str(model) and axis not in ("forward", "inverse"):
+            maps.setdefault(name, {})[int(axis)] = tensor.numpy()
+    arrays = {n: tuple(i[k] for k in range(len(i))) for n, i in sorted(maps.items())}
+    element = Element(symmetry.shapes, arrays)
+    if not roles:
+        return element
+    matrices = {g: Matrix(tensors[f"{model}/forward/{g}"], tensors[f"{model}/inverse/{g}"]) for g in roles}
+    return linear_element(symmetry, element, roles, matrices)
 
 
 def state_dict(model: Model) -> dict[str, torch.Tensor]:

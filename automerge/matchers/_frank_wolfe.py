@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from automerge._errors import MatchingError
-from automerge._polynomial import maximise_polynomial
+from automerge._ranks import ALONE, Ranks
 from automerge._tree import Perms
-from automerge.blocks import decompose
+from automerge.blocks import Blocks, decompose
 from automerge.matchers._base import Matcher, Matching, Model, Progress, check_models
-from automerge.matchers._polish import Polisher
-from automerge.matchers._starts import identity_elements, induced, random_plan, signature, vertices
-from automerge.objective import Objective, State
+from automerge.matchers._memory import check, estimate
+from automerge.matchers._search import Search as _Search
+from automerge.matchers._starts import from_element
+from automerge.objective import Objective
 from automerge.symmetry import Symmetry
 
 _STARTS = ("signature", "identity", "barycentre", "sinkhorn")
@@ -29,6 +28,9 @@ _SCHEDULES = ("simultaneous", "cyclic")
 class FrankWolfe(Matcher):
     """Match N models in one universe (C2M3, arXiv 2405.17897, Alg. 1, with an O(N) objective and an exact step).
 
+    Where a group acts on two axes of one tensor (square weights of a residual stream, recurrent weights) f has many optima;
+    the published loop (identity start, one common step) is then run as well, and the better end returned.
+
     Attributes:
         max_iterations: of Frank-Wolfe, per start.
         gap_tolerance: stop when the Frank-Wolfe gap, an upper bound on what is left to gain on a concave stretch, falls
@@ -38,15 +40,23 @@ class FrankWolfe(Matcher):
             group), or "sinkhorn" (random).
         softness: the share of the barycentre in a start from "signature" or "identity"; 0 starts at the vertex itself.
         restarts: further starts from random points, seeded; the best end is returned.
+        reheats: how often Frank-Wolfe starts once more from the best elements found, softened by ``warmth``. On 23 sets
+            of trained networks one brought 0.9 % more objective at 1.6 times the time, one restart 0.5 % at 1.9 times.
+        warmth: the share of the barycentre in such a start.
         schedule: "cyclic" moves one model after the other, each with its own exact step; "simultaneous" moves all with
             one common step, as the paper does.
         anchor: a model whose coordinates are the universe's and do not move; None lets all move.
         polish: the largest number of sweeps of block-coordinate ascent after rounding; 0 turns it off.
         block_weights: "uniform", or "normalised" by each block's mean squared norm.
         dtype: "float32" or "float64": in which the work is done, whatever the models' own types.
+        max_memory: refuse, before the work starts, what would hold more bytes than this beside the models; the machine's
+            memory if None.
+        resume: a matching of the same models to go on from (interrupted, or of another matcher): it takes the place of
+            the first start, and the answer is never worse than it.
         seed: of random starts and of the order of the sweeps.
 
     Examples:
+        >>> import numpy as np
         >>> from automerge.symmetry import Generator, Slot
         >>> unit = np.arange(4)[:, None]
         >>> s = Symmetry({"a": (4, 3), "b": (2, 4)}, (Generator(4, (Slot("a", 0, unit), Slot("b", 1, unit))),))
@@ -63,11 +73,15 @@ class FrankWolfe(Matcher):
     start: str = "signature"
     softness: float = 0.9
     restarts: int = 0
+    reheats: int = 1
+    warmth: float = 0.7
     schedule: str = "cyclic"
     anchor: int | None = None
     polish: int = 100
     block_weights: str = "uniform"
     dtype: str = "float32"
+    max_memory: int | None = None
+    resume: Matching | None = field(default=None, repr=False)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -79,191 +93,61 @@ class FrankWolfe(Matcher):
         ):
             if value not in allowed:
                 raise MatchingError(f"FrankWolfe({name}={value!r}): expected one of {', '.join(allowed)}")
-        for name in ("max_iterations", "restarts", "polish", "gap_tolerance", "progress_tolerance"):
+        for name in ("max_iterations", "restarts", "reheats", "polish", "gap_tolerance", "progress_tolerance"):
             if getattr(self, name) < 0:
                 raise MatchingError(f"FrankWolfe({name}={getattr(self, name)}): expected a number of at least 0")
-        if not 0 <= self.softness <= 1:
-            raise MatchingError(f"FrankWolfe(softness={self.softness}): expected a share between 0 and 1")
+        for name in ("softness", "warmth"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise MatchingError(f"FrankWolfe({name}={getattr(self, name)}): expected a share between 0 and 1")
 
     def match(
         self, models: Sequence[Model], symmetry: Symmetry, *, progress: Progress | None = None, data: Any = None
     ) -> Matching:
         """See `Matcher.match`. Ctrl-C ends with the best matching so far (``stats["interrupted"]``)."""
-        values = check_models(models, symmetry)
-        if self.anchor is not None and not 0 <= self.anchor < len(values):
-            raise MatchingError(f"FrankWolfe(anchor={self.anchor}): there are the models 0 to {len(values) - 1}")
+        return self.match_share(check_models(models, symmetry), symmetry, progress)
+
+    def match_share(
+        self,
+        values: Sequence[dict[str, torch.Tensor]],
+        symmetry: Symmetry,
+        progress: Progress | None = None,
+        ranks: Ranks = ALONE,
+    ) -> Matching:
+        """Match models of which each process holds its own; every process gets the whole matching.
+
+        Args:
+            values: the checked state dicts of this process's models (`Ranks.shares`), at least one.
+            symmetry: of their architecture.
+            progress: as for `match`.
+            ranks: the processes.
+        """
+        count = round(ranks.add(len(values))[0])
+        if self.anchor is not None and not 0 <= self.anchor < count:
+            raise MatchingError(f"FrankWolfe(anchor={self.anchor}): there are the models 0 to {count - 1}")
         begin = time.perf_counter()
         blocks = decompose(symmetry)
-        objective = Objective(blocks, values, dtype=getattr(torch, self.dtype), block_weights=self.block_weights)
-        search = _Search(self, objective, progress)
+        needed = estimate(blocks, len(values), getattr(torch, self.dtype), self.schedule)
+        with ranks.together():
+            check(needed, self.max_memory, len(values), self.dtype, self.schedule)
+            resumed = self._resumed(blocks, symmetry, count)
+        dtype = getattr(torch, self.dtype)
+        objective = Objective(blocks, values, dtype=dtype, block_weights=self.block_weights, ranks=ranks)
+        mine = None if resumed is None else [resumed[m] for m in objective.mine]
+        search = _Search(self, objective, progress, mine)
         search.seconds["setup"] = time.perf_counter() - begin
         elements = search.run() if objective.bundles else [{} for _ in values]
-        moved = tuple(blocks.structure.element(symmetry, perms) for perms in elements)
+        everywhere = [e for share in ranks.gather(elements) for e in share]
+        moved = tuple(blocks.structure.element(symmetry, perms) for perms in everywhere)
         search.seconds["total"] = time.perf_counter() - begin
-        return Matching(moved, symmetry, repr(self), search.report())
+        return Matching(moved, symmetry, repr(self), {**search.report(), "memory_estimate": needed})
 
-
-class _Search:
-    """One call of `FrankWolfe.match`: the candidates so far, and what was measured."""
-
-    def __init__(self, options: FrankWolfe, objective: Objective, progress: Progress | None) -> None:
-        self.options, self.objective, self.progress = options, objective, progress
-        self.seconds = dict.fromkeys(
-            ("setup", "start", "gradient", "assignment", "line_search", "polish", "total"), 0.0
-        )
-        self.fixed = frozenset() if options.anchor is None else frozenset({options.anchor})
-        self.signature: tuple[list[torch.Tensor], list[Perms]] = ([], [])
-        self.best: list[Perms] = []
-        self.best_value = -np.inf
-        self.start_value = 0.0
-        self.runs: list[dict[str, Any]] = []
-        self.interrupted = False
-
-    # ---------------------------------------------------------------- candidates
-    def run(self) -> list[Perms]:
-        """All starts, and the vertices that cost next to nothing; the best end."""
-        self.start_value = self._consider(identity_elements(self.objective))
-        rng = np.random.default_rng(self.options.seed)
-        try:
-            with self._timed("start"):
-                self.signature = signature(self.objective, self.options.anchor or 0)
-            for attempt in range(self.options.restarts + 1):
-                self._attempt(self.options.start if attempt == 0 else "sinkhorn", rng)
-            done = self.best_value
-            if self._consider(self.signature[1]) > done and self.options.polish:
-                self._polish("signature", self.signature[1], rng)
-        except KeyboardInterrupt:
-            self.interrupted = True
-        return self.best
-
-    def _consider(self, elements: list[Perms]) -> float:
-        value = self.objective.value(induced(self.objective, elements))
-        if value > self.best_value:
-            self.best_value = value
-            self.best = [{r: p.copy() for r, p in perms.items()} for perms in elements]
-        return value
-
-    def _attempt(self, start: str, rng: np.random.Generator) -> None:
-        """Frank-Wolfe from one start, rounded and polished."""
-        trace: dict[str, Any] = {"start": start, "objective": [], "step": [], "gap": [], "converged": False}
-        self.runs.append(trace)
-        state = self._state(start, rng)
-        try:
-            self._descend(state, trace)
-        except KeyboardInterrupt:
-            self.interrupted = True
-        with self._timed("assignment"):
-            elements = vertices(self.objective, state.plan)[1]
-        for m in self.fixed:
-            elements[m] = identity_elements(self.objective)[m]
-        del state
-        trace["rounded"] = self._consider(elements)
-        if self.interrupted:
-            raise KeyboardInterrupt
-        if self.options.polish:
-            trace["polished"] = self._polish(f"frank-wolfe from {start}", elements, rng)
-
-    def _state(self, start: str, rng: np.random.Generator) -> State:
-        soft = self.options.softness
-        with self._timed("start"):
-            if start == "sinkhorn":
-                plan = random_plan(self.objective, rng)
-                for m in self.fixed:
-                    for p in plan:
-                        p[m] = torch.eye(p.shape[1], dtype=p.dtype, device=p.device)
-                return State(self.objective, plan)
-            sigma = self.signature[0] if start == "signature" else self.objective.identity()
-            return State.soft(self.objective, sigma, 1.0 if start == "barycentre" else soft, self.fixed)
-
-    # ---------------------------------------------------------------- Frank-Wolfe
-    def _descend(self, state: State, trace: dict[str, Any]) -> None:
-        """Iterate until a stop rule holds; fills the trace."""
-        value = state.value()
-        trace["objective"].append(value)
-        groups = self._groups()
-        for iteration in range(1, self.options.max_iterations + 1):
-            gained, gap, steps = 0.0, 0.0, []
-            for models in groups:
-                gain, own, step = self._step(state, models)
-                gained, gap = gained + gain, gap + own
-                steps.append(step)
-            if len(groups) > 1:
-                state.refresh()
-            value += gained
-            scale = max(abs(value), 1e-12 * self.objective.scale, 1e-30)
-            trace["objective"].append(value)
-            trace["step"].append(float(np.mean(steps)))
-            trace["gap"].append(gap / scale)
-            self._tell(phase="frank-wolfe", iteration=iteration, objective=value, gap=gap / scale, step=steps[-1])
-            if gap <= self.options.gap_tolerance * scale or gained <= self.options.progress_tolerance * scale:
-                trace["converged"] = True
-                break
-
-    def _groups(self) -> list[slice]:
-        """The models that move together."""
-        free = [m for m in range(self.objective.count) if m not in self.fixed]
-        if self.options.schedule == "cyclic":
-            return [slice(m, m + 1) for m in free]
-        if not self.fixed:
-            return [slice(None)]
-        anchor = min(self.fixed)
-        return [s for s in (slice(0, anchor), slice(anchor + 1, self.objective.count)) if s.start < s.stop]
-
-    def _step(self, state: State, models: slice) -> tuple[float, float, float]:
-        """One Frank-Wolfe step of some models: gain, gap, step."""
-        with self._timed("gradient"):
-            gradient = state.gradient(models)
-        with self._timed("assignment"):
-            sigma = vertices(self.objective, gradient)[0]
-        with self._timed("line_search"):
-            gap = state.inner(gradient, sigma, models)
-            segment = state.segment(sigma, models)
-            step, gain = maximise_polynomial(segment.coefficients)
-            if step > 0:
-                state.advance(segment, step)
-        return gain, gap, step
-
-    # ---------------------------------------------------------------- polishing
-    def _polish(self, name: str, elements: list[Perms], rng: np.random.Generator) -> float:
-        mine = [dict(perms) for perms in elements]
-        with self._timed("polish"):
-            polisher = Polisher(self.objective, mine, self.fixed)
-            try:
-                polisher.run(rng, self.options.polish)
-            finally:
-                value = self._consider(polisher.elements)
-        self.runs.append({"start": f"polish {name}", "value": value, "moves": polisher.moves})
-        self._tell(phase="polish", candidate=name, objective=value, moves=polisher.moves)
-        return value
-
-    # ---------------------------------------------------------------- measures
-    @contextmanager
-    def _timed(self, what: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[what] += time.perf_counter() - begin
-
-    def _tell(self, **numbers: Any) -> None:
-        if self.progress is not None:
-            self.progress(numbers)
-
-    def report(self) -> dict[str, Any]:
-        """The statistics of the matching."""
-        first: dict[str, Any] = next(
-            (r for r in self.runs if "objective" in r), {"objective": [], "step": [], "gap": [], "converged": True}
-        )
-        return {
-            "objective": float(self.best_value) if self.runs else 0.0,
-            "start_objective": float(self.start_value),
-            "objectives": first["objective"],
-            "steps": first["step"],
-            "gaps": first["gap"],
-            "iterations": len(first["step"]),
-            "converged": first["converged"],
-            "interrupted": self.interrupted,
-            "seconds": self.seconds,
-            "runs": self.runs,
-            "left_out_generators": sorted(self.objective.blocks.structure.dropped),
-        }
+    def _resumed(self, blocks: Blocks, symmetry: Symmetry, count: int) -> list[Perms] | None:
+        if self.resume is None:
+            return None
+        if len(self.resume) != count or dict(self.resume.symmetry.shapes) != dict(symmetry.shapes):
+            raise MatchingError(
+                f"FrankWolfe(resume=...) is a matching of {len(self.resume)} models of "
+                f"{len(self.resume.symmetry.shapes)} parameters and does not fit these {count} models; resume with the "
+                "models and the symmetry that it was made of"
+            )
+        return [from_element(blocks, symmetry, e, f"model {m}") for m, e in enumerate(self.resume.to_universe)]

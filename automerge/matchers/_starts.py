@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
+from automerge._errors import MatchingError
 from automerge._oracle import maximise
-from automerge._tree import Perms
+from automerge._tree import Path, Perms
+from automerge.blocks import Blocks
+from automerge.groups import Element
 from automerge.objective import Objective
+from automerge.symmetry import Symmetry
 
 _THREADED = 256
 
@@ -60,8 +65,45 @@ def identity_elements(objective: Objective) -> list[Perms]:
 
 def induced(objective: Objective, elements: Sequence[Perms]) -> list[torch.Tensor]:
     """The permutations of every space, ``(N, n)``, of one element per model."""
+    if not elements:
+        return [torch.zeros(0, s.size, dtype=torch.int64, device=objective.device) for s in objective.blocks.spaces]
     rows = [objective.blocks.induced(perms) for perms in elements]
     return [torch.from_numpy(np.stack(c)).to(objective.device) for c in zip(*rows, strict=True)]
+
+
+def from_element(blocks: Blocks, symmetry: Symmetry, element: Element, label: str) -> Perms:
+    """The element of the trees that a group element of the whole symmetry is made of.
+
+    Along one axis of a block that a space moves every entry is numbered by its position; moving the numbers shows where
+    each position comes from.
+
+    Args:
+        blocks: the decomposition of the symmetry.
+        symmetry: the same.
+        element: of the symmetry.
+        label: how an error names its owner.
+
+    Raises:
+        MatchingError: if the symmetry's trees do not make this element.
+    """
+    gains: dict[int, dict[Path, np.ndarray]] = {}
+    for number, space in enumerate(blocks.spaces):
+        block = min((b for b in blocks.blocks if number in b.spaces), key=lambda b: math.prod(b.shape))
+        axis = block.spaces.index(number)
+        view = [1] * len(block.shape)
+        view[axis] = space.size
+        tensor = torch.zeros(symmetry.shapes[block.param], dtype=torch.int64)
+        block.write(tensor, torch.arange(1, space.size + 1).view(view).expand(block.shape))
+        old = block.read(element.apply_to(block.param, tensor)).movedim(axis, 0).reshape(space.size, -1)
+        gain = np.zeros((space.size, space.size))
+        gain[np.arange(space.size), np.maximum(old.max(dim=1).values.numpy() - 1, 0)] = 1.0
+        gains.setdefault(space.root, {})[space.roles] = gain
+    out: Perms = {}
+    for root in blocks.structure.roots:
+        out.update(maximise(blocks.structure, root, gains.get(root, {}))[1])
+    if blocks.structure.element(symmetry, out) != element:
+        raise MatchingError(f"the map of {label} is no element of this symmetry's group; match again")
+    return out
 
 
 def signature(objective: Objective, reference: int = 0) -> tuple[list[torch.Tensor], list[Perms]]:
@@ -70,6 +112,10 @@ def signature(objective: Objective, reference: int = 0) -> tuple[list[torch.Tens
     Along every axis the entries of each position are sorted over all other moving axes; positions are then assigned by
     the distances of these signatures. For copies of one network with distinct entries the planted element has distance
     zero and no other has, so that it is found exactly.
+
+    Args:
+        objective: the problem.
+        reference: the model's number among those of all processes.
     """
     gains = [
         torch.zeros(objective.count, s.size, s.size, dtype=objective.dtype, device=objective.device)
@@ -80,10 +126,13 @@ def signature(objective: Objective, reference: int = 0) -> tuple[list[torch.Tens
             front = bundle.weights.movedim(dim, 1)
             value = _sorted(front, [_place(k, dim) for k in bundle.dims if k != dim])
             flat = value.reshape(*value.shape[:2], -1)
-            flat = flat - flat[reference].mean(dim=0)
-            squares = 0.5 * flat.square().sum(dim=2)
+            first = objective.one(flat, reference)
+            middle = first.mean(dim=0)
+            first = first - middle
+            square = 0.5 * first.square().sum(dim=1)
             for m in range(objective.count):
-                gains[space][m] += flat[reference] @ flat[m].T - squares[reference][:, None] - squares[m][None]
+                own = flat[m] - middle
+                gains[space][m] += first @ own.T - square[:, None] - 0.5 * own.square().sum(dim=1)[None]
     return vertices(objective, gains)
 
 
@@ -114,15 +163,19 @@ def random_plan(objective: Objective, rng: np.random.Generator, sweeps: int = 20
     """A random point of the hull: Sinkhorn-normalised noise on plain trees, a mean of elements on nested ones."""
     out = [torch.empty_like(p) for p in barycentre(objective)]
     structure = objective.blocks.structure
-    for m in range(objective.count):
+    for number in range(objective.world):  # every process draws for all models, and keeps its own
+        m = number - objective.mine.start
+        kept = number in objective.mine
         for root in structure.roots:
             mine = [k for k, s in enumerate(objective.blocks.spaces) if s.root == root]
             if len(structure.descendants(root)) == 1:
                 for k in mine:
-                    out[k][m] = torch.from_numpy(_sinkhorn(rng, objective.blocks.spaces[k].size, sweeps)).to(out[k])
+                    noise = rng.random((objective.blocks.spaces[k].size,) * 2)
+                    if kept:
+                        out[k][m] = torch.from_numpy(_sinkhorn(noise, sweeps)).to(out[k])
                 continue
             draws = [structure.random(root, rng) for _ in range(16)]
-            for k in mine:
+            for k in mine if kept else ():
                 space = objective.blocks.spaces[k]
                 sigma = [structure.induced(d, space.roles) for d in draws]
                 mean = sum(np.eye(space.size)[s] for s in sigma) / len(sigma)
@@ -130,8 +183,7 @@ def random_plan(objective: Objective, rng: np.random.Generator, sweeps: int = 20
     return out
 
 
-def _sinkhorn(rng: np.random.Generator, n: int, sweeps: int) -> np.ndarray:
-    matrix = rng.random((n, n))
+def _sinkhorn(matrix: np.ndarray, sweeps: int) -> np.ndarray:
     for _ in range(sweeps):
         matrix /= matrix.sum(axis=1, keepdims=True)
         matrix /= matrix.sum(axis=0, keepdims=True)

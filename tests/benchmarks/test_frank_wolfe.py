@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from automerge._polynomial import maximise_polynomial
+from automerge._state import State
 from automerge.blocks import Blocks, decompose
 from automerge.matchers import FrankWolfe, match
 from automerge.matchers._starts import vertices
-from automerge.objective import Objective, State
+from automerge.objective import Objective
 from tests import _symmetries as hand
 from tests._all_pairs import AllPairs
 

@@ -14,11 +14,12 @@ from scipy.optimize import quadratic_assignment
 
 from automerge._errors import MatchingError
 from automerge._polynomial import maximise_polynomial
+from automerge._state import State
 from automerge.blocks import decompose
 from automerge.matchers import FrankWolfe, match
 from automerge.matchers._polish import Polisher
 from automerge.matchers._starts import identity_elements, induced, signature, vertices
-from automerge.objective import Objective, State
+from automerge.objective import Objective
 from automerge.symmetry import Generator, Slot, Symmetry
 from tests import _symmetries as hand
 from tests._all_pairs import AllPairs
@@ -170,7 +171,11 @@ def test_progress_and_stats() -> None:
     symmetry = hand.mlp()
     seen: list[dict[str, Any]] = []
     stats = match(models_of(symmetry, 3), symmetry, FrankWolfe(), progress=seen.append).stats
-    assert [s["iteration"] for s in seen if s["phase"] == "frank-wolfe"] == list(range(1, stats["iterations"] + 1))
+    first = [s for s in seen if s["phase"] == "frank-wolfe" and s["start"] == "signature"]
+    assert [s["iteration"] for s in first] == list(range(1, stats["iterations"] + 1))
+    assert [s["objective"] for s in first] == stats["objectives"][1:]
+    assert all(np.isfinite(s["rest"]) and s["rest"] >= 0 for s in first)
+    assert {s["start"] for s in seen if s["phase"] == "frank-wolfe"} == {"signature", "best"}
     assert len(stats["objectives"]) == stats["iterations"] + 1 == len(stats["gaps"]) + 1
     assert {"gradient", "assignment", "line_search", "polish", "total"} <= set(stats["seconds"])
     assert not stats["interrupted"]

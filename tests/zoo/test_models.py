@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from automerge import infer
+from automerge.testing import assert_invariant
 from zoo.models import ZOO
 
 
@@ -17,6 +19,17 @@ def test_runs_in_double_precision_close_to_single(name: str) -> None:
     assert double.dtype == torch.float64
     assert torch.isfinite(double).all()
     torch.testing.assert_close(single.double(), double, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_random_group_elements_leave_the_output_alone(name: str) -> None:
+    torch.manual_seed(0)
+    factory, args = ZOO[name]
+    model = factory()
+    symmetry = infer(model, args, verify=False)
+    assert symmetry.sets
+    assert symmetry.free_share > 0.5
+    assert_invariant(model, args, symmetry, tolerance=1e-10)
 
 
 @pytest.mark.parametrize("name", sorted(set(ZOO) - {"vgg16"}))

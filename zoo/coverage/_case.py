@@ -14,9 +14,32 @@ from torch import nn
 
 NAMES = ("torchvision", "timm", "transformers")
 QUICK = {
-    "torchvision": ("resnet18", "mobilenet_v3_small", "vit_b_32"),
-    "timm": ("efficientvit_mit:efficientvit_b0", "mlp_mixer:mixer_s16_224"),
-    "transformers": ("bert:SequenceClassification", "llama:CausalLM", "t5:Seq2SeqLM"),
+    "torchvision": (
+        "resnet18",
+        "mobilenet_v3_small",
+        "vit_b_32",
+        "densenet121",
+        "shufflenet_v2_x0_5",
+        "swin_t",
+        "lraspp_mobilenet_v3_large",
+    ),
+    "timm": (
+        "efficientvit_mit:efficientvit_b0",
+        "mlp_mixer:mixer_s16_224",
+        "convnext:convnext_atto",
+        "mobilevit:mobilevit_xxs",
+        "pvt_v2:pvt_v2_b0",
+    ),
+    "transformers": (
+        "bert:SequenceClassification",
+        "llama:CausalLM",
+        "t5:Seq2SeqLM",
+        "mamba:CausalLM",
+        "mixtral:CausalLM",
+        "whisper:SpeechSeq2Seq",
+        "deberta-v2:SequenceClassification",
+        "vit:ImageClassification",
+    ),
 }
 
 

@@ -1,0 +1,137 @@
+"""``torchrun --nproc-per-node=R -m automerge merge ...``: many processes, each with its own models only.
+
+Every process reads its share of the checkpoints (`Ranks.shares`), the matcher's sums over models go through
+`torch.distributed`, and so do those of the average. All end with the same universe; process 0 writes the result.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from automerge._errors import MatchingError
+from automerge._merge_checks import merge_integers
+from automerge._ranks import Ranks
+from automerge.infer import infer
+from automerge.io import StateDict, check_state_dict, hash_state_dict, load_state_dict, tied_names
+from automerge.matchers import FrankWolfe, Matching, Progress
+from automerge.symmetry import Symmetry
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """What every process has at the end.
+
+    Attributes:
+        state_dict: the merged weights.
+        matching: of all models.
+        hashes: SHA-256 of every checkpoint's tensors.
+        seconds: per stage.
+    """
+
+    state_dict: StateDict
+    matching: Matching
+    hashes: list[str]
+    seconds: Mapping[str, float]
+
+
+def merge_share(
+    ranks: Ranks,
+    network: nn.Module,
+    paths: Sequence[str],
+    args: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    matcher: FrankWolfe,
+    weights: Sequence[float] | None = None,
+    reference: int | None = None,
+    progress: Progress | None = None,
+) -> Shared:
+    """Merge checkpoints of which each process reads only its own.
+
+    Args:
+        ranks: the processes; all of them make this call with the same arguments.
+        network: a module of the architecture; not changed.
+        paths: of all checkpoints, at least one per process.
+        args: example inputs.
+        kwargs: example keyword inputs.
+        matcher: its options.
+        weights: one per checkpoint; equal if None.
+        reference: the checkpoint in whose coordinates the result is written; the universe's if None.
+        progress: as for `automerge.match`.
+
+    Raises:
+        MatchingError: for fewer checkpoints than processes, or fewer than two.
+        CheckpointError: if a checkpoint cannot be read or does not fit.
+        RankError: if another process failed, ended or does not answer.
+    """
+    begin = time.perf_counter()
+    seconds: dict[str, float] = {}
+    states: list[StateDict] = []
+    with ranks.together():
+        if len(paths) < max(2, ranks.size):
+            raise MatchingError(
+                f"{len(paths)} checkpoints for {ranks.size} processes: give at least two, and one per process"
+            )
+        for m in ranks.shares(len(paths))[ranks.rank]:
+            state = load_state_dict(paths[m])
+            check_state_dict(state, network.state_dict(), str(paths[m]))
+            states.append(state)
+    hashes = [h for share in ranks.gather([hash_state_dict(s) for s in states]) for h in share]
+    seconds["read"] = time.perf_counter() - begin
+    symmetry = _symmetry(ranks, network, args, kwargs)
+    seconds["infer"] = time.perf_counter() - begin - seconds["read"]
+    matching = matcher.match_share(states, symmetry, progress, ranks)
+    seconds["match"] = matching.stats["seconds"]["total"]
+    share = [1.0 / len(paths)] * len(paths) if weights is None else [w / sum(weights) for w in weights]
+    merged = _average(ranks, states, matching, share, reference, network)
+    seconds["total"] = time.perf_counter() - begin
+    return Shared(merged, matching, hashes, seconds)
+
+
+def _symmetry(ranks: Ranks, network: nn.Module, args: Any, kwargs: Mapping[str, Any] | None) -> Symmetry:
+    """Process 0 infers, and tells the others."""
+    text: str | None = None
+    with ranks.together():
+        if ranks.rank == 0:
+            text = infer(network, args, kwargs).to_json()
+    return Symmetry.from_json(next(t for t in ranks.gather(text) if t is not None))
+
+
+def _average(
+    ranks: Ranks,
+    states: Sequence[StateDict],
+    matching: Matching,
+    share: Sequence[float],
+    reference: int | None,
+    network: nn.Module,
+) -> StateDict:
+    """The weighted mean of all models, tensor by tensor, in float64."""
+    elements = matching.to_universe
+    if reference is not None:
+        back = elements[reference].inverse()
+        elements = tuple(e.then(back) for e in elements)
+    mine = ranks.shares(len(share))[ranks.rank]
+    symmetry = matching.symmetry
+    out: StateDict = {}
+    for name, first in states[0].items():
+        place = symmetry.aliases.get(name, name)
+        if not (first.is_floating_point() or first.is_complex()):
+            with ranks.together():
+                out[name] = merge_integers(name, [v for vs in ranks.gather([s[name] for s in states]) for v in vs])
+            continue
+        wide = torch.complex128 if first.is_complex() else torch.float64
+        total = torch.zeros(first.shape, dtype=wide)
+        for m, state in zip(mine, states, strict=True):
+            total.add_(elements[m].apply_to(place, state[name]).to(wide), alpha=share[m])
+        dtypes = ranks.gather(str(first.dtype))
+        out[name] = ranks.sum(total).to(getattr(torch, dtypes[0].removeprefix("torch.")))
+    for alias, name in {**symmetry.aliases, **tied_names(network.state_dict())}.items():
+        if alias in out and name in out:
+            out[alias] = out[name]
+    return out

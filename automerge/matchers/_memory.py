@@ -1,0 +1,85 @@
+"""How much memory the universe matcher will hold, before it holds it."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+
+from automerge._errors import MatchingError
+from automerge.blocks import Blocks
+
+
+def estimate(blocks: Blocks, count: int, dtype: torch.dtype, schedule: str = "cyclic") -> int:
+    """The bytes that Frank-Wolfe holds at its peak, beside the models themselves.
+
+    Per model the weights of every block and their copies moved along each set of moving axes, and a matrix per space;
+    once more what the line search and the sums over models need.
+
+    Args:
+        blocks: the decomposition.
+        count: the number of models.
+        dtype: of the work.
+        schedule: "simultaneous" holds the mixed products of all models at once.
+    """
+    per_model = once = 0
+    for block in blocks.blocks:
+        moving = sum(s is not None for s in block.spaces)
+        size = math.prod(block.shape)
+        per_model += size * 2**moving
+        once += 3 * size
+        if schedule == "simultaneous":
+            per_model += size * (3**moving - 2**moving + 1)
+    squares = sum(s.size**2 for s in blocks.spaces)
+    per_model += squares
+    once += squares * (count if schedule == "simultaneous" else 1)
+    return (count * per_model + once) * dtype.itemsize
+
+
+def check(needed: int, allowed: int | None, count: int, dtype: str, schedule: str) -> None:
+    """Refuse work that does not fit.
+
+    Args:
+        needed: what `estimate` gave.
+        allowed: bytes; the machine's memory if None.
+        count: the number of models.
+        dtype: the option.
+        schedule: the option.
+
+    Raises:
+        MatchingError: with what to lower.
+    """
+    limit = _physical() if allowed is None else allowed
+    if limit is None or needed <= limit:
+        return
+    advice = ["fewer models"]
+    if schedule == "simultaneous":
+        advice.append("schedule='cyclic'")
+    if dtype == "float64":
+        advice.append("dtype='float32'")
+    what = "the machine has" if allowed is None else "max_memory allows"
+    raise MatchingError(
+        f"matching {count} models in {dtype} would hold about {readable(needed)} and {what} {readable(limit)}; "
+        f"take {' or '.join(advice)}, spread the models over several machines with torchrun, or raise max_memory"
+    )
+
+
+def readable(size: float) -> str:
+    """Bytes for people.
+
+    >>> readable(3 * 2**30)
+    '3.0 GiB'
+    """
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def _physical() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None

@@ -1,0 +1,69 @@
+"""The activations of all models as inner products, from the statistics of the traced graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from automerge._data import Batch, Batches
+from automerge._errors import MatchingError
+from automerge._statistics import CrossMoments, Observed, collect
+from automerge.io import StateDict
+from automerge.matchers._augment import Site, correlation
+from automerge.matchers._base import Model
+from automerge.symmetry import Slot, Symmetry
+
+
+def observe(
+    network: nn.Module, states: Sequence[StateDict], symmetry: Symmetry, batches: Iterable[Batch], kind: str
+) -> tuple[list[Site], dict[str, Any]]:
+    """Run all models on the data and gather the activations' inner products.
+
+    Args:
+        network: the architecture; a copy of it runs.
+        states: the weights of each model.
+        symmetry: of the architecture.
+        batches: the inputs; one pass.
+        kind: "correlation" or "inner".
+
+    Returns:
+        One site for all places at which the same groups act alike, and what was observed, for the report.
+    """
+    found = collect(network, states, symmetry, batches)
+    alike: dict[tuple[Any, ...], list[Observed]] = {}
+    for one in found.observed:
+        alike.setdefault(one.place.key, []).append(one)
+    return [_site(group, kind) for group in alike.values()], found.report(symmetry)
+
+
+def _site(observed: Sequence[Observed], kind: str) -> Site:
+    place = observed[0].place
+    gram = torch.stack([_gram(one.moments, kind) for one in observed]).sum(dim=0)
+    return Site(place.where, (place.size,), {g: (Slot("", 0, table),) for g, table in place.slots.items()}, gram)
+
+
+def _gram(moments: CrossMoments, kind: str) -> torch.Tensor:
+    """Correlations, or mean products, of all units of all models: ``(N, n, N, n)``."""
+    if kind == "correlation":
+        return correlation(moments.joint())
+    return moments.joint() + moments.means[:, :, None, None] * moments.means
+
+
+def runnable(matcher: object, models: Sequence[Model], data: Any) -> tuple[nn.Module, Batches]:
+    """The network and the batches that a data-driven matcher needs.
+
+    Raises:
+        MatchingError: if there are no data, or no model is a module.
+    """
+    name = type(matcher).__name__
+    if data is None:
+        raise MatchingError(f"{name} looks at activations: give batches, match(..., data=batches)")
+    network = next((m for m in models if isinstance(m, nn.Module)), None)
+    if network is None:
+        raise MatchingError(
+            f"{name} runs the models: give at least one of them as a module (its architecture runs the other state dicts)"
+        )
+    return network, data if isinstance(data, Batches) else Batches(data)

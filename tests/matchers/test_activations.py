@@ -1,0 +1,289 @@
+"""Activation matching: the right values at the right places, exact statistics, and what it refuses."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from automerge import infer, merge
+from automerge._data import Batches
+from automerge._errors import AutomergeError, MatchingError, TraceError
+from automerge._places import survey
+from automerge.matchers import ActivationMatching, FrankWolfe, Identity, MergeMany, WeightMatching, match
+from automerge.matchers._augment import augment
+from automerge.matchers._sites import observe
+from automerge.symmetry import Slot, Symmetry
+from automerge.trace import trace
+from tests import _symmetries as hand
+from tests.matchers import _families as families
+from tests.matchers._families import NETWORKS, family
+
+torch.set_num_threads(1)
+
+MORE = (
+    "mlp_glu",
+    "conv_flatten",
+    "groupnorm",
+    "pixel_shuffle",
+    "Siamese",
+    "OuterProduct",
+    "GeGluChunk",
+    "SqueezeExcite",
+    "UNet",
+    "HeadNorm",
+    "AttentionTalking",
+    "AttentionCross",
+    "FusedDimHead",
+    "GruBidirectional",
+    "ExpertsList",
+    "RmsNorm",
+    "InPlace",
+    "Maxout",
+    "zoo lm",  # rotary positions pin the dimensions inside heads that move
+)
+
+
+def activations(model: nn.Module, state: dict[str, torch.Tensor], args: Any, symmetry: Symmetry) -> dict[str, Any]:
+    """Place -> its values for a state dict."""
+    own = deepcopy(model)
+    own.load_state_dict(state)
+    graph = trace(own, args)
+    values = {n.name: n.meta.get("val") for n in graph.graph.nodes}
+    return {p.node: (p, p.read(values[p.node])) for p in survey(graph, symmetry).places}
+
+
+@pytest.mark.parametrize("name", [n for n in (*NETWORKS, *MORE) if n != "linear_only"])
+def test_activations_move_as_the_slots_say(name: str) -> None:
+    """The values of a moved model are the moved values of the model, at every place and for the whole group."""
+    model, args, symmetry = families.network(name)
+    state = families.weights(model, symmetry, 3)
+    rng = np.random.default_rng(2)
+    perms = [rng.permutation(g.size) for g in symmetry.generators()]
+    before = activations(model, state, args, symmetry)
+    after = activations(model, symmetry.apply(state, symmetry.element(perms)), args, symmetry)
+    assert before.keys() == after.keys()
+    assert before
+    for node, (place, values) in before.items():
+        assert values is not None
+        sets = [
+            type(g)(g.size, (*g.slots, Slot("activations", 0, place.slots[i])) if i in place.slots else g.slots)
+            for i, g in enumerate(symmetry.sets)
+        ]
+        larger = Symmetry({**symmetry.shapes, "activations": tuple(values.T.shape)}, tuple(sets))
+        moved = larger.element(perms).apply_to("activations", values.T.contiguous())
+        assert torch.allclose(moved, after[node][1].T, rtol=1e-9, atol=1e-9 * float(values.abs().max()))
+
+
+@pytest.mark.parametrize("name", [n for n in (*NETWORKS, *MORE) if n not in ("linear_only", "ConcatenateTwice")])
+def test_every_group_is_observed(name: str) -> None:
+    model, args, symmetry = families.network(name)
+    places = survey(trace(model, args), symmetry).places
+    assert {g for p in places for g in p.slots} == set(range(len(symmetry.sets)))
+
+
+def test_copies_of_one_value_cannot_be_told_apart() -> None:
+    """A tensor joined with itself: exchanging the weights of the two copies leaves every activation as it is."""
+    model, args, symmetry = families.network("ConcatenateTwice")
+    models, _ = family("ConcatenateTwice", 2)
+    first = deepcopy(model)
+    first.load_state_dict(models[0])
+    data = families.batches("ConcatenateTwice")
+    result = match([first, models[1]], symmetry, ActivationMatching(mix=1.0), data=data)
+    assert len(result.stats["not_observed"]) == len(symmetry.sets) - 1
+    places = survey(trace(model, args), symmetry).places
+    assert all(p.chosen.size == symmetry.sets[max(p.slots)].size for p in places)
+
+
+# -------------------------------------------------------------------- statistics
+class Wired(nn.Module):
+    """Convolution, pooling, attention over pixels, a hidden layer: hooks can see the same values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.up = nn.Linear(4, 6)
+        self.act = nn.ReLU()
+        self.down = nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images to two numbers per pixel."""
+        y = torch.tanh(self.conv(x)).flatten(2).transpose(1, 2)
+        return self.down(self.act(self.up(y)))
+
+
+def wired(count: int = 3) -> tuple[list[nn.Module], Symmetry]:
+    torch.manual_seed(0)
+    nets = [Wired().double() for _ in range(count)]
+    return nets, infer(nets[0], torch.randn(2, 1, 5, 5, dtype=torch.float64), verify=False)
+
+
+@torch.no_grad()
+def by_hooks(net: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """The inputs of the two linear layers, ``(samples, units)``."""
+    seen: list[torch.Tensor] = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, args[0].shape[-1])))
+        for layer in (net.up, net.down)
+    ]
+    net(x)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["correlation", "inner"])
+@pytest.mark.parametrize("sizes", [(9,), (4, 4, 1), (1, 5, 3)])
+def test_statistics_are_those_of_all_samples_at_once(sizes: tuple[int, ...], kind: str) -> None:
+    """Pixels are samples; unequal batches give what one batch gives, to rounding."""
+    nets, symmetry = wired()
+    x = torch.randn(9, 1, 5, 5, dtype=torch.float64)
+    states = [n.state_dict() for n in nets]
+    sites, report = observe(nets[0], states, symmetry, Batches(list(x.split(sizes))), kind)
+    assert report["samples"] == 9 * 9
+    assert [s.shape for s in sites] == [(4,), (6,)]
+    per_net = [by_hooks(net, x) for net in nets]
+    for k, site in enumerate(sites):
+        joint = torch.cat([values[k] for values in per_net], dim=1).numpy()
+        with np.errstate(invalid="ignore", divide="ignore"):
+            expected = np.corrcoef(joint.T) if kind == "correlation" else joint.T @ joint / len(joint)
+        gram = site.gram.reshape(joint.shape[1], -1).numpy()
+        assert np.allclose(gram, np.nan_to_num(expected), rtol=1e-10, atol=1e-12)
+
+
+def test_attention_with_a_smaller_last_batch() -> None:
+    """Heads and batch share an axis inside the attention products; the batch may still change."""
+    model, _, symmetry = families.network("zoo vit")
+    states = [families.weights(model, symmetry, seed) for seed in range(2)]
+    x = torch.randn(5, 1, 8, 8, dtype=torch.float64)
+    whole, one = observe(model, states, symmetry, Batches([x]), "inner")
+    parts, other = observe(model, states, symmetry, Batches([x[:3], x[3:]]), "inner")
+    assert one == other
+    assert len(whole) == len(parts) > 8
+    assert all(torch.allclose(a.gram, b.gram, rtol=1e-9, atol=1e-12) for a, b in zip(whole, parts, strict=True))
+
+
+def test_nothing_is_changed() -> None:
+    model, _, symmetry = families.network("conv_bn")
+    models, _ = family("conv_bn", 2)
+    first = deepcopy(model).train()
+    first.load_state_dict(models[0])
+    data = families.batches("conv_bn")
+    kept = [tuple(x.clone() for x in batch) for batch in data]
+    match([first, models[1]], symmetry, ActivationMatching(), data=data)
+    assert first.training
+    assert all(p.requires_grad and p.grad is None for p in first.parameters())
+    assert all(torch.equal(v, models[0][n]) for n, v in first.state_dict().items())
+    assert all(torch.equal(a, b) for x, y in zip(data, kept, strict=True) for a, b in zip(x, y, strict=True))
+
+
+# -------------------------------------------------------------------- matching
+def test_activations_find_what_weights_cannot() -> None:
+    """Rescaled units (ReLU is positively homogeneous) compute the same; weights of such models look unrelated."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 3)).double()
+    symmetry = infer(net, torch.randn(2, 4, dtype=torch.float64), verify=False)
+    planted = symmetry.element([np.random.default_rng(0).permutation(12)])
+    state = net.state_dict()
+    scale = 10 ** torch.linspace(-2, 2, 12, dtype=torch.float64)[torch.randperm(12)]
+    state["0.weight"], state["0.bias"] = state["0.weight"] * scale[:, None], state["0.bias"] * scale
+    state["2.weight"] = state["2.weight"] / scale
+    other = symmetry.apply(state, planted)
+    data = [torch.randn(400, 4, dtype=torch.float64)]
+    alone = ActivationMatching(mix=1.0)
+    assert match([net, other], symmetry, alone, data=data).between(0, 1) == planted
+    assert match([net, other], symmetry, FrankWolfe()).between(0, 1) != planted
+
+
+@pytest.mark.parametrize("solver", [WeightMatching(), MergeMany(), FrankWolfe()])
+def test_one_assignment_of_activations_is_optimal(solver: Any) -> None:
+    """With two models every group is one linear assignment of the cross-correlation: scipy's answer, whatever solves it."""
+    from scipy.optimize import linear_sum_assignment
+
+    nets, symmetry = wired(2)
+    x = torch.randn(40, 1, 5, 5, dtype=torch.float64)
+    result = match(nets, symmetry, ActivationMatching(solver, mix=1.0), data=[x])
+    sites, _ = observe(nets[0], [n.state_dict() for n in nets], symmetry, Batches([x]), "correlation")
+    moved = result.between(1, 0)
+    for site, param in zip(sites, ("conv.bias", "up.bias"), strict=True):
+        cross = site.gram[0, :, 1].numpy()
+        rows, columns = linear_sum_assignment(cross, maximize=True)
+        ours = moved.maps[param][0].reshape(-1) if param in moved.maps else np.arange(len(rows))
+        assert cross[rows, ours].sum() == pytest.approx(cross[rows, columns].sum(), rel=1e-6)
+
+
+def test_no_weight_of_activations_is_the_matching_of_weights() -> None:
+    models, _ = family("mlp", 3, noise=0.9)
+    model, _, symmetry = families.network("mlp")
+    first = deepcopy(model)
+    first.load_state_dict(models[0])
+    data = families.batches("mlp")
+    ours = match([first, *models[1:]], symmetry, ActivationMatching(MergeMany(dtype="float64"), mix=0.0), data=data)
+    assert ours.to_universe == match(models, symmetry, MergeMany(dtype="float64")).to_universe
+    grown = augment(symmetry, models, (), 1.0)
+    assert all(n in grown[0].statistics for n in symmetry.shapes)
+
+
+def test_the_report_says_what_was_observed() -> None:
+    nets, symmetry = wired()
+    result = match(nets, symmetry, ActivationMatching(), data=[torch.randn(6, 1, 5, 5, dtype=torch.float64)])
+    assert result.stats["samples"] == 54
+    assert len(result.stats["sites"]) == 2
+    assert result.stats["not_observed"] == []
+    assert {"activations", "total"} <= set(result.stats["seconds"])
+    assert "activations" in str(result)
+    assert set(result.to_universe[1].maps) <= set(symmetry.shapes)
+
+
+def test_merging_state_dicts_by_activations() -> None:
+    nets, _ = wired(2)
+    x = torch.randn(6, 1, 5, 5, dtype=torch.float64)
+    states = [n.state_dict() for n in nets]
+    by_dicts = merge(states, x[:2], architecture=nets[0], matcher=ActivationMatching(), data=[x], repair="none")
+    by_modules = merge(nets, x[:2], matcher=ActivationMatching(), data=[x], repair="none")
+    assert by_dicts.matching.to_universe == by_modules.matching.to_universe
+    assert all(torch.equal(by_dicts.state_dict[n], v) for n, v in by_modules.state_dict.items())
+
+
+# -------------------------------------------------------------------- what it refuses
+def test_bad_input() -> None:
+    nets, symmetry = wired(2)
+    x = torch.randn(6, 1, 5, 5, dtype=torch.float64)
+    with pytest.raises(MatchingError, match=r"ActivationMatching looks at activations: give batches"):
+        match(nets, symmetry, ActivationMatching())
+    with pytest.raises(MatchingError, match="give at least one of them as a module"):
+        match([n.state_dict() for n in nets], symmetry, ActivationMatching(), data=[x])
+    with pytest.raises(AutomergeError, match="gave no batch"):
+        match(nets, symmetry, ActivationMatching(), data=[])
+    with pytest.raises(TraceError, match="does not run on the example inputs"):
+        match(nets, symmetry, ActivationMatching(), data=[x[:, :, :2]])
+    with pytest.raises(MatchingError, match="looks at activations"):
+        merge(nets, x, matcher=ActivationMatching())
+
+
+def test_a_symmetry_of_ones_own() -> None:
+    """Groups that inference does not know are not observed; those that it knows are, in any order."""
+    nets, symmetry = wired(2)
+    x = torch.randn(6, 1, 5, 5, dtype=torch.float64)
+    mixed = [
+        type(g)(g.size, tuple(Slot(s.param, s.axis, s.index[order], s.within) for s in g.slots[::-1]))
+        for g in symmetry.sets[::-1]
+        for order in [np.random.default_rng(0).permutation(g.size)]
+    ]
+    turned = Symmetry(symmetry.shapes, tuple(mixed))
+    a, b = (match(nets, s, ActivationMatching(mix=1.0), data=[x]) for s in (symmetry, turned))
+    assert a.stats["not_observed"] == b.stats["not_observed"] == []
+    assert a.between(0, 1) == b.between(0, 1)
+    part = Symmetry(symmetry.shapes, symmetry.sets[:1])
+    assert len(match(nets, part, ActivationMatching(mix=1.0), data=[x]).stats["not_observed"]) == 0
+    other = Symmetry(symmetry.shapes, hand.mlp((4, 6, 2)).sets[:0])
+    assert match(nets, other, ActivationMatching(), data=[x]).to_universe[1].is_identity()
+
+
+def test_who_needs_data() -> None:
+    assert not Identity().needs_data
+    assert ActivationMatching().needs_data

@@ -1,0 +1,187 @@
+"""Several gloo processes on the loopback interface: the same answer as one process, and clear ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from automerge import cli
+from automerge._ranks import ALONE, Ranks
+from automerge.matchers import FrankWolfe, Matching, match
+from tests import _factories
+from tests import _symmetries as hand
+
+ROOT = Path(__file__).resolve().parents[1]
+
+_SHARE = """
+import sys, torch
+torch.set_num_threads(1)
+from automerge._ranks import Group
+from automerge.matchers import FrankWolfe
+from tests import _symmetries as hand
+name, count, out, options = sys.argv[1], int(sys.argv[2]), sys.argv[3], eval(sys.argv[4])
+symmetry = hand.ALL[name]()
+ranks = Group(60)
+models = [hand.weights(symmetry, m) for m in ranks.shares(count)[ranks.rank]]
+matching = FrankWolfe(dtype="float64", **options).match_share(models, symmetry, ranks=ranks)
+matching.save(f"{out}/{ranks.rank}.safetensors")
+ranks.close()
+"""
+
+
+def environment(rank: int, size: int, port: int, **more: str) -> dict[str, str]:
+    """What torchrun sets."""
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {**os.environ, **{k: str(v) for k, v in own.items()}, "OMP_NUM_THREADS": "1", **more}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def start(size: int, *argv: object, **more: str) -> list[subprocess.Popen[str]]:
+    port = free_port()
+    return [
+        subprocess.Popen(
+            [sys.executable, *map(str, argv)],
+            env=environment(r, size, port, **more),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for r in range(size)
+    ]
+
+
+def ends(processes: list[subprocess.Popen[str]], seconds: float = 100) -> list[tuple[int, str, str]]:
+    out = []
+    for p in processes:
+        printed, error = p.communicate(timeout=seconds)
+        out.append((p.returncode, printed, error))
+    return out
+
+
+def test_shares_cover_all_models() -> None:
+    class Some(Ranks):
+        rank, size = 0, 3
+
+        def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+            raise NotImplementedError
+
+        def broadcast(self, tensor: torch.Tensor, owner: int) -> None:
+            raise NotImplementedError
+
+        def gather(self, value: Any) -> list[Any]:
+            raise NotImplementedError
+
+    assert [list(r) for r in Some().shares(7)] == [[0, 1], [2, 3], [4, 5, 6]]
+    assert ALONE.shares(4) == [range(4)]
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "name", "options"),
+    [
+        (2, 3, "heads", {}),
+        (4, 5, "residual", {"restarts": 1, "block_weights": "normalised", "anchor": 2}),
+    ],
+)
+def test_all_processes_find_what_one_finds(
+    size: int, count: int, name: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    symmetry = hand.ALL[name]()
+    running = start(size, "-c", _SHARE, name, count, tmp_path, repr(options))
+    alone = match([hand.weights(symmetry, m) for m in range(count)], symmetry, FrankWolfe(dtype="float64", **options))
+    done = ends(running)
+    assert all(code == 0 for code, _, _ in done), done
+    for rank in range(size):
+        shared = Matching.load(tmp_path / f"{rank}.safetensors")
+        assert shared.to_universe == alone.to_universe
+        assert shared.stats["objective"] == pytest.approx(alone.stats["objective"], rel=1e-12)
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> list[Path]:
+    paths = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        paths.append(tmp_path / f"{'abc'[seed]}.safetensors")
+        save_file(_factories.mlp().state_dict(), paths[-1])
+    return paths
+
+
+def arguments(checkpoints: list[Path], out: Path) -> list[object]:
+    return ["merge", "tests._factories:mlp", *checkpoints, "-o", out, "--input", "2,1,4,4"]
+
+
+def test_torchrun_writes_what_one_process_writes(checkpoints: list[Path], tmp_path: Path) -> None:
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
+    run += [f"--master-port={free_port()}", "-m", "automerge"]
+    done = subprocess.run(
+        [*run, *map(str, arguments(checkpoints, tmp_path / "two.safetensors"))],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "merged 3 checkpoints in 2 processes" in done.stdout
+    assert cli.main([str(a) for a in arguments(checkpoints, tmp_path / "one.safetensors")]) == 0
+    one, two = load_file(tmp_path / "one.safetensors"), load_file(tmp_path / "two.safetensors")
+    assert one.keys() == two.keys()
+    assert all(torch.allclose(one[n], two[n], rtol=1e-6, atol=1e-7) for n in one)
+
+
+def test_a_bad_checkpoint_ends_every_process_with_a_sentence(checkpoints: list[Path], tmp_path: Path) -> None:
+    state = load_file(checkpoints[2])
+    save_file({**state, "extra": torch.zeros(1)}, checkpoints[2])
+    out = tmp_path / "out.safetensors"
+    first, second = ends(start(2, "-m", "automerge", *arguments(checkpoints, out)))
+    assert first[0] == second[0] == 2
+    assert "c.safetensors has the extra key 'extra'" in second[2]
+    assert "process 1 of 2 stopped" in first[2]
+    assert "extra key" in first[2]
+    assert not out.exists()
+
+
+def test_a_process_that_dies_ends_the_others(checkpoints: list[Path], tmp_path: Path) -> None:
+    """Killed once it is in the matching; the other says so, soon, and nothing is left."""
+    victim = 1
+    out = tmp_path / "out.safetensors"
+    before = sorted(p.name for p in tmp_path.iterdir())
+    running = start(2, "-c", _SLOW, victim, *arguments(checkpoints, out))
+    line = running[victim].stdout.readline()  # type: ignore[union-attr]
+    assert line == "matching\n", running[victim].communicate()
+    os.kill(running[victim].pid, signal.SIGKILL)
+    begin = time.monotonic()
+    code, _, error = ends(running)[1 - victim]
+    assert code == 2
+    assert "another process of this run ended or does not answer" in error
+    assert time.monotonic() - begin < 60
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+_SLOW = """
+import os, sys, time
+from automerge import cli
+from automerge.matchers import _search
+step = _search.Search._turn
+def slow(self, *given):
+    if os.environ["RANK"] == sys.argv[1]:
+        print("matching", flush=True)
+        time.sleep(100)
+    return step(self, *given)
+_search.Search._turn = slow
+sys.exit(cli.main(sys.argv[2:]))
+"""
