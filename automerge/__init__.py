@@ -15,13 +15,18 @@ from automerge._errors import (
     TraceError,
     UnknownOperatorError,
 )
-from automerge._measures import Agreement, Barrier, CycleError, Evaluation, Similarity
+from automerge._measures import Agreement, Barrier, CycleError, Evaluation, Plane, Similarity
+from automerge._repair_report import LayerRepair, Renormaliser, RepairReport
 from automerge._verify import Verification, verify
 from automerge._version import __version__
+from automerge.datafree import GaussianRepair, RowNorms
 from automerge.evaluate import agreement, barrier, cycle_error, evaluate, interpolate, similarity
+from automerge.fitting import LeastSquares
+from automerge.gauges import GaugeReport, canonicalise
 from automerge.groups import Element
 from automerge.infer import infer
 from automerge.io import load_state_dict, save_state_dict
+from automerge.landscape import plane
 from automerge.matchers import (
     CCA,
     ActivationMatching,
@@ -38,7 +43,7 @@ from automerge.matchers import (
     match,
 )
 from automerge.merge import MergeResult, average, merge
-from automerge.renormalise import Repair, RepairReport, reset_batchnorm
+from automerge.renormalise import Repair, reset_batchnorm
 from automerge.rules import register_rule
 from automerge.symmetry import Generator, Pin, Slot, Symmetry
 from automerge.trace import TraceInfo, trace
@@ -54,9 +59,13 @@ __all__ = [
     "Element",
     "Evaluation",
     "FrankWolfe",
+    "GaugeReport",
+    "GaussianRepair",
     "Generator",
     "Identity",
     "InvarianceError",
+    "LayerRepair",
+    "LeastSquares",
     "Matcher",
     "Matching",
     "MatchingError",
@@ -66,10 +75,13 @@ __all__ = [
     "Pairwise",
     "PairwiseFrankWolfe",
     "Pin",
+    "Plane",
     "Procrustes",
     "RankError",
+    "Renormaliser",
     "Repair",
     "RepairReport",
+    "RowNorms",
     "Similarity",
     "Slot",
     "Symmetry",
@@ -84,6 +96,7 @@ __all__ = [
     "agreement",
     "average",
     "barrier",
+    "canonicalise",
     "cycle_error",
     "evaluate",
     "infer",
@@ -91,6 +104,7 @@ __all__ = [
     "load_state_dict",
     "match",
     "merge",
+    "plane",
     "register_rule",
     "reset_batchnorm",
     "save_state_dict",

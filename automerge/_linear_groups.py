@@ -24,14 +24,44 @@ from automerge.rules._value import ConstantValue, Factor
 from automerge.symmetry import Symmetry
 
 _MOVES = VIEWS | frozenset(
-    "cat stack slice select split split_with_sizes unbind unsqueeze squeeze repeat flip roll _reshape_alias reshape contiguous "
-    "lift_fresh narrow chunk copy _to_copy mean sum neg avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d "
-    "_adaptive_avg_pool3d adaptive_avg_pool1d upsample_nearest1d upsample_nearest2d upsample_bilinear2d".split()
+    [
+        "cat",
+        "stack",
+        "slice",
+        "select",
+        "split",
+        "split_with_sizes",
+        "unbind",
+        "unsqueeze",
+        "squeeze",
+        "repeat",
+        "flip",
+        "roll",
+        "_reshape_alias",
+        "reshape",
+        "contiguous",
+        "lift_fresh",
+        "narrow",
+        "chunk",
+        "copy",
+        "_to_copy",
+        "mean",
+        "sum",
+        "neg",
+        "avg_pool1d",
+        "avg_pool2d",
+        "avg_pool3d",
+        "_adaptive_avg_pool2d",
+        "_adaptive_avg_pool3d",
+        "adaptive_avg_pool1d",
+        "upsample_nearest1d",
+        "upsample_nearest2d",
+        "upsample_bilinear2d",
+    ]
 )
 _IN_PLACE = frozenset({"clone", "detach", "alias", "contiguous", "lift_fresh", "copy", "_to_copy", "neg"})
 _PARTS = VIEWS | frozenset({"slice", "select", "split", "split_with_sizes", "unbind", "narrow", "chunk", "lift_fresh"})
-_POOLS = frozenset("max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices amax amin".split())
-_SCALES = frozenset({"mul", "div"})
+_POOLS = frozenset(["max_pool1d_with_indices", "max_pool2d_with_indices", "max_pool3d_with_indices", "amax", "amin"])
 _SUMS = frozenset({"add", "sub", "rsub"})
 _ELEMENTWISE = frozenset({"dropout", "hardswish", "mish", "relu6", "selu", "celu"})
 
@@ -201,9 +231,7 @@ class _Walk:
             self._bend(node, g)
         elif name in _SUMS and len(moving) > 1:
             self._derive(node, g, moving[0] if len(same) == 1 else None)
-        elif name in _SCALES and len(moving) == 1 and moving[0] is node.args[0]:
-            self._derive(node, g, moving[0])
-        elif name == "mul" and len(moving) == 1:
+        elif len(moving) == 1 and (name == "mul" or (name == "div" and moving[0] is node.args[0])):
             self._derive(node, g, moving[0])
         elif self._pointwise(node, name) and (len(moving) == 1 or (len(same) == 1 and not others)):
             self._bend(node, g, moving[0])
@@ -218,7 +246,7 @@ class _Walk:
         """A linear map or convolution, or a product of activations."""
         bias, left, right = _operands(node, name)
         if bias is not None and g in self.carried(bias):
-            if bias in self.data or name == "convolution" and bias is not node.args[2]:
+            if bias in self.data or (name == "convolution" and bias is not node.args[2]):
                 return f"{name} adds activations"
             self._note(bias, g, produces=True)
         if name == "convolution" and (node.args[8] != 1 or not _plain_input(self, left, g)):

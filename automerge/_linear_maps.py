@@ -35,11 +35,16 @@ class Matrix:
     forward: torch.Tensor
     inverse: torch.Tensor
 
+    def __post_init__(self) -> None:
+        # one layout, so that what is read from a file multiplies to the same bits
+        object.__setattr__(self, "forward", self.forward.contiguous())
+        object.__setattr__(self, "inverse", self.inverse.contiguous())
+
     @staticmethod
     def permutation(perm: np.ndarray) -> Matrix:
         """The matrix of ``new = old[perm]``."""
         forward = torch.eye(perm.size, dtype=torch.float64)[torch.from_numpy(np.ascontiguousarray(perm))]
-        return Matrix(forward, forward.T.contiguous())
+        return Matrix(forward, forward.T)
 
     def then(self, other: Matrix) -> Matrix:
         """The matrix that acts like this one and then the other."""
@@ -91,7 +96,9 @@ class LinearElement(Element):
             SymmetryError: if the other has no matrices, or on other groups.
         """
         if not isinstance(other, LinearElement) or dict(other.roles) != dict(self.roles):
-            raise SymmetryError("elements with matrices compose only with elements that have matrices on the same groups")
+            raise SymmetryError(
+                "elements with matrices compose only with elements that have matrices on the same groups"
+            )
         matrices = {g: m.then(other.matrices[g]) for g, m in self.matrices.items()}
         return self._with(super().then(other), matrices)
 
@@ -140,9 +147,7 @@ class LinearElement(Element):
         return f"LinearElement({len(self.matrices)} matrices; moves {self.moved()} positions)"
 
 
-def linear_element(
-    symmetry: Symmetry, element: Element, roles: Roles, matrices: Mapping[int, Matrix]
-) -> LinearElement:
+def linear_element(symmetry: Symmetry, element: Element, roles: Roles, matrices: Mapping[int, Matrix]) -> LinearElement:
     """An element of permutations with matrices on generators that it leaves where they are.
 
     Raises:
@@ -159,7 +164,9 @@ def linear_element(
             )
         for slot in generator.slots:
             if slot.within:
-                raise SymmetryError(f"generator {generator.name or g} is confined to a part of {slot.param}: no matrix fits")
+                raise SymmetryError(
+                    f"generator {generator.name or g} is confined to a part of {slot.param}: no matrix fits"
+                )
             maps.setdefault(slot.param, identity_index(tuple(symmetry.shapes[slot.param])))
     return LinearElement(symmetry.shapes, maps, symmetry, dict(roles), dict(matrices))
 

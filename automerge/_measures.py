@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+from automerge import _pictures
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,15 @@ class Barrier:
         """Plain data for JSON, with the heights."""
         return {**asdict(self), "loss_barrier": self.loss_barrier, "accuracy_barrier": self.accuracy_barrier}
 
+    def plot(self, path: str | os.PathLike[str], force: bool = False) -> Path:
+        """Draw loss and accuracy along the path; several paths in one picture: `automerge.plot.plot_barrier`.
+
+        Raises:
+            AutomergeError: if matplotlib is missing, or the ending is no picture format.
+            OutputError: if the path exists (without ``force``) or cannot be written.
+        """
+        return _pictures.draw_path(self.positions, self.losses, self.accuracies, str(self), path, force)
+
     def __str__(self) -> str:
         how = f", repaired ({self.repaired})" if self.repaired else ""
         return (
@@ -122,17 +135,92 @@ class CycleError:
 
 
 @dataclass(frozen=True)
+class Plane:
+    """Loss and accuracy in the plane through three networks (Garipov et al., NeurIPS 2018, arXiv 1802.10026, section 3).
+
+    The plane has orthonormal axes in the space of all float tensors: the first from a to b, the second in the direction of
+    c across it.
+
+    Attributes:
+        xs: positions along the first axis, in units of weights.
+        ys: positions along the second.
+        losses: mean cross-entropy, ``losses[j][i]`` at ``(xs[i], ys[j])``.
+        accuracies: accuracy there, 0 to 1.
+        anchors: the places of a, b and c.
+        anchor_losses: mean cross-entropy of a, b and c themselves.
+        centre_loss: mean cross-entropy of the mean of the three.
+        samples: how many labels each point rests on.
+    """
+
+    xs: tuple[float, ...]
+    ys: tuple[float, ...]
+    losses: tuple[tuple[float, ...], ...]
+    accuracies: tuple[tuple[float, ...], ...]
+    anchors: tuple[tuple[float, float], ...]
+    anchor_losses: tuple[float, ...]
+    centre_loss: float
+    samples: int = 0
+
+    @property
+    def centre_barrier(self) -> float:
+        """How far the loss of the mean of the three is above the mean of their losses."""
+        return self.centre_loss - sum(self.anchor_losses) / len(self.anchor_losses)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**asdict(self), "centre_barrier": self.centre_barrier}
+
+    def plot(self, path: str | os.PathLike[str], force: bool = False) -> Path:
+        """Draw the loss as filled contours, with the three networks and their mean.
+
+        Raises:
+            AutomergeError: if matplotlib is missing, or the ending is no picture format.
+            OutputError: if the path exists (without ``force``) or cannot be written.
+        """
+        return _pictures.draw_plane(self.xs, self.ys, self.losses, self.anchors, path, force)
+
+    def __str__(self) -> str:
+        return (
+            f"plane of {len(self.xs)} x {len(self.ys)} points: the mean of the three has the loss {self.centre_loss:.4f}, "
+            f"{self.centre_barrier:+.4f} against the mean of theirs"
+        )
+
+
+@dataclass(frozen=True)
 class Similarity:
-    """Cosine similarity of two networks' weights.
+    """How alike two networks are: the cosine of their weights, and the CKA of their activations.
 
     Attributes:
         cosine: over all float tensors as one vector, -1 to 1; 0 if one of them is zero.
         per_tensor: the same for each tensor.
+        cka: linear centred kernel alignment, 0 to 1, of the activations at each place of the traced graph that carries a
+            group; empty without data. It does not depend on the order of units, nor on rotations: it says how much the
+            networks have in common, not how well they are aligned.
+        correlation: at the same places the mean correlation of corresponding units; this one says how well.
     """
 
     cosine: float
     per_tensor: Mapping[str, float]
+    cka: Mapping[str, float] = field(default_factory=dict)
+    correlation: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return asdict(self)
+
+    def plot(self, path: str | os.PathLike[str], force: bool = False) -> Path:
+        """Draw everything as bars; before and after in one picture: `automerge.plot.plot_similarity`.
+
+        Raises:
+            AutomergeError: if matplotlib is missing, or the ending is no picture format.
+            OutputError: if the path exists (without ``force``) or cannot be written.
+        """
+        bars = {"cosine of weights": self.per_tensor, "CKA": self.cka, "correlation of units": self.correlation}
+        return _pictures.draw_bars({k: v for k, v in bars.items() if v}, path, force)
+
+    def __str__(self) -> str:
+        parts = [f"cosine of weights {self.cosine:.4f}"]
+        for name, values in (("CKA", self.cka), ("correlation of units", self.correlation)):
+            if values:
+                parts.append(f"mean {name} {sum(values.values()) / len(values):.4f}")
+        return ", ".join(parts)

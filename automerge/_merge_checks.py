@@ -11,6 +11,7 @@ from torch import nn
 
 from automerge._data import Batches, device_of, evaluating, run_batch
 from automerge._errors import AutomergeError, CheckpointError, MatchingError
+from automerge._repair_report import Renormaliser
 from automerge.io import check_state_dict, tied_names
 from automerge.renormalise import batchnorm_names
 
@@ -81,8 +82,14 @@ def check_coordinates(coordinates: object, count: int) -> None:
         )
 
 
-def choose_repair(repair: str, network: nn.Module, data: Any) -> str:
+def choose_repair(repair: str | Renormaliser, network: nn.Module, data: Any) -> str | Renormaliser:
     """The mode that is carried out."""
+    if isinstance(repair, Renormaliser):
+        if repair.needs_data and data is None:
+            raise AutomergeError(
+                f"repair={type(repair).__name__}(...) measures activations; give data=, batches of inputs"
+            )
+        return repair
     if repair not in _MODES:
         raise AutomergeError(f"repair must be one of {', '.join(_MODES)}, got {repair!r}")
     if repair == "none":

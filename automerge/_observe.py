@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,9 @@ class Event:
         follows: the keys of earlier calls whose untouched output this call reads.
         groups: groups of a transposed convolution; 1 otherwise.
         foldable: whether the call adds nothing to the linear map that is not a known bias.
+        source: what the linear map reads: ``(..., fan_in)``, or a convolution's input.
+        kernel: for a convolution ``(stride, padding, dilation, transposed, groups)``.
+        size: for a convolution the kernel's extents.
     """
 
     key: Key
@@ -59,6 +62,9 @@ class Event:
     follows: tuple[Key, ...] = ()
     groups: int = 1
     foldable: bool = True
+    source: torch.Tensor | None = None
+    kernel: tuple[Any, ...] | None = None
+    size: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +191,8 @@ class Observer(TorchDispatchMode):
             plain = kwargs.get("beta", 1) == 1 and kwargs.get("alpha", 1) == 1
             bias = self._view(args[0], -1) if args[0].ndim == 1 and channel == out.ndim - 1 and plain else None
             foldable = bias is not None and bias.stop - bias.start == out.shape[channel]
-        self._emit(Event(_key("linear", weight), out, channel, weight, bias, foldable=foldable))
+        source = left if on_right else right.mT
+        self._emit(Event(_key("linear", weight), out, channel, weight, bias, foldable=foldable, source=source))
 
     def _convolution(self, args: Any, out: torch.Tensor) -> None:
         transposed, groups = bool(args[6]), int(args[8])
@@ -195,7 +202,10 @@ class Observer(TorchDispatchMode):
         bias = self._view(args[2], 0)
         foldable = args[2] is None or bias is not None
         own = groups if transposed else 1
-        self._emit(Event(_key("linear", weight), out, 1, weight, bias, groups=own, foldable=foldable))
+        kernel = (tuple(args[3]), tuple(args[4]), tuple(args[5]), transposed, groups)
+        key = _key("linear", weight)
+        seen = Event(key, out, 1, weight, bias, groups=own, foldable=foldable, source=args[0], kernel=kernel)
+        self._emit(replace(seen, size=tuple(args[1].shape[2:])))
 
     def _pending(self, args: Any) -> tuple[tuple[Key, ...], View, int] | None:
         """Whether an addition adds a named vector to a recent output's channels; asked before it runs.

@@ -132,7 +132,9 @@ class _Record:
                 self.normalised[key] = names[0]
 
 
-def make_plan(model: nn.Module, tensors: Tensors, batch: Batch, symmetry: Symmetry | None, reset: bool) -> Plan:
+def make_plan(
+    model: nn.Module, tensors: Tensors, batch: Batch, symmetry: Symmetry | None, reset: bool, *, whole: bool = False
+) -> Plan:
     """Run the model once and decide what can be corrected.
 
     Args:
@@ -141,6 +143,7 @@ def make_plan(model: nn.Module, tensors: Tensors, batch: Batch, symmetry: Symmet
         batch: one batch.
         symmetry: restricts the correction to channels that are free; None: all but the final output's.
         reset: whether normalisation statistics are measured again on the way.
+        whole: plan for whole weights and not for channels: also the final output's, and those that a reset norm follows.
     """
     record = _Record()
     observer = Observer(tensors, record)
@@ -148,7 +151,7 @@ def make_plan(model: nn.Module, tensors: Tensors, batch: Batch, symmetry: Symmet
         output = run_batch(model, tensors, batch)
     reasons = record.reasons
     _mark_shared(record, observer)
-    if symmetry is None:
+    if symmetry is None and not whole:
         _mark_final(record, observer, output)
     names = _names_by_tensor(tensors)
     steps: list[Site | Norm] = []
@@ -158,11 +161,11 @@ def make_plan(model: nn.Module, tensors: Tensors, batch: Batch, symmetry: Symmet
                 steps.append(record.norms[key])
             continue
         site = record.sites[key]
-        if symmetry is not None:
+        if symmetry is not None and not whole:
             site = replace(site, free=free_channels(site, symmetry, names[site.weight.name]))
         if key not in reasons and not bool(site.free.any()):
             reasons[key] = "the symmetry pins its output channels"
-        if key not in reasons and reset and key in record.normalised:
+        if key not in reasons and reset and key in record.normalised and not whole:
             reasons[key] = f"its output is normalised by {record.normalised[key]}, whose reset does the same"
         follower = record.normalised.get(key)
         if site.bias is None and follower is not None and ("norm", follower, 0, 0) not in reasons:
@@ -244,7 +247,7 @@ def free_channels(site: Site, symmetry: Symmetry, names: list[str]) -> torch.Ten
 
 
 # -------------------------------------------------------------------- measuring
-class _Reached(BaseException):
+class Reached(BaseException):
     """Ends a forward pass early; no `Exception`, so that a model's own handlers let it through."""
 
 
@@ -298,22 +301,22 @@ def correct(model: nn.Module, tensors: Tensors, batches: Batches, plan: Plan, co
                 run_batch(model, tensors, batch)
         return
     for step in plan.steps:
-        correction(step, _measure_one(model, tensors, batches, step))
+        correction(step, measure_one(model, tensors, batches, step))
 
 
-def _measure_one(model: nn.Module, tensors: Tensors, batches: Batches, step: Site | Norm) -> Moments:
+def measure_one(model: nn.Module, tensors: Tensors, batches: Batches, step: Site | Norm) -> Moments:
     moments = Moments()
 
     def listen(event: Event) -> None:
         if step.sees(event):
             moments.update(event.value, event.channel)
-            raise _Reached
+            raise Reached
 
     for batch in batches:
         try:
             with Observer(tensors, listen):
                 run_batch(model, tensors, batch)
-        except _Reached:
+        except Reached:
             pass
     return moments
 

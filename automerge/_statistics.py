@@ -239,7 +239,7 @@ def _parts(batches: Iterable[Batch], mask: Mask | None) -> Iterator[tuple[Batch,
         n = counted.shape[0]
         for part in (slice(0, n - 1), slice(n - 1, n)) if n > 1 else (slice(0, n),):
 
-            def cut(_: str, tensor: torch.Tensor, part: slice = part) -> torch.Tensor:
+            def cut(_: str, tensor: torch.Tensor, part: slice = part, n: int = n) -> torch.Tensor:
                 return tensor[part] if tensor.ndim and tensor.shape[0] == n else tensor
 
             yield Batch(map_tensors(cut, tuple(batch.args)), map_tensors(cut, dict(batch.kwargs))), counted[part]

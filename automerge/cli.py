@@ -1,4 +1,4 @@
-"""The command line: ``automerge demo``, ``inspect``, ``verify`` and ``merge``.
+"""The command line: ``automerge demo``, ``inspect``, ``verify``, ``merge`` and ``compare``.
 
 Results go to standard output, progress to standard error. Bad input ends with one sentence and exit code 2, an
 interrupt with 130; an error that is not the caller's ends with 1 and names itself a defect.
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from automerge import _commands
+from automerge._compare_command import add_compare, run_compare
 from automerge._console import drop_output
 from automerge._errors import AutomergeError
 from automerge._version import __version__
@@ -69,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands.add_parser("inspect", help="report the symmetries of a model"))
     _add_verify(commands.add_parser("verify", help="test a model's symmetries with random group elements in float64"))
     _add_merge(commands.add_parser("merge", help="align checkpoints of one architecture and average them"))
+    add_compare(
+        commands.add_parser("compare", help="merge by every matcher with every repair, and choose"), _INPUT_HELP
+    )
     for name, sub in commands.choices.items():
         sub.formatter_class = raw
         sub.set_defaults(run=_COMMANDS[name])
@@ -169,6 +173,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "inspect": _commands.inspect,
     "verify": _commands.verify,
     "merge": _commands.merge,
+    "compare": run_compare,
 }
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from automerge._data import Batch, Batches, bind, device_of, evaluating, logits_of, run_batch
 from automerge._errors import AutomergeError, CheckpointError
 from automerge._measures import Agreement, Barrier, CycleError, Evaluation, Similarity
+from automerge._similarity import similarity
 from automerge.renormalise import Repair, reset_batchnorm
 
 Network = nn.Module | tuple[nn.Module, Mapping[str, torch.Tensor]]
@@ -95,6 +96,7 @@ __all__ = [
     "cycle_error",
     "evaluate",
     "interpolate",
+    "predictions",
     "similarity",
 ]
 
@@ -235,6 +237,26 @@ def agreement(
     return Agreement(same / max(total, 1), total)
 
 
+def predictions(
+    source: Source, data: Any, *, inputs: int = 1, kwargs: Mapping[str, Any] | None = None
+) -> list[torch.Tensor]:
+    """The predicted class (largest score; for an ensemble of the mean probabilities) of everything in each batch.
+
+    The classes are on axis 1 of scores of more than two axes, else on the last axis, as `evaluate` looks for them first.
+
+    Examples:
+        >>> predictions(nn.Identity(), [torch.tensor([[0.0, 1.0], [3.0, 2.0]])])
+        [tensor([1, 0])]
+    """
+    out = []
+    with _Runner(source) as runner:
+        for batch in _batches(runner, data, inputs, kwargs):
+            outputs = runner.outputs(batch)
+            axis = 1 if logits_of(outputs[0]).ndim > 2 else -1
+            out.append(_combine(outputs, "probabilities", axis).argmax(-1))
+    return out
+
+
 def interpolate(
     sd_a: Mapping[str, torch.Tensor], sd_b: Mapping[str, torch.Tensor], position: float
 ) -> dict[str, torch.Tensor]:
@@ -326,30 +348,3 @@ def _repaired(
 def cycle_error(matching: Any) -> CycleError:
     """The cycle error of a matching's composed pairwise maps; 0 when they go through one universe."""
     return CycleError(float(matching.cycle_error()), len(matching.to_universe))
-
-
-def similarity(sd_a: Mapping[str, torch.Tensor], sd_b: Mapping[str, torch.Tensor]) -> Similarity:
-    """Cosine similarity of the float tensors of two state dicts, in float64.
-
-    Raises:
-        CheckpointError: if a tensor is missing or has another shape.
-
-    Examples:
-        >>> similarity({"w": torch.tensor([1., 0.])}, {"w": torch.tensor([1., 1.])}).cosine
-        0.7071067811865475
-    """
-    dots, first, second, per = 0.0, 0.0, 0.0, {}
-    for name, a in sd_a.items():
-        if not a.is_floating_point():
-            continue
-        if name not in sd_b or sd_b[name].shape != a.shape:
-            raise CheckpointError(f"the two state dicts differ in {name!r}; they must be of one architecture")
-        x, y = a.detach().double().flatten(), sd_b[name].detach().to(a.device).double().flatten()
-        dot, xx, yy = float(x @ y), float(x @ x), float(y @ y)
-        per[name] = _cosine(dot, xx, yy)
-        dots, first, second = dots + dot, first + xx, second + yy
-    return Similarity(_cosine(dots, first, second), per)
-
-
-def _cosine(dot: float, xx: float, yy: float) -> float:
-    return dot / float((xx**0.5) * (yy**0.5)) if xx > 0 and yy > 0 else 0.0

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from automerge._data import Batches
+from automerge._data import Batches, device_of
 from automerge._errors import MatchingError
 from automerge._merge_checks import (
     Model,
@@ -32,12 +32,13 @@ from automerge._merge_checks import (
     choose_repair,
     merge_integers,
 )
+from automerge._repair_report import Renormaliser, RepairReport
 from automerge._version import __version__
 from automerge.groups import Element
 from automerge.infer import infer
 from automerge.io import check_state_dict, hash_state_dict, save_state_dict, tied_names
 from automerge.matchers import FrankWolfe, Matcher, Matching, Progress, match
-from automerge.renormalise import Repair, RepairReport, batchnorm_names, reset_batchnorm
+from automerge.renormalise import Repair, batchnorm_names, reset_batchnorm
 from automerge.symmetry import Symmetry
 
 StateDict = dict[str, torch.Tensor]
@@ -130,7 +131,7 @@ def merge(
     symmetry: Symmetry | None = None,
     architecture: nn.Module | None = None,
     coordinates: Literal["universe"] | int = "universe",
-    repair: RepairMode = "auto",
+    repair: RepairMode | Renormaliser = "auto",
     verify: bool = True,
     progress: Progress | None = None,
 ) -> MergeResult:
@@ -156,7 +157,8 @@ def merge(
         coordinates: ``"universe"``, or the number of the model whose order of neurons the result takes.
         repair: ``"none"``; ``"reset"`` BatchNorm statistics; ``"repair"`` activations (see `Repair`); ``"both"``:
             reset, then repair the layers that no BatchNorm follows; ``"auto"``: with data, reset where the model has
-            BatchNorm and repair where it has none; without data, none.
+            BatchNorm and repair where it has none; without data, none. Or a `Renormaliser` with its options, such as
+            ``GaussianRepair()``, which needs no data.
         verify: check the inferred symmetry numerically.
         progress: called by the matcher with a dict of numbers as the work goes on.
 
@@ -194,13 +196,17 @@ def merge(
     moved = [symmetry.apply(d, e) for d, e in zip(dicts, _elements(matching, coordinates), strict=True)]
     merged = average(moved, share, aliases={**symmetry.aliases, **tied_names(network.state_dict())})
     clock.lap("average")
-    merged, report = _repair(mode, network, merged, moved, share, batches, symmetry)
+    example = batches
+    if example is None and isinstance(mode, Renormaliser):
+        example = Batches([_example(args, kwargs)], _arity(args), kwargs, device_of(network))
+    merged, report = renormalise(mode, network, merged, moved, share, example, symmetry)
     clock.lap("repair")
     if mode == "none" and batchnorm_names(network):
         notes.append(
             "the BatchNorm statistics are averages of the models' own; give data to measure the merged network's"
         )
-    options = {"weights": share, "coordinates": coordinates, "repair": mode, "verify": verify}
+    chosen = mode if isinstance(mode, str) else repr(mode)
+    options = {"weights": share, "coordinates": coordinates, "repair": chosen, "verify": verify}
     return MergeResult(
         merged, matching, symmetry, _provenance(network, dicts, options, matcher), clock.seconds(), report, tuple(notes)
     )
@@ -264,8 +270,8 @@ def _elements(matching: Matching, coordinates: str | int) -> list[Element]:
     return [element.then(back) for element in to_universe]
 
 
-def _repair(
-    mode: str,
+def renormalise(
+    mode: str | Renormaliser,
     network: nn.Module,
     merged: StateDict,
     moved: Sequence[Mapping[str, torch.Tensor]],
@@ -273,6 +279,25 @@ def _repair(
     batches: Batches | None,
     symmetry: Symmetry,
 ) -> tuple[StateDict, RepairReport]:
+    """Repair a merged state dict by a mode other than ``auto``, see `merge`; nothing that is given is written.
+
+    Args:
+        mode: what to do.
+        network: the architecture.
+        merged: the average of ``moved``.
+        moved: the aligned models.
+        share: their weights.
+        batches: data, or one example input.
+        symmetry: which channels may be corrected.
+    """
+    types = {name: value.dtype for name, value in network.state_dict().items()}
+    if any(types.get(name, value.dtype) != value.dtype for name, value in merged.items()):
+        # checkpoints in another precision than the architecture: repair in its own, answer in theirs
+        own_moved = [_in_types(m, types) for m in moved]
+        wide, report = renormalise(mode, network, _in_types(merged, types), own_moved, share, batches, symmetry)
+        return _in_types(wide, {name: value.dtype for name, value in merged.items()}), report
+    if isinstance(mode, Renormaliser):
+        return mode(network, merged, moved, batches, symmetry=symmetry, weights=share)
     if mode == "none" or batches is None:
         return merged, RepairReport()
     report = RepairReport(mode)
@@ -288,6 +313,12 @@ def _repair(
         repair = Repair(reset=mode == "both")
         merged, report = repair(network, merged, moved, batches, symmetry=symmetry, weights=share)
     return merged, report
+
+
+def _in_types(state: Mapping[str, torch.Tensor], types: Mapping[str, torch.dtype]) -> StateDict:
+    """The tensors in other types; what was tied stays so."""
+    out = {name: value.to(types.get(name, value.dtype)) for name, value in state.items()}
+    return out | {alias: out[name] for alias, name in tied_names(state).items()}
 
 
 def _provenance(
@@ -308,6 +339,16 @@ def _provenance(
         "matcher": repr(matcher),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _arity(args: Any) -> int:
+    return len(args) if isinstance(args, tuple | list) else 1
+
+
+def _example(args: Any, kwargs: Mapping[str, Any] | None) -> Any:
+    """The example inputs as a batch; keyword tensors among them make a batch of keyword inputs."""
+    positional = tuple(args) if isinstance(args, tuple | list) else (args,)
+    return positional if positional else dict(kwargs or {})
 
 
 class _Clock:

@@ -11,7 +11,7 @@ Repair*, ICLR 2023 (arXiv 2211.08403), section 4 and equations 3-4.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from automerge._repair import (
     make_plan,
     measure,
 )
+from automerge._repair_report import LayerRepair, Renormaliser, RepairReport, on_devices, shares
 from automerge.symmetry import Symmetry
 
 
@@ -129,66 +130,9 @@ def _write(module: _BatchNorm, mean: torch.Tensor, variance: torch.Tensor) -> No
         module.running_var.copy_(variance)
 
 
-# -------------------------------------------------------------------- reports
-@dataclass(frozen=True)
-class LayerRepair:
-    """What `Repair` did to one layer.
-
-    Attributes:
-        name: the weight.
-        channels: its number of output channels.
-        corrected: how many of them were rescaled.
-        dead: how many were left alone because they are constant in the merged network or in the endpoints.
-        shifted: whether the mean could be corrected as well; False where nothing holds a bias.
-        scale: the smallest and the largest factor.
-    """
-
-    name: str
-    channels: int
-    corrected: int
-    dead: int
-    shifted: bool
-    scale: tuple[float, float]
-
-
-@dataclass(frozen=True)
-class RepairReport:
-    """What was repaired, what was not, and why.
-
-    Attributes:
-        mode: ``none``, ``reset``, ``repair`` or ``both``.
-        layers: the layers that were rescaled, in the order of execution.
-        reset: the BatchNorms whose statistics were measured again.
-        skipped: layer -> why it was left alone.
-    """
-
-    mode: str = "none"
-    layers: tuple[LayerRepair, ...] = ()
-    reset: tuple[str, ...] = ()
-    skipped: Mapping[str, str] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        if self.mode == "none":
-            return "Repair: none"
-        lines = [f"Repair ({self.mode}): {len(self.layers)} layers rescaled, {len(self.reset)} BatchNorms reset"]
-        for layer in self.layers:
-            low, high = layer.scale
-            dead = f", {layer.dead} dead" if layer.dead else ""
-            note = "" if layer.shifted else ", scale only: it has no bias"
-            lines.append(
-                f"  {layer.name}: {layer.corrected} of {layer.channels} channels by {low:.3g} to {high:.3g}{dead}{note}"
-            )
-        lines += [f"  {name}: left alone, {reason}" for name, reason in self.skipped.items()]
-        return "\n".join(lines)
-
-
 # -------------------------------------------------------------------- REPAIR
 @dataclass(frozen=True)
-class Repair:
+class Repair(Renormaliser):
     """REPAIR: give the merged network's channels the mean and standard deviation that the endpoints have on average.
 
     For every linear map and convolution whose output channels are free in the symmetry (without a symmetry: all but
@@ -232,25 +176,8 @@ class Repair:
         inputs: int = 1,
         kwargs: Mapping[str, Any] | None = None,
     ) -> tuple[Tensors, RepairReport]:
-        """Repair ``merged``.
-
-        Args:
-            model: the architecture; its weights and mode flags do not change.
-            merged: the merged state dict; not written.
-            endpoints: the state dicts that were merged, aligned to the coordinates of ``merged``; not written.
-            data: batches, see `automerge.merge`; a few hundred samples suffice.
-            symmetry: which channels may be corrected.
-            weights: the endpoints' weights in the merge; uniform by default.
-            inputs: how many of a batch's items are positional inputs.
-            kwargs: keyword inputs for every batch.
-
-        Returns:
-            The repaired state dict and what was done.
-
-        Raises:
-            AutomergeError: if the data are empty or there is no endpoint.
-        """
-        share = _shares(weights, len(endpoints))
+        """See `Renormaliser`."""
+        share = shares(weights, len(endpoints))
         batches = Batches(data, inputs, kwargs, device_of(model))
         with evaluating(model):
             tensors = bind(model, merged, copy=True)
@@ -273,9 +200,8 @@ class Repair:
                 return self._fold(step, moments, targets[step.key], tensors, layers)
 
             correct(model, tensors, batches, plan, change)
-        mode = "both" if self.reset else "repair"
-        out = {n: t.to(merged[n].device) for n, t in tensors.items()} if _moved(tensors, merged) else tensors
-        return out, RepairReport(mode, tuple(layers), tuple(reset), skipped)
+        mode = "both" if self.reset else "repair" if self.shift else "rescale"
+        return on_devices(tensors, merged), RepairReport(mode, tuple(layers), tuple(reset), skipped)
 
     def _fold(
         self,
@@ -296,16 +222,6 @@ class Repair:
         return scale, (offset if site.norm is None else torch.zeros_like(offset))
 
 
-def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
-    if count == 0:
-        raise AutomergeError("Repair needs the endpoints' state dicts; give at least one")
-    given = [1.0] * count if weights is None else [float(w) for w in weights]
-    total = sum(given)
-    if len(given) != count or total <= 0:
-        raise AutomergeError(f"Repair got {len(given)} weights for {count} endpoints, with the sum {total:g}")
-    return [w / total for w in given]
-
-
 def _targets(
     measured: Sequence[Mapping[Key, Moments]], share: Sequence[float]
 ) -> dict[Key, tuple[torch.Tensor, torch.Tensor]]:
@@ -318,7 +234,3 @@ def _targets(
             std = torch.stack([w * p.std() for w, p in zip(share, parts, strict=True)]).sum(0)
             out[key] = (mean, std)
     return out
-
-
-def _moved(tensors: Tensors, merged: Mapping[str, torch.Tensor]) -> bool:
-    return any(t.device != merged[n].device for n, t in tensors.items())

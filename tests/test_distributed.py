@@ -95,7 +95,12 @@ def test_shares_cover_all_models() -> None:
     ("size", "count", "name", "options"),
     [
         (2, 3, "heads", {}),
-        (4, 5, "residual", {"restarts": 1, "block_weights": "normalised", "anchor": 2}),
+        (
+            4,
+            5,
+            "residual",
+            {"max_iterations": 3, "reheats": 0, "polish": 1, "block_weights": "normalised", "anchor": 2},
+        ),
     ],
 )
 def test_all_processes_find_what_one_finds(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from automerge._errors import AutomergeError, CheckpointError
+from automerge._errors import AutomergeError, CheckpointError, OutputError
 from automerge.evaluate import (
     Barrier,
     agreement,
@@ -23,6 +26,8 @@ from automerge.evaluate import (
     interpolate,
     similarity,
 )
+from automerge.infer import infer
+from automerge.landscape import plane
 from automerge.matchers import Matching
 from automerge.renormalise import Repair
 from automerge.symmetry import Generator, Slot, Symmetry
@@ -229,3 +234,106 @@ def test_cycle_error_and_similarity() -> None:
     assert json.loads(json.dumps(result.to_dict()))["cosine"] == result.cosine
     with pytest.raises(CheckpointError, match="differ in 'b'"):
         similarity(x, {"a": x["a"]})
+
+
+# -------------------------------------------------------------------- planes
+def quadratic(seed: int) -> tuple[nn.Module, list[dict[str, torch.Tensor]], list[tuple[torch.Tensor, torch.Tensor]]]:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double().eval()
+    states = [{n: v + torch.randn(v.shape) if v.is_floating_point() else v for n, v in net.state_dict().items()}]
+    states += [{n: v + torch.rand(v.shape) if v.is_floating_point() else v for n, v in states[0].items()} for _ in "bc"]
+    for state in states:
+        state["1.running_var"] = state["1.running_var"].abs() + 0.5
+    return net, states, [(torch.randn(30, 4).double(), torch.randint(3, (30,)))]
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.integers(0, 10**6))
+def test_a_plane_passes_through_its_three_networks(seed: int) -> None:
+    """Distances in the plane are those of the weights; a grid point is evaluated by hand."""
+    net, states, data = quadratic(seed)
+    before = {n: v.clone() for n, v in net.state_dict().items()}
+    found = plane(net, *states, data, points=4, margin=0.1)
+
+    def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+        return float(sum((a[n] - b[n]).double().square().sum() for n in a if a[n].is_floating_point()) ** 0.5)
+
+    for i, j in itertools.combinations(range(3), 2):
+        assert math.dist(found.anchors[i], found.anchors[j]) == pytest.approx(distance(states[i], states[j]), rel=1e-9)
+    for state, loss in zip(states, found.anchor_losses, strict=True):
+        assert loss == pytest.approx(evaluate((net, state), data).loss, rel=1e-9)
+    mean = {n: sum(s[n] for s in states) / 3 if v.is_floating_point() else v for n, v in states[0].items()}
+    assert found.centre_loss == pytest.approx(evaluate((net, mean), data).loss, rel=1e-9)
+    assert found.centre_barrier == pytest.approx(found.centre_loss - sum(found.anchor_losses) / 3)
+    b, c = found.anchors[1], found.anchors[2]
+    share = np.linalg.solve(np.array([[b[0], c[0]], [b[1], c[1]]]), [found.xs[1], found.ys[2]])
+    corner = {
+        n: v + sum(w * (s[n] - v) for w, s in zip(share, states[1:], strict=True)) if v.is_floating_point() else v
+        for n, v in states[0].items()
+    }
+    assert found.losses[2][1] == pytest.approx(evaluate((net, corner), data).loss, rel=1e-8)
+    assert all(torch.equal(before[n], v) for n, v in net.state_dict().items())
+    json.dumps(found.to_dict())
+
+
+def test_a_plane_with_reset_statistics(tmp_path: Path) -> None:
+    net, states, data = quadratic(0)
+    plain, reset = plane(net, *states, data, points=3), plane(net, *states, data, points=3, repair="reset")
+    assert plain.anchor_losses == reset.anchor_losses
+    assert plain.centre_loss != reset.centre_loss
+    file = reset.plot(tmp_path / "plane.png")
+    assert file.stat().st_size > 1000
+    with pytest.raises(OutputError, match="exists"):
+        reset.plot(file)
+
+
+def test_planes_that_are_none() -> None:
+    net, states, data = quadratic(0)
+    with pytest.raises(AutomergeError, match="on one line"):
+        plane(net, states[0], states[1], states[1], data)
+    with pytest.raises(AutomergeError, match="on one line"):
+        plane(net, states[0], states[0], states[1], data)
+    with pytest.raises(AutomergeError, match="at least two points"):
+        plane(net, *states, data, points=1)
+    with pytest.raises(AutomergeError, match="no class indices"):
+        plane(net, *states, [(x, torch.randn(30, 3)) for x, _ in data])
+    with pytest.raises(CheckpointError, match=r"differ in '0\.weight'"):
+        plane(net, states[0], {}, states[1], data)
+
+
+# -------------------------------------------------------------------- activations
+@settings(max_examples=8, deadline=None)
+@given(st.integers(0, 10**6))
+def test_cka_and_correlation(seed: int) -> None:
+    """Against the definition with centred kernels; a permutation changes the correlation and not the CKA."""
+    torch.manual_seed(seed)
+    nets = [nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double() for _ in range(2)]
+    a, b = (net.state_dict() for net in nets)
+    x = torch.randn(20, 4).double()
+    found = similarity(a, b, model=nets[0], data=[x[:13], x[13:]])
+    with torch.no_grad():
+        one, two = (net[1](net[0](x)) for net in nets)
+    one, two = one - one.mean(0), two - two.mean(0)
+    k, m = one @ one.T, two @ two.T
+    (value,) = found.cka.values()
+    assert value == pytest.approx(float((k * m).sum() / (k.norm() * m.norm())), rel=1e-8)
+    expected = ((one * two).sum(0) / (one.norm(dim=0) * two.norm(dim=0))).mean()
+    (mean,) = found.correlation.values()
+    assert mean == pytest.approx(float(expected), rel=1e-8)
+    symmetry = infer(nets[0], x, verify=False)
+    moved = symmetry.apply(b, symmetry.element([np.roll(np.arange(6), 1)]))
+    again = similarity(a, moved, model=nets[0], data=x, symmetry=symmetry)
+    assert again.cka["tanh_default in 1"] == pytest.approx(value)
+    assert again.correlation["tanh_default in 1"] != pytest.approx(float(expected))
+    assert similarity(a, a, model=nets[0], data=x).correlation["tanh_default in 1"] == pytest.approx(1)
+
+
+def test_similarity_needs_both_and_draws(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    with pytest.raises(AutomergeError, match="both model= and data="):
+        similarity(net.state_dict(), net.state_dict(), model=net)
+    found = similarity(net.state_dict(), net.state_dict(), model=net, data=torch.randn(9, 4))
+    assert "mean CKA 1.0000" in str(found)
+    assert found.plot(tmp_path / "s.svg").stat().st_size > 1000
+    path = barrier(net, net.state_dict(), net.state_dict(), [(torch.randn(9, 4), torch.zeros(9).long())], points=3)
+    assert path.plot(tmp_path / "b.png").stat().st_size > 1000

@@ -25,7 +25,7 @@ def test_the_names_of_the_design_are_there() -> None:
     wanted |= {"Symmetry", "Generator", "Slot", "Pin", "Element", "Matching", "Matcher", "FrankWolfe", "Identity"}
     wanted |= {"WeightMatching", "MergeMany", "Pairwise", "PairwiseFrankWolfe", "Synchronised"}
     wanted |= {"ActivationMatching"}
-    wanted |= {"MergeResult", "Repair", "AutomergeError"}
+    wanted |= {"MergeResult", "Repair", "AutomergeError", "canonicalise", "GaugeReport"}
     assert wanted <= set(automerge.__all__)
 
 

@@ -45,7 +45,9 @@ class Straight(fx.Interpreter):
         return x.expand(like.shape) if x.shape != like.shape else x
 
 
-def outputs(graph: fx.GraphModule, state: dict[str, torch.Tensor], given: Any, bent: dict[str, str]) -> list[torch.Tensor]:
+def outputs(
+    graph: fx.GraphModule, state: dict[str, torch.Tensor], given: Any, bent: dict[str, str]
+) -> list[torch.Tensor]:
     info = graph.meta["trace"]
     fed: list[torch.Tensor] = []
     map_tensors(lambda _, t: fed.append(t) or t, given[0])  # type: ignore[func-returns-value]

@@ -348,3 +348,16 @@ def test_matcher_options_are_kept_and_stages_timed() -> None:
     result = merge([_mlp(0), _mlp(1)], X, matcher=FrankWolfe(), symmetry=_symmetry(_mlp(0).state_dict()))
     assert 0 < result.stats["total"] <= time.perf_counter() - start
     assert result.symmetry.sets[0].size == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_checkpoints_in_another_precision_are_repaired(dtype: torch.dtype) -> None:
+    """In the architecture's own precision, and given back in theirs."""
+    states = [{n: v.to(dtype) for n, v in _mlp(seed).state_dict().items()} for seed in range(2)]
+    own = [{n: v.float() for n, v in s.items()} for s in states]
+    result = merge(states, X, architecture=_mlp(0), data=[X])
+    expected = merge(own, X, architecture=_mlp(0), data=[X])
+    assert result.repair.mode == "repair"
+    assert all(v.dtype == dtype for v in result.state_dict.values())
+    for name, value in result.state_dict.items():
+        assert torch.allclose(value.float(), expected.state_dict[name], rtol=2e-2, atol=2e-2), name

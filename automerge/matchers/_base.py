@@ -155,8 +155,8 @@ class Matching:
             if isinstance(element, LinearElement):
                 header["roles"] = json.dumps({str(g): roles for g, roles in element.roles.items()})
                 for g, matrix in element.matrices.items():
-                    tensors[f"{m}/forward/{g}"] = matrix.forward.contiguous()
-                    tensors[f"{m}/inverse/{g}"] = matrix.inverse.contiguous()
+                    tensors[f"{m}/forward/{g}"] = matrix.forward
+                    tensors[f"{m}/inverse/{g}"] = matrix.inverse
         header |= {"symmetry": self.symmetry.to_json(), "stats": json.dumps(dict(self.stats))}
         save_state_dict(path, tensors or {"empty": torch.zeros(0)}, header, force)
 

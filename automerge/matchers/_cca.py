@@ -10,6 +10,8 @@ from automerge._errors import MatchingError
 from automerge._linear_maps import Matrix
 from automerge.matchers._linear import LinearMatcher, polar
 
+_FLOOR = 1e-13  # of the mean variance: without a ridge a direction without variance still has an inverse
+
 
 @dataclass(frozen=True)
 class CCA(LinearMatcher):
@@ -24,7 +26,8 @@ class CCA(LinearMatcher):
     ``permutations`` and ``mask``.
 
     Attributes:
-        ridge: added to every covariance's diagonal, relative to its mean: ``ridge * trace / n``.
+        ridge: added to every covariance's diagonal, relative to its mean: ``ridge * trace / n``. The default is measured: on
+            digits MLPs 0.03 and 0.1 merge best, and drift falls as the ridge grows; use 0 for linear networks.
 
     Examples:
         >>> from automerge import infer
@@ -41,7 +44,7 @@ class CCA(LinearMatcher):
         True
     """
 
-    ridge: float = 1e-2
+    ridge: float = 0.1
 
     def __post_init__(self) -> None:
         if not self.ridge >= 0:
@@ -62,6 +65,3 @@ class CCA(LinearMatcher):
         values = values.clamp(min=0) + self.ridge * mean + floor
         root = values.sqrt()
         return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
-
-
-_FLOOR = 1e-13

@@ -26,6 +26,8 @@ from automerge.matchers._weight_matching import WeightMatching
 from automerge.symmetry import Symmetry
 
 _SINGULAR = 1e-7
+_INEXACT = 1e-8
+_CONSTANT = 1e-24  # of the square of the mean: rounding in float64
 
 
 def _permutations() -> Matcher:
@@ -68,7 +70,7 @@ class LinearMatcher(Matcher):
             own: float64, ``(n, n)``: the reference's covariance.
             other: the model's covariance.
             cross: the covariance of the reference's units (rows) with the model's.
-            nearest: the permutation matrix that the permutation matcher found.
+            nearest: what to prefer where activations say nothing: the identity, as the models are permuted before.
         """
 
     def match(
@@ -77,25 +79,35 @@ class LinearMatcher(Matcher):
         """See `Matcher.match`.
 
         Raises:
-            MatchingError: also without data or without a module, or if the permutation matcher gives no permutations.
+            MatchingError: also without data or without a module, for activations that are NaN or infinite or of which a
+                matrix is singular, or if the permutation matcher gives no permutations.
         """
         values = check_models(models, symmetry)
         self._check(len(values))
         network, batches = runnable(self, models, data)
         begin = time.perf_counter()
-        base = self.permutations.match(models, symmetry, progress=progress, data=batches)
+        try:
+            base = self.permutations.match(models, symmetry, progress=progress, data=batches)
+        except torch.linalg.LinAlgError:  # what a decomposition says of NaN; find out where it comes from
+            seen = collect(network, values, symmetry, batches, reference=self.reference, mask=self.mask)
+            for g in range(len(symmetry.sets)):
+                _unusable(seen, g, len(values))
+            raise
         if any(isinstance(e, LinearElement) for e in base.to_universe):
             raise MatchingError(f"{type(self).__name__}(permutations=...): expected a matcher by permutations")
         clock = {"permutations": time.perf_counter() - begin}
         start = time.perf_counter()
-        found = collect(network, values, symmetry, batches, reference=self.reference, mask=self.mask)
+        plain = [base.between(m, self.reference) for m in range(len(values))]
+        # of the permuted models: where a value carries two groups, the units of the other one then correspond
+        permuted = [symmetry.apply(v, e) for v, e in zip(values, plain, strict=True)]
+        found = collect(network, permuted, symmetry, batches, reference=self.reference, mask=self.mask)
         groups, barred = linear_groups(found.survey, symmetry)
-        for g in [g for g in groups if not found.of(g)]:
-            barred[g] = "no activation shows it"
-            del groups[g]
+        for g in list(groups):
+            if reason := _unusable(found, g, len(values)):
+                barred[g] = reason
+                del groups[g]
         clock["statistics"] = time.perf_counter() - start
         start = time.perf_counter()
-        plain = [base.between(m, self.reference) for m in range(len(values))]
         elements = [self._element(m, plain[m], symmetry, found, groups) for m in range(len(values))]
         clock["solve"] = time.perf_counter() - start
         start = time.perf_counter()
@@ -111,6 +123,7 @@ class LinearMatcher(Matcher):
             "drift": [d[0] for d in drifts],
             "kept_predictions": [d[1] for d in drifts],
             "fell_back": back,
+            "notes": [_few(found, g, symmetry) for g in groups if _samples(found, g) <= symmetry.sets[g].size],
             "inverse_error": max((m.error() for e in elements for m in e.matrices.values()), default=0.0),
             "seconds": {**clock, "total": time.perf_counter() - begin},
         }
@@ -135,8 +148,45 @@ class LinearMatcher(Matcher):
         for g, near in start.matrices.items():
             r = self.reference
             parts = [found.covariance(g, *pair).cpu() for pair in ((r, r), (m, m), (r, m))]
-            matrices[g] = self.solve(parts[0], parts[1], parts[2], near.forward)
+            turn = self.solve(parts[0], parts[1], parts[2], torch.eye(len(near.forward), dtype=torch.float64))
+            if not turn.error() <= _INEXACT:
+                raise MatchingError(
+                    f"{self!r}: the matrix of group {symmetry.sets[g].name or g} of model {m} is singular to working "
+                    f"precision (inverse off by {turn.error():.1e}); give a larger ridge, or data on which its units vary"
+                )
+            matrices[g] = near.then(turn)
         return linear_element(symmetry, Element(start.shapes, start.maps), start.roles, matrices)
+
+
+def _samples(found: Statistics, g: int) -> int:
+    """The number of samples that decide a generator's matrix; the positions of a unit are samples too."""
+    return sum(o.moments.count * o.place.slots[g].shape[1] for o in found.of(g))
+
+
+def _few(found: Statistics, g: int, symmetry: Symmetry) -> str:
+    size = symmetry.sets[g].size
+    return f"group {symmetry.sets[g].name or g}: {_samples(found, g)} samples for {size} units; give more data"
+
+
+def _unusable(found: Statistics, g: int, count: int) -> str | None:
+    """Why activations do not determine a matrix at all; None if they do.
+
+    Raises:
+        MatchingError: if some are NaN or infinite.
+    """
+    if not found.of(g):
+        return "no activation shows it"
+    for m in range(count):
+        own = found.covariance(g, m, m)
+        if not torch.isfinite(own).all():
+            where = found.of(g)[0].place.where
+            raise MatchingError(
+                f"model {m}: activations at {where} are NaN or infinite, or too large to square; check the data and the model"
+            )
+        level = max(float(o.moments.means[m].square().max()) for o in found.of(g))
+        if not own.diagonal().max() > _CONSTANT * level:
+            return f"its units never vary in model {m}"
+    return None
 
 
 def _as_matrices(symmetry: Symmetry, element: Element, groups: Mapping[int, LinearGroup]) -> LinearElement:

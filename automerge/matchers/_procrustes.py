@@ -27,4 +27,4 @@ class Procrustes(LinearMatcher):
     def solve(self, own: torch.Tensor, other: torch.Tensor, cross: torch.Tensor, nearest: torch.Tensor) -> Matrix:
         """See `LinearMatcher.solve`."""
         turn = polar(cross, nearest)
-        return Matrix(turn, turn.T.contiguous())
+        return Matrix(turn, turn.T)

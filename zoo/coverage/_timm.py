@@ -17,6 +17,7 @@ import timm  # noqa: E402  (it imports torchvision, which must have its operator
 
 MOST = 200_000_000  # parameters; deeper models are cut
 _DEPTH = 4
+_DEPTHS = ("vit", "aim")  # in the names of models that take their depth as an option
 _LARGE = 400  # pixels; beyond, the first of these that a model accepts
 _SMALLER = (256, 252, 224)
 _CLASSES = 1000  # everywhere: with none, some models return their features, which pins them
@@ -104,9 +105,9 @@ def _model(name: str) -> tuple[torch.nn.Module, str]:
     count = _count(name)
     options: dict[str, Any] = {"pretrained": False, "num_classes": _CLASSES}
     note = ""
-    if count > MOST and "vit" in name:
-        options["depth"] = _DEPTH
-        note = f"{_DEPTH} blocks: the whole model has {count / 1e6:.0f} M parameters"
+    if count > MOST and any(word in name for word in _DEPTHS):
+        options["depth"] = depth = _DEPTH if count < 5 * MOST else _DEPTH // 2
+        note = f"{depth} blocks: the whole model has {count / 1e6:.0f} M parameters"
     config = timm.get_pretrained_cfg(name)
     if config is not None and config.fixed_input_size and config.input_size[1] > _LARGE:
         options["img_size"] = _SMALLER[0]

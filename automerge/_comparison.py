@@ -1,0 +1,190 @@
+"""What `automerge.compare` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+COLUMNS = ("matcher", "repair", "select", "accuracy", "loss", "agreement", "barrier", "drift", "seconds")
+
+
+@dataclass(frozen=True)
+class Score:
+    """A network on one set of data.
+
+    Attributes:
+        accuracy: 0 to 1; None without labels.
+        loss: mean cross-entropy in nats; None without labels.
+        agreement: the share of its predictions that the ensemble of the models shares; needs no labels.
+        samples: how many predictions were compared.
+    """
+
+    accuracy: float | None
+    loss: float | None
+    agreement: float
+    samples: int
+
+    @property
+    def key(self) -> tuple[float, float]:
+        """Larger is better: accuracy, then loss; agreement without labels."""
+        if self.accuracy is None or self.loss is None:
+            return self.agreement, 0.0
+        return self.accuracy, -self.loss
+
+
+@dataclass(frozen=True)
+class Row:
+    """One matcher with one repair.
+
+    Attributes:
+        matcher: its name.
+        repair: its name.
+        fits: whether the repair fits weights to data (`LeastSquares`).
+        select: on the data that choose; None if it failed.
+        report: on the data that are reported; nothing was chosen by them.
+        barrier: the loss of the merged network above the mean loss of the models, on the report's data.
+        drift: the largest relative change of a model's own output by its map; 0 for permutations.
+        seconds: matching, averaging and repairing.
+        worse_than_naive: whether the report's score is below that of the plain average.
+        error: why it failed.
+    """
+
+    matcher: str
+    repair: str
+    fits: bool = False
+    select: Score | None = None
+    report: Score | None = None
+    barrier: float | None = None
+    drift: float = 0.0
+    seconds: float = 0.0
+    worse_than_naive: bool = False
+    error: str = ""
+
+    @property
+    def name(self) -> str:
+        """Matcher and repair."""
+        return f"{self.matcher} + {self.repair}"
+
+    def cells(self) -> list[str]:
+        """What the table shows, in the order of ``COLUMNS``."""
+        if self.report is None or self.select is None:
+            return [self.matcher, self.repair, "failed", *[""] * (len(COLUMNS) - 4), f"{self.seconds:.1f}"]
+        mark = " !" if self.worse_than_naive else ""
+        accuracy, loss, select = self.report.accuracy, self.report.loss, self.select
+        chosen = select.agreement if select.accuracy is None else select.accuracy
+        return [
+            self.matcher,
+            self.repair + (" *" if self.fits else ""),
+            f"{chosen:.2%}",
+            ("-" if accuracy is None else f"{accuracy:.2%}") + mark,
+            "-" if loss is None else f"{loss:.4f}",
+            f"{self.report.agreement:.2%}",
+            "-" if self.barrier is None else f"{self.barrier:+.4f}",
+            f"{self.drift:.3f}",
+            f"{self.seconds:.1f}",
+        ]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Every matcher with every repair, best first by the data that select.
+
+    Attributes:
+        rows: the table.
+        models: each model's score on the report's data.
+        ensemble: that of the mean of their probabilities.
+        samples: how many samples were used: ``calibrate``, ``select``, ``report``.
+        notes: what a reader must know.
+        pictures: title -> PNG, for the page.
+        settings: what was compared, plain data.
+    """
+
+    rows: tuple[Row, ...]
+    models: tuple[Score, ...]
+    ensemble: Score
+    samples: Mapping[str, int]
+    notes: tuple[str, ...] = ()
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def best(self, *, fitting: bool = True) -> Row | None:
+        """The first row; the first that fits no weights to data without ``fitting``. None if all failed."""
+        return next((r for r in self.rows if r.select is not None and (fitting or not r.fits)), None)
+
+    def recommendation(self) -> str:
+        """What to use, and on how many samples that rests."""
+        best, modest = self.best(), self.best(fitting=False)
+        if best is None:
+            return "No combination worked; the table says why."
+        text = f"Recommended: {self._words(best)}."
+        if best.fits and modest is not None:
+            text += f" Without fitting weights to data: {self._words(modest)}."
+        text += f" Chosen on {self.samples['select']} samples and reported on {self.samples['report']} others"
+        text += f" (two standard errors of an accuracy there: {self._error(best):.1%})."
+        naive = next((r for r in self.rows if (r.matcher, r.repair) == ("identity", "none") and r.report), None)
+        if naive is not None and best.report is not None and naive.report is not None:
+            if best.report.key <= naive.report.key:
+                text += " It is no better than the plain average."
+            elif best.worse_than_naive:
+                text += " It is worse than the plain average."
+        return text
+
+    def _words(self, row: Row) -> str:
+        assert row.report is not None
+        if row.report.accuracy is None:
+            return f"{row.name}, {row.report.agreement:.2%} agreement with the ensemble"
+        return f"{row.name}, accuracy {row.report.accuracy:.2%}, loss {row.report.loss:.4f}"
+
+    def _error(self, row: Row) -> float:
+        assert row.report is not None
+        share = row.report.agreement if row.report.accuracy is None else row.report.accuracy
+        return float(2 * (max(share * (1 - share), 0.0) / max(row.report.samples, 1)) ** 0.5)
+
+    def footnotes(self) -> list[str]:
+        """What the marks of the table mean, the models themselves, and the notes."""
+        out = [
+            "select: on the data that choose (accuracy; agreement without labels); all other columns on the report's data",
+            "barrier: loss above the mean loss of the models; drift: change of a model's own output by its map",
+        ]
+        if any(r.worse_than_naive for r in self.rows):
+            out.append("! worse than the plain average of the models as they are (identity + none)")
+        if any(r.fits for r in self.rows):
+            out.append("* fits weights to the calibration data, in closed form: this is training")
+        out += [f"{r.name} failed: {r.error}" for r in self.rows if r.error]
+        return [*out, *self.notes]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, without the pictures."""
+        best, modest = self.best(), self.best(fitting=False)
+        return {
+            "format": "automerge.comparison/1",
+            "recommendation": self.recommendation(),
+            "best": None if best is None else best.name,
+            "best_without_fitting": None if modest is None else modest.name,
+            "samples": dict(self.samples),
+            "rows": [asdict(r) for r in self.rows],
+            "models": [asdict(m) for m in self.models],
+            "ensemble": asdict(self.ensemble),
+            "notes": list(self.notes),
+            "settings": dict(self.settings),
+        }
+
+    def ends(self) -> list[list[str]]:
+        """The models and their ensemble as rows of the table."""
+        scores = [("ensemble", self.ensemble), *((f"model {k}", m) for k, m in enumerate(self.models))]
+        out = []
+        for name, s in scores:
+            accuracy = "-" if s.accuracy is None else f"{s.accuracy:.2%}"
+            loss = "-" if s.loss is None else f"{s.loss:.4f}"
+            out.append([name, "", "", accuracy, loss, f"{s.agreement:.2%}", "", "", ""])
+        return out
+
+    def __str__(self) -> str:
+        cells = [list(COLUMNS), *self.ends(), *(r.cells() for r in self.rows)]
+        widths = [max(len(row[k]) for row in cells) for k in range(len(COLUMNS))]
+        lines = []
+        for row in cells:
+            parts = [c.ljust(w) if k < 2 else c.rjust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True))]
+            lines.append("  ".join(parts).rstrip())
+        return "\n".join([*lines, *self.footnotes(), "", self.recommendation()])

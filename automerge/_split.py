@@ -1,0 +1,59 @@
+"""Cutting labelled batches into disjoint parts by samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from automerge._data import Batch
+from automerge._errors import AutomergeError
+from automerge._tree_io import map_tensors, tensors_of
+
+
+def split_batches(batches: Iterable[Batch], shares: Sequence[float], seed: int) -> list[list[Batch]]:
+    """Every batch's samples, dealt at random to parts, so that each part holds its share of every batch.
+
+    Args:
+        batches: whose tensors all have the samples on their first axis.
+        shares: one positive number per part.
+        seed: of the deal.
+
+    Raises:
+        AutomergeError: if the tensors of a batch differ in length, or a part would get no sample.
+
+    Examples:
+        >>> parts = split_batches([Batch((torch.arange(6.0),), {}, torch.arange(6))], [1, 2], 0)
+        >>> [part[0].labels.numel() for part in parts]
+        [2, 4]
+    """
+    rng = torch.Generator().manual_seed(seed)
+    total = sum(shares)
+    edges = [sum(shares[:k]) / total for k in range(len(shares) + 1)]
+    parts: list[list[Batch]] = [[] for _ in shares]
+    for number, batch in enumerate(batches):
+        lengths = {t.shape[0] if t.ndim else -1 for t in tensors_of((batch.args, dict(batch.kwargs), batch.labels))}
+        if len(lengths) != 1 or -1 in lengths:
+            raise AutomergeError(
+                f"batch {number} cannot be cut into samples: its tensors have the lengths {sorted(lengths)}; give separate "
+                "data for calibration, selection and report"
+            )
+        (n,) = lengths
+        order = torch.randperm(n, generator=rng)
+        for k, part in enumerate(parts):
+            rows = order[round(edges[k] * n) : round(edges[k + 1] * n)].sort().values
+            if len(rows):
+                part.append(_taken(batch, rows))
+    for k, part in enumerate(parts):
+        if not part:
+            raise AutomergeError(f"the data are too few to be cut into {len(shares)} parts (part {k} is empty)")
+    return parts
+
+
+def _taken(batch: Batch, rows: torch.Tensor) -> Batch:
+    def take(_: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[rows.to(tensor.device)]
+
+    labels: Any = None if batch.labels is None else map_tensors(take, batch.labels)
+    return Batch(map_tensors(take, tuple(batch.args)), map_tensors(take, dict(batch.kwargs)), labels)

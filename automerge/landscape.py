@@ -1,0 +1,139 @@
+"""The loss around several networks: planes through three of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from automerge._data import Batches
+from automerge._errors import AutomergeError, CheckpointError
+from automerge._measures import Evaluation, Plane
+from automerge.evaluate import evaluate
+from automerge.renormalise import reset_batchnorm
+
+
+def plane(
+    model: nn.Module,
+    sd_a: Mapping[str, torch.Tensor],
+    sd_b: Mapping[str, torch.Tensor],
+    sd_c: Mapping[str, torch.Tensor],
+    data: Any,
+    points: int = 15,
+    *,
+    margin: float = 0.25,
+    repair: Literal["reset"] | None = None,
+    repair_data: Any = None,
+    inputs: int = 1,
+    kwargs: Mapping[str, Any] | None = None,
+) -> Plane:
+    """Loss and accuracy in the plane through three networks.
+
+    Args:
+        model: the architecture; not changed.
+        sd_a: the weights at the origin.
+        sd_b: the weights along the first axis; aligned to ``sd_a`` if they are to be.
+        sd_c: the weights that span the second axis.
+        data: labelled batches.
+        points: how many points along each axis.
+        margin: how far the grid reaches beyond the three, relative to their extent.
+        repair: ``"reset"`` measures the BatchNorm statistics again at every point (not at the three networks).
+        repair_data: batches for that; by default ``data``.
+        inputs: how many of a batch's items are positional inputs.
+        kwargs: keyword inputs for every batch.
+
+    Raises:
+        AutomergeError: for fewer than two points, labels that are no classes, or three networks on one line.
+        CheckpointError: if the state dicts are of different architectures.
+
+    Examples:
+        >>> net = nn.Linear(1, 2, bias=False)
+        >>> a, b, c = ({"weight": torch.tensor([[x], [y]])} for x, y in ((0.0, 0.0), (2.0, 0.0), (1.0, 1.0)))
+        >>> found = plane(net, a, b, c, [(torch.ones(3, 1), torch.zeros(3, dtype=torch.long))], points=3, margin=0)
+        >>> found.anchors
+        ((0.0, 0.0), (2.0, 0.0), (1.0, 1.0))
+        >>> [round(v, 4) for v in found.losses[0]]
+        [0.6931, 0.3133, 0.1269]
+    """
+    if points < 2:
+        raise AutomergeError(f"a plane needs at least two points along each axis, got {points}")
+    if repair not in (None, "reset"):
+        raise AutomergeError(f"repair must be None or 'reset' in a plane, got {repair!r}")
+    places = _plane_places(sd_a, sd_b, sd_c)
+    batches = Batches(data, inputs, kwargs)
+    source = batches if repair_data is None else Batches(repair_data, inputs, kwargs)
+    own = deepcopy(model)
+
+    def measured(x: float, y: float, touched: bool) -> Evaluation:
+        share = _barycentric(places, x, y)
+        weights = _combination((sd_a, sd_b, sd_c), share)
+        if repair is not None and touched:
+            own.load_state_dict(weights)
+            reset_batchnorm(own, source, inputs=inputs, kwargs=kwargs)
+            weights = {n: v.detach() for n, v in own.state_dict().items()}
+        found = evaluate((own, weights), batches, inputs=inputs, kwargs=kwargs)
+        if found.loss is None:
+            raise AutomergeError("a plane shows losses, and these labels are no classes")
+        return found
+
+    xs, ys = (_span([p[k] for p in places], margin, points) for k in (0, 1))
+    ends = [measured(x, y, False) for x, y in places]
+    centre = measured(sum(p[0] for p in places) / 3, sum(p[1] for p in places) / 3, True)
+    grid = [[measured(x, y, True) for x in xs] for y in ys]
+    return Plane(
+        xs,
+        ys,
+        tuple(tuple(float(e.loss or 0.0) for e in row) for row in grid),
+        tuple(tuple(float(e.accuracy or 0.0) for e in row) for row in grid),
+        tuple(places),
+        tuple(float(e.loss or 0.0) for e in ends),
+        float(centre.loss or 0.0),
+        centre.samples,
+    )
+
+
+def _plane_places(
+    a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor], c: Mapping[str, torch.Tensor]
+) -> list[tuple[float, float]]:
+    """Where three state dicts lie in their plane."""
+    bb = bc = cc = 0.0
+    for name, first in a.items():
+        if not first.is_floating_point():
+            continue
+        for other in (b, c):
+            if name not in other or other[name].shape != first.shape:
+                raise CheckpointError(f"the state dicts differ in {name!r}; they must be of one architecture")
+        one, two = (s[name].detach().to(first.device).double() - first.detach().double() for s in (b, c))
+        bb, bc, cc = bb + float((one * one).sum()), bc + float((one * two).sum()), cc + float((two * two).sum())
+    across = cc - bc * bc / bb if bb > 0 else 0.0
+    if across <= 1e-12 * cc or bb <= 0:
+        raise AutomergeError("the three networks lie on one line (are two of them equal?); a plane needs three corners")
+    return [(0.0, 0.0), (bb**0.5, 0.0), (bc / bb**0.5, across**0.5)]
+
+
+def _barycentric(places: Sequence[tuple[float, float]], x: float, y: float) -> tuple[float, float, float]:
+    """The shares of the three corners in a point of their plane."""
+    c = y / places[2][1]
+    b = (x - c * places[2][0]) / places[1][0]
+    return 1 - b - c, b, c
+
+
+def _combination(states: Sequence[Mapping[str, torch.Tensor]], share: Sequence[float]) -> dict[str, torch.Tensor]:
+    """A weighted sum of the float tensors, in float64 and cast back; anything else is taken from the first."""
+    out = {}
+    for name, first in states[0].items():
+        if first.is_floating_point():
+            parts = [w * s[name].detach().to(first.device).double() for w, s in zip(share, states, strict=True)]
+            out[name] = torch.stack(parts).sum(0).to(first.dtype)
+        else:
+            out[name] = first.detach().clone()
+    return out
+
+
+def _span(values: Sequence[float], margin: float, points: int) -> tuple[float, ...]:
+    low, high = min(values), max(values)
+    low, high = low - margin * (high - low), high + margin * (high - low)
+    return tuple(low + (high - low) * k / (points - 1) for k in range(points))

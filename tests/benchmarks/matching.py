@@ -1,0 +1,277 @@
+"""Measures the universe matcher and writes docs/benchmarks.md: ``python -m tests.benchmarks.matching``.
+
+Times are CPU seconds of one thread, the least of a few repetitions: they mean the same on a machine that others use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from automerge._polynomial import maximise_polynomial
+from automerge._state import State
+from automerge.blocks import decompose
+from automerge.infer import infer
+from automerge.matchers import FrankWolfe, Identity, Matcher, MergeMany, WeightMatching, match
+from automerge.matchers._memory import estimate, readable
+from automerge.matchers._starts import vertices
+from automerge.merge import average
+from automerge.objective import Objective
+from automerge.renormalise import reset_batchnorm
+from automerge.symmetry import Symmetry
+from tests._all_pairs import AllPairs
+from zoo.data import digits
+from zoo.models.mlp import MLP
+from zoo.models.resnet import ResNet, build_layernorm
+from zoo.models.vgg import build_vgg16
+from zoo.models.vit import ViT
+from zoo.train import Recipe, train
+
+Factory = Callable[[], nn.Module]
+State_ = dict[str, torch.Tensor]
+now = time.process_time
+
+
+# -------------------------------------------------------------------- one iteration
+def problem(factory: Factory, count: int, shape: Sequence[int]) -> tuple[Symmetry, list[State_]]:
+    torch.manual_seed(0)
+    symmetry = infer(factory().eval(), torch.randn(*shape), verify=False)
+    models = []
+    for seed in range(count):
+        torch.manual_seed(seed)
+        models.append({n: v.detach() for n, v in factory().state_dict().items()})
+    return symmetry, models
+
+
+def products(objective: Objective) -> float:
+    """The gradient's own products, as plain ``torch.mm`` on operands of their shapes."""
+    operands = []
+    for bundle in objective.bundles:
+        for dim in bundle.dims:
+            n = bundle.weights.shape[dim]
+            k = bundle.weights[0].numel() // n
+            operands.append((torch.randn(n, k), torch.randn(k, n)))
+    best = float("inf")
+    for _ in range(3):
+        begin = now()
+        for _ in range(objective.count):
+            for a, b in operands:
+                torch.mm(a, b)
+        best = min(best, now() - begin)
+    return best
+
+
+def iteration(objective: Objective, repeat: int = 4) -> dict[str, float]:
+    """Seconds of the parts of one iteration over all models, from a soft start, with steps that leave it soft."""
+    state = State.soft(objective, objective.identity(), 0.9)
+    best: dict[str, float] = {}
+    for _ in range(repeat):
+        parts = dict.fromkeys(("gradient", "assignment", "step"), 0.0)
+        for m in range(objective.count):
+            one, begin = slice(m, m + 1), now()
+            gradient = state.gradient(one)
+            parts["gradient"] += (after := now()) - begin
+            sigma = vertices(objective, gradient)[0]
+            parts["assignment"] += (begin := now()) - after
+            segment = state.segment(sigma, one, state.ends(gradient, sigma, one))
+            step, _ = maximise_polynomial(segment.coefficients)
+            state.advance(segment, min(step, 0.9))
+            parts["step"] += now() - begin
+        if not best or sum(parts.values()) < sum(best.values()):
+            best = parts
+    return best
+
+
+def iterations_table() -> list[str]:
+    rows = ["| network, 3 models | million parameters | s | products s | ratio | gradient | assignment | step |"]
+    rows.append("|---|---|---|---|---|---|---|---|")
+    cases: list[tuple[str, Factory]] = [
+        (f"ResNet20, width x{w}", lambda w=w: ResNet(width=16 * w, depth=3, channels=3)) for w in (1, 2, 4)
+    ]
+    cases += [("VGG16", build_vgg16)]
+    cases += [(f"MLP, 3 layers of {n}", lambda n=n: MLP((64, n, n, n, 10))) for n in (128, 256, 512, 1024)]
+    cases += [(f"MLP, {d} layers of 256", lambda d=d: MLP((64, *[256] * d, 10))) for d in (2, 8, 16)]
+    for name, factory in cases:
+        symmetry, models = problem(factory, 3, (1, 1, 8, 8) if "MLP" in name else (1, 3, 32, 32))
+        objective = Objective(decompose(symmetry), models)
+        parts, floor = iteration(objective), products(objective)
+        total = sum(parts.values())
+        size = sum(v.numel() for v in models[0].values()) / 1e6
+        shares = " | ".join(f"{v / total:.0%}" for v in parts.values())
+        rows.append(f"| {name} | {size:.2f} | {total:.4f} | {floor:.4f} | {total / floor:.2f} | {shares} |")
+    return rows
+
+
+def number_table() -> list[str]:
+    rows = ["| N | s per iteration | s per model | plain all pairs s | estimate of memory | peak measured |"]
+    rows.append("|---|---|---|---|---|---|")
+    symmetry, models = problem(lambda: ResNet(width=32, depth=3, channels=3), 16, (1, 3, 32, 32))
+    blocks = decompose(symmetry)
+    for count in (2, 3, 4, 8, 16):
+        seconds = sum(iteration(Objective(blocks, models[:count])).values())
+        pairs = "-"
+        if count <= 8:
+            oracle = AllPairs(blocks, models[:count], torch.float32)
+            begin = now()
+            oracle.iterate(1)
+            pairs = f"{now() - begin:.2f}"
+        held = readable(estimate(blocks, count, torch.float32))
+        rows.append(f"| {count} | {seconds:.3f} | {seconds / count:.4f} | {pairs} | {held} | {peak(count)} |")
+    return rows
+
+
+def peak(count: int) -> str:
+    """The growth of the resident memory of a process that matches so many (Linux; the high-water mark is reset first)."""
+    if not Path("/proc/self/clear_refs").exists():
+        return "-"
+    code = (
+        "import torch; torch.set_num_threads(1)\n"
+        "from pathlib import Path\n"
+        "from tests.benchmarks.matching import *\n"
+        f"s, models = problem(lambda: ResNet(width=32, depth=3, channels=3), {count}, (1, 3, 32, 32))\n"
+        "match(models[:2], s, FrankWolfe(max_iterations=0, reheats=0, polish=0))\n"
+        "def kilobytes(key): return int(Path('/proc/self/status').read_text().split(key + ':')[1].split()[0])\n"
+        "Path('/proc/self/clear_refs').write_text('5')\n"
+        "before = kilobytes('VmRSS')\n"
+        "match(models, s, FrankWolfe(max_iterations=2, reheats=0, polish=1))\n"
+        "print(kilobytes('VmHWM') - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return readable(int(done.stdout.split()[-1]) * 1024)
+
+
+# -------------------------------------------------------------------- quality
+SETS: dict[str, tuple[Factory, int]] = {
+    "MLP 4 x 32": (lambda: MLP((64, 32, 32, 32, 32, 10)), 0),
+    "MLP 2 x 64": (lambda: MLP((64, 64, 64, 10)), 0),
+    "MLP 3 x 128": (lambda: MLP((64, 128, 128, 128, 10)), 0),
+    "MLP 3 x 128 (other seeds)": (lambda: MLP((64, 128, 128, 128, 10)), 3),
+    "MLP 2 x 128, BatchNorm": (lambda: MLP((64, 128, 128, 10), norm=True), 0),
+    "ResNet, width 8": (lambda: ResNet(width=8), 0),
+    "ResNet, width 16": (lambda: ResNet(width=16), 0),
+    "ResNet, LayerNorm": (build_layernorm, 0),
+    "ViT, width 32": (ViT, 0),
+    "ViT, width 32 (other seeds)": (ViT, 3),
+    "ViT, width 48": (lambda: ViT(dim=48, heads=3, hidden=96), 0),
+}
+CHOICES: dict[str, Matcher] = {
+    "Identity": Identity(),
+    "WeightMatching": WeightMatching(),
+    "MergeMany": MergeMany(),
+    "FrankWolfe(reheats=0)": FrankWolfe(reheats=0),
+    "FrankWolfe(restarts=1, reheats=0)": FrankWolfe(restarts=1, reheats=0),
+    "FrankWolfe()": FrankWolfe(),
+    "FrankWolfe(reheats=2)": FrankWolfe(reheats=2),
+    'FrankWolfe(block_weights="normalised")': FrankWolfe(block_weights="normalised"),
+    "FrankWolfe(polish=0, reheats=0)": FrankWolfe(polish=0, reheats=0),
+}
+
+
+def accuracy(factory: Factory, state: State_) -> float:
+    """Of a merged network on held-out digits, its BatchNorm statistics measured on the training set."""
+    data = digits()
+    model = factory()
+    model.load_state_dict(state)
+    reset_batchnorm(model, list(data.x_train.split(256)))
+    with torch.no_grad():
+        return float((model.eval()(data.x_test).argmax(dim=1) == data.y_test).double().mean())
+
+
+def quality_table() -> list[str]:
+    gains: dict[str, list[float]] = {k: [] for k in CHOICES}
+    accuracies: dict[str, list[float]] = {k: [] for k in [*CHOICES, "all pairs"]}
+    seconds = dict.fromkeys([*CHOICES, "all pairs"], 0.0)
+    for factory, first in SETS.values():
+        models = [train(factory, digits(), Recipe(epochs=6), first + i).state_dict for i in range(3)]
+        symmetry = infer(factory().eval(), torch.randn(2, 1, 8, 8), verify=False)
+        oracle = AllPairs(decompose(symmetry), models)
+        start = float(oracle.value(oracle.identity()))
+        begin = now()
+        rounded = oracle.vertices(oracle.iterate(100)[1])
+        seconds["all pairs"] += now() - begin
+        eyes = [[torch.eye(len(s), dtype=torch.float64)[torch.from_numpy(s)] for s in v] for v in rounded]
+        theirs = float(oracle.value(eyes)) - start
+        for name, matcher in CHOICES.items():
+            begin = now()
+            found = match(models, symmetry, matcher)
+            seconds[name] += now() - begin
+            moved = found.apply(models)
+            value = sum(
+                float((moved[a][n].double() * moved[b][n].double()).sum())
+                for n in symmetry.shapes
+                if n not in symmetry.statistics
+                for a, b in ((0, 1), (0, 2), (1, 2))
+            )
+            still = sum(
+                float((models[a][n].double() * models[b][n].double()).sum())
+                for n in symmetry.shapes
+                if n not in symmetry.statistics
+                for a, b in ((0, 1), (0, 2), (1, 2))
+            )
+            gains[name].append((value - still) / theirs)
+            accuracies[name].append(accuracy(factory, average(moved, [1 / 3] * 3)))
+    rows = ["| matcher | gain in f, all-pairs loop = 100 % (mean, least) | sets above it | merged accuracy | s |"]
+    rows += ["|---|---|---|---|---|", f"| all-pairs loop | 100.0 %, 100.0 % | - | - | {seconds['all pairs']:.1f} |"]
+    for name, values in gains.items():
+        above = sum(v > 1 + 1e-6 for v in values)
+        mean = sum(values) / len(values)
+        merged = sum(accuracies[name]) / len(values)
+        rows.append(
+            f"| `{name}` | {mean:.1%}, {min(values):.1%} | {above} of {len(values)} | {merged:.2%} | {seconds[name]:.1f} |"
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks.md"))
+    torch.set_num_threads(1)
+    out = parser.parse_args().out
+    rev = f"torch {torch.__version__}, python {platform.python_version()}, {platform.machine()}"
+    text = TEXT.format(
+        rev=rev,
+        iterations="\n".join(iterations_table()),
+        number="\n".join(number_table()),
+        quality="\n".join(quality_table()),
+        sets=", ".join(SETS),
+    )
+    out.write_text(text, encoding="utf-8")
+
+
+TEXT = """# Benchmarks of matching
+
+Written by `python -m tests.benchmarks.matching` ({rev}). Times are CPU seconds of one thread.
+
+## One iteration
+
+All models move once. *Products* are the multiplications of the gradient alone, as plain `torch.mm` on operands of the same
+shapes; the ratio says what everything else costs. Random weights, a soft start.
+
+{iterations}
+
+## The number of models
+
+ResNet20, width x2. The plain all-pairs formulas (in `tests/_all_pairs.py`) evaluate the line search twelve times, as the
+published code does. The estimate is what `FrankWolfe(max_memory=...)` is held against.
+
+{number}
+
+## What the search finds
+
+Three networks each, trained on the digits for six epochs: {sets}.
+The gain over the models as they are is set against that of the all-pairs loop from the identity, rounded, with float64
+and up to 100 iterations. Merged accuracy is the mean over sets; BatchNorm statistics are measured anew.
+
+{quality}
+"""
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Canonical gauges: what is found, that functions stay, and that models which differ by a gauge become one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from automerge import gauges
+from automerge._errors import InvarianceError
+from automerge.gauges import canonicalise
+from automerge.infer import infer
+from automerge.matchers import match
+from zoo.models.resnet import ResNet
+from zoo.models.vit import ViT
+
+
+def mlp(activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 7), activation(), nn.Linear(7, 6), activation(), nn.Linear(6, 3))
+
+
+def state(net: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: v.detach().clone() for n, v in net.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("activation", "count"),
+    [(nn.ReLU, 2), (nn.LeakyReLU, 2), (nn.Identity, 2), (nn.GELU, 0), (nn.Tanh, 0), (nn.Sigmoid, 0)],
+)
+def test_scalings_are_found_where_the_layer_is_homogeneous(activation: Callable[[], nn.Module], count: int) -> None:
+    net = mlp(activation)
+    x = torch.randn(5, 4)
+    out, report = canonicalise(net, x, [state(net)], infer(net, x), biases=False)
+    assert len(report.scalings) == count
+    other = mlp(activation)
+    other.load_state_dict(out[0])
+    assert torch.allclose(net(x), other(x), atol=1e-6)
+
+
+def test_the_norms_of_units_become_equal() -> None:
+    net = mlp()
+    x = torch.randn(5, 4)
+    wide = {n: v.double() for n, v in state(net).items()}
+    (out,), _ = canonicalise(net.double(), x.double(), [wide], infer(net, x.double()))
+    for i in (0, 2):
+        incoming = out[f"{i}.weight"].square().sum(1) + out[f"{i}.bias"].square()
+        outgoing = out[f"{i + 2}.weight"].square().sum(0)
+        assert torch.allclose(incoming, outgoing, rtol=1e-8)
+
+
+def test_models_that_differ_by_scales_and_an_order_become_one() -> None:
+    net = mlp()
+    x = torch.randn(5, 4)
+    symmetry = infer(net, x)
+    first = state(net)
+    second = symmetry.apply(first, symmetry.random_element(np.random.default_rng(1)))
+    for i, n in ((0, 7), (2, 6)):
+        factors = torch.rand(n) + 0.5
+        second[f"{i}.weight"] = second[f"{i}.weight"] * factors[:, None]
+        second[f"{i}.bias"] = second[f"{i}.bias"] * factors
+        second[f"{i + 2}.weight"] = second[f"{i + 2}.weight"] / factors
+    canonical, _ = canonicalise(net, x, [first, second], symmetry)
+    a, b = match(canonical, symmetry).apply(canonical)
+    assert all(torch.allclose(a[n], b[n], atol=1e-5) for n in a)
+
+
+def test_attention_biases() -> None:
+    """Key biases do nothing, value biases go into the projection; queries and keys, values and outputs are balanced."""
+    torch.manual_seed(0)
+    net = ViT(dim=12, heads=2, depth=1, hidden=10).eval()
+    x = torch.randn(3, 1, 8, 8)
+    own = {n: torch.randn_like(v) * 0.3 for n, v in state(net).items()}
+    (out,), report = canonicalise(net, x, [own], infer(net, x))
+    query, key, value = out["blocks.0.attention.qkv.bias"].view(3, 12)
+    assert not key.any()
+    assert not value.any()
+    assert query.all()
+    assert not torch.equal(out["blocks.0.attention.out.bias"], own["blocks.0.attention.out.bias"])
+    weights = out["blocks.0.attention.qkv.weight"].double().view(3, 12, 12)
+    q = weights[0].square().sum(1) + query.double().square()
+    assert torch.allclose(q, weights[1].square().sum(1), rtol=1e-4)
+    projected = out["blocks.0.attention.out.weight"].double().square().sum(0)
+    assert torch.allclose(weights[2].square().sum(1), projected, rtol=1e-4)
+    folds = {(f.bias.param, f.into) for f in report.folds}
+    assert ("blocks.0.attention.qkv.bias", "blocks.0.attention.out.bias") in folds
+    assert ("blocks.0.norm1.bias", "blocks.0.attention.qkv.bias") in folds
+    assert not out["blocks.0.norm1.bias"].any()
+    assert report.error <= 1e-9
+    net.load_state_dict(own)
+    before = net(x)
+    net.load_state_dict(out)
+    assert torch.allclose(before, net(x), atol=1e-4)
+
+
+def test_batchnorm_scale_against_the_next_convolution() -> None:
+    torch.manual_seed(0)
+    net = ResNet(width=4).eval()
+    x = torch.randn(2, 1, 8, 8)
+    own = state(net)
+    for n, v in own.items():
+        if n.endswith(("weight", "bias")):
+            v.add_(0.3 * torch.randn_like(v))
+    (out,), report = canonicalise(net, x, [own], infer(net, x))
+    assert report.scalings
+    inner = next(s for s in report.scalings if any(p.param == "blocks.0.norm1.weight" for p in s.up + s.down))
+    names = [{p.param for p in side} for side in (inner.up, inner.down)]
+    assert {"blocks.0.norm1.weight", "blocks.0.norm1.bias"} in names
+    assert {"blocks.0.conv2.weight"} in names
+    assert torch.equal(out["blocks.0.norm1.running_var"], own["blocks.0.norm1.running_var"])
+
+
+def test_types_stay_and_inputs_are_not_changed() -> None:
+    net = mlp().bfloat16()
+    x = torch.randn(5, 4, dtype=torch.bfloat16)
+    own = state(net)
+    copies = {n: v.clone() for n, v in own.items()}
+    (out,), report = canonicalise(net, x, [own], infer(net, x))
+    assert all(v.dtype == torch.bfloat16 for v in out.values())
+    assert all(torch.equal(own[n], copies[n]) for n in own)
+    assert "units balanced" in str(report)
+
+
+def test_a_wrong_gauge_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = mlp(nn.Tanh)
+    x = torch.randn(5, 4)
+    symmetry = infer(net, x)
+    unit = symmetry.generators()[0]
+    wrong = gauges.Scaling(0, tuple(s for s in unit.slots if s.axis == 0), tuple(s for s in unit.slots if s.axis == 1))
+    monkeypatch.setattr(gauges._Probe, "scaling", lambda self, i, g: wrong if i == 0 else None)
+    with pytest.raises(InvarianceError, match="output of model 0"):
+        canonicalise(net, x, [state(net)], symmetry)
