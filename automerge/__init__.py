@@ -4,6 +4,7 @@
 ``merge(models, args)`` does both, averages and repairs.
 """
 
+from automerge._comparison import Comparison
 from automerge._errors import (
     AutomergeError,
     CheckpointError,
@@ -19,6 +20,7 @@ from automerge._measures import Agreement, Barrier, CycleError, Evaluation, Plan
 from automerge._repair_report import LayerRepair, Renormaliser, RepairReport
 from automerge._verify import Verification, verify
 from automerge._version import __version__
+from automerge.compare import compare
 from automerge.datafree import GaussianRepair, RowNorms
 from automerge.evaluate import agreement, barrier, cycle_error, evaluate, interpolate, similarity
 from automerge.fitting import LeastSquares
@@ -40,6 +42,7 @@ from automerge.matchers import (
     Procrustes,
     Synchronised,
     WeightMatching,
+    ZipIt,
     match,
 )
 from automerge.merge import MergeResult, average, merge
@@ -55,6 +58,7 @@ __all__ = [
     "AutomergeError",
     "Barrier",
     "CheckpointError",
+    "Comparison",
     "CycleError",
     "Element",
     "Evaluation",
@@ -92,11 +96,13 @@ __all__ = [
     "UnknownOperatorError",
     "Verification",
     "WeightMatching",
+    "ZipIt",
     "__version__",
     "agreement",
     "average",
     "barrier",
     "canonicalise",
+    "compare",
     "cycle_error",
     "evaluate",
     "infer",

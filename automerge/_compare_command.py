@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from automerge._comparison import COLUMNS
+from automerge._comparison import COLUMNS, Comparison
 from automerge._comparison_page import page
 from automerge._console import Console
 from automerge._data import Batches
@@ -91,8 +91,13 @@ def run_compare(options: argparse.Namespace) -> None:
             pictures=options.html is not None,
             progress=advance,
         )
+    _show(found, console, options)
+
+
+def _show(found: Comparison, console: Console, options: argparse.Namespace) -> None:
+    """Print the table and write the files."""
     rows = [*found.ends(), *(r.cells() for r in found.rows)]
-    console.table(f"{len(states)} models of {options.factory}", COLUMNS, rows, found.footnotes())
+    console.table(f"{len(found.models)} models of {options.factory}", COLUMNS, rows, found.footnotes())
     console.show(found.recommendation())
     if options.json is not None:
         settings = {**found.settings, "factory": options.factory, "checkpoints": list(options.checkpoints)}

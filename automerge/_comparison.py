@@ -32,6 +32,12 @@ class Score:
             return self.agreement, 0.0
         return self.accuracy, -self.loss
 
+    def worse_than(self, other: Score) -> bool:
+        """Whether accuracy or loss is worse; agreement without labels."""
+        if self.accuracy is None or other.accuracy is None or self.loss is None or other.loss is None:
+            return self.agreement < other.agreement
+        return self.accuracy < other.accuracy or not self.loss <= other.loss
+
 
 @dataclass(frozen=True)
 class Row:
@@ -46,7 +52,7 @@ class Row:
         barrier: the loss of the merged network above the mean loss of the models, on the report's data.
         drift: the largest relative change of a model's own output by its map; 0 for permutations.
         seconds: matching, averaging and repairing.
-        worse_than_naive: whether the report's score is below that of the plain average.
+        worse_than_naive: whether accuracy or loss is worse than that of the plain average, on the report's data.
         error: why it failed.
     """
 
@@ -123,11 +129,9 @@ class Comparison:
         text += f" Chosen on {self.samples['select']} samples and reported on {self.samples['report']} others"
         text += f" (two standard errors of an accuracy there: {self._error(best):.1%})."
         naive = next((r for r in self.rows if (r.matcher, r.repair) == ("identity", "none") and r.report), None)
-        if naive is not None and best.report is not None and naive.report is not None:
-            if best.report.key <= naive.report.key:
-                text += " It is no better than the plain average."
-            elif best.worse_than_naive:
-                text += " It is worse than the plain average."
+        reports = [r.report for r in (best, naive) if r is not None and r.report is not None]
+        if best is not naive and len(reports) == 2 and reports[0].key <= reports[1].key:
+            text += " There it is no better than the plain average."
         return text
 
     def _words(self, row: Row) -> str:
@@ -148,7 +152,9 @@ class Comparison:
             "barrier: loss above the mean loss of the models; drift: change of a model's own output by its map",
         ]
         if any(r.worse_than_naive for r in self.rows):
-            out.append("! worse than the plain average of the models as they are (identity + none)")
+            out.append(
+                "! accuracy or loss is worse than that of the plain average of the models as they are (identity + none)"
+            )
         if any(r.fits for r in self.rows):
             out.append("* fits weights to the calibration data, in closed form: this is training")
         out += [f"{r.name} failed: {r.error}" for r in self.rows if r.error]

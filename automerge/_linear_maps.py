@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from automerge._errors import SymmetryError
+from automerge._errors import MatchingError, SymmetryError
 from automerge.groups import Element, identity_index
 from automerge.symmetry import Symmetry
 
@@ -25,15 +25,17 @@ _SAME = 1e-8
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """An invertible matrix, stored with its inverse.
+    """An invertible matrix, stored with its inverse; or a pair that merges units and copies them back.
 
     Attributes:
         forward: float64, ``(n, n)``: new units are ``forward @ old``.
         inverse: float64, ``(n, n)``.
+        invertible: whether the second undoes the first.
     """
 
     forward: torch.Tensor
     inverse: torch.Tensor
+    invertible: bool = True
 
     def __post_init__(self) -> None:
         # one layout, so that what is read from a file multiplies to the same bits
@@ -47,12 +49,30 @@ class Matrix:
         return Matrix(forward, forward.T)
 
     def then(self, other: Matrix) -> Matrix:
-        """The matrix that acts like this one and then the other."""
+        """The matrix that acts like this one and then the other.
+
+        Raises:
+            MatchingError: if one of them is not invertible.
+        """
+        self._check()
+        other._check()
         return Matrix(other.forward @ self.forward, self.inverse @ other.inverse)
 
     def inverted(self) -> Matrix:
-        """The inverse."""
+        """The inverse.
+
+        Raises:
+            MatchingError: if there is none.
+        """
+        self._check()
         return Matrix(self.inverse, self.forward)
+
+    def _check(self) -> None:
+        if not self.invertible:
+            raise MatchingError(
+                "units were merged within models, so that there is no map from one model to another; the models can be moved "
+                "to the universe and averaged there, and nothing else"
+            )
 
     def error(self) -> float:
         """The largest entry of ``forward @ inverse - 1``."""

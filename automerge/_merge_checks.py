@@ -13,6 +13,7 @@ from automerge._data import Batches, device_of, evaluating, run_batch
 from automerge._errors import AutomergeError, CheckpointError, MatchingError
 from automerge._repair_report import Renormaliser
 from automerge.io import check_state_dict, tied_names
+from automerge.matchers import Matcher
 from automerge.renormalise import batchnorm_names
 
 Model = nn.Module | Mapping[str, torch.Tensor]
@@ -104,6 +105,32 @@ def choose_repair(repair: str | Renormaliser, network: nn.Module, data: Any) -> 
     if repair == "reset" and not norms:
         raise AutomergeError("repair='reset' needs BatchNorm statistics, and this model has none; use repair='repair'")
     return repair
+
+
+def check_inseparable(
+    matcher: Matcher,
+    mode: str | Renormaliser,
+    asked: str | Renormaliser,
+    share: Sequence[float],
+    coordinates: object,
+    network: nn.Module,
+) -> str | Renormaliser:
+    """The repair of a merge whose moved models are no networks of their own.
+
+    Raises:
+        MatchingError: for what needs such networks: a repair towards them, other weights, a model's coordinates.
+    """
+    name = type(matcher).__name__
+    if asked == "auto" and mode not in ("none", "reset"):
+        mode = "none"
+    if mode not in ("none", "reset"):
+        raise MatchingError(
+            f"the models moved by {name} are no networks of their own, so there is nothing to repair towards; "
+            "use repair='none'" + (" or 'reset'" if batchnorm_names(network) else "")
+        )
+    if any(abs(s - share[0]) > 1e-12 for s in share) or coordinates != "universe":
+        raise MatchingError(f"{name} merges with equal weights in the universe; leave weights and coordinates out")
+    return mode
 
 
 def check_data(network: nn.Module, data: Any, args: Any, kwargs: Mapping[str, Any] | None) -> Batches:

@@ -5,6 +5,7 @@ A process alone uses `Alone`, whose operations do nothing; the algorithms are wr
 
 from __future__ import annotations
 
+import gc
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -15,6 +16,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Its functions name the group of all processes as a default argument when they are imported, which is what tracing does:
+# imported later, they would keep the group, and with it the threads of gloo, beyond `Group.close`.
+import torch.distributed.nn.functional
 
 from automerge._errors import AutomergeError, RankError
 
@@ -138,9 +143,10 @@ class Group(Ranks):
             return out
 
     def close(self) -> None:
-        """Let go of the others."""
+        """Let go of the others, and join the threads that spoke to them: one that outlives the interpreter aborts."""
         if dist.is_initialized():
             dist.destroy_process_group()
+            gc.collect()
 
 
 @contextmanager

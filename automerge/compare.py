@@ -83,7 +83,7 @@ def compare(
         architecture: the module that state dicts belong to.
         symmetry: skip inference and use this one.
         matchers: name -> matcher; all of them with their defaults by default. The plain average (``identity``) is always in.
-        repairs: name -> repair as `automerge.merge` takes it; by default all that fit the architecture.
+        repairs: name -> repair as `automerge.merge` takes it; by default all that fit the architecture (and the matcher).
         weights: of the models in the average.
         seed: of the deal.
         pictures: draw the path between the first two models, and the plane through the first three (needs matplotlib).
@@ -253,7 +253,8 @@ class _Work:
                 moved, self.share, aliases={**self.symmetry.aliases, **tied_names(self.network.state_dict())}
             )
             matched = time.perf_counter() - start
-            for j, (repair, mode) in enumerate(self.repairs.items()):
+            fit = {n: r for n, r in self.repairs.items() if matcher.separable or r in ("none", "reset")}
+            for j, (repair, mode) in enumerate(fit.items()):
                 self._tell(k * len(self.repairs) + j, f"{name} + {repair}")
                 row, state = self._row(name, repair, mode, plain, moved, drift, matched)
                 rows.append(row)
@@ -261,7 +262,7 @@ class _Work:
                     merged[row.name] = (state, moved)
         naive = next((r.report for r in rows if (r.matcher, r.repair) == ("identity", "none")), None)
         if naive is not None:
-            rows = [replace(r, worse_than_naive=r.report is not None and r.report.key[0] < naive.key[0]) for r in rows]
+            rows = [replace(r, worse_than_naive=r.report is not None and r.report.worse_than(naive)) for r in rows]
         rows.sort(key=lambda r: (-1.0, 0.0) if r.select is None else r.select.key, reverse=True)
         return rows, merged
 

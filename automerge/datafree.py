@@ -15,8 +15,9 @@ from torch import fx, nn
 
 from automerge._data import Batch, Batches, bind, device_of, evaluating
 from automerge._errors import AutomergeError
-from automerge._gauss import Gaussian, propagate
+from automerge._gauss import Gaussian
 from automerge._moments import Moments
+from automerge._propagation import propagate
 from automerge._repair import Site, Tensors, channel_change, fold, make_plan
 from automerge._repair_report import LayerRepair, Renormaliser, RepairReport, on_devices, shares
 from automerge.symmetry import Symmetry
@@ -97,7 +98,7 @@ class GaussianRepair(Renormaliser):
     """REPAIR against predicted moments: no data, only the weights and the shape of an input.
 
     Means and covariances of a Gaussian input are propagated through the traced graph of every endpoint and of the merged
-    network (`automerge._gauss`: exact per channel for linear maps, ReLU and smooth activations, covariances to first
+    network (`automerge._propagation`: exact per channel for linear maps, ReLU and smooth activations, covariances to first
     order). Layer after layer, scale and shift (a calibrated bias) of each free channel match the endpoints' weighted mean.
     A layer is left alone if its mean predicted variance in the merged network is at least ``gate`` of the endpoints': a
     prediction is no reason to touch what has not collapsed. Layers whose moments cannot be predicted are skipped with the

@@ -20,8 +20,9 @@ from torch import nn
 from automerge._data import Batch, Batches, bind, device_of, evaluating, logits_of, run_batch
 from automerge._errors import AutomergeError, CheckpointError
 from automerge._measures import Agreement, Barrier, CycleError, Evaluation, Similarity
+from automerge._repair_report import Renormaliser
 from automerge._similarity import similarity
-from automerge.renormalise import Repair, reset_batchnorm
+from automerge.renormalise import reset_batchnorm
 
 Network = nn.Module | tuple[nn.Module, Mapping[str, torch.Tensor]]
 Source = Network | list[Network]
@@ -284,7 +285,7 @@ def barrier(
     sd_b: Mapping[str, torch.Tensor],
     data: Any,
     points: int = 11,
-    repair: Repair | Literal["reset"] | None = None,
+    repair: Renormaliser | Literal["reset"] | None = None,
     *,
     repair_data: Any = None,
     inputs: int = 1,
@@ -298,7 +299,8 @@ def barrier(
         sd_b: the weights at 1, already aligned to ``sd_a`` if they are to be.
         data: labelled batches.
         points: how many points, end points included.
-        repair: repair every inner point: ``"reset"`` for the BatchNorm statistics, or a `Repair`. The end points stay.
+        repair: repair every inner point: ``"reset"`` for the BatchNorm statistics, or a `Renormaliser` such as `Repair`. The
+            end points stay.
         repair_data: batches for the repair; by default ``data``, whose labels it does not use.
         inputs: how many of a batch's items are positional inputs.
         kwargs: keyword inputs for every batch.
@@ -330,15 +332,15 @@ def _repaired(
     sd_b: Mapping[str, torch.Tensor],
     position: float,
     data: Any,
-    repair: Repair | str,
+    repair: Renormaliser | str,
     inputs: int,
     kwargs: Mapping[str, Any] | None,
 ) -> dict[str, torch.Tensor]:
-    if isinstance(repair, Repair):
+    if isinstance(repair, Renormaliser):
         share = (1 - position, position)
         return repair(model, weights, (sd_a, sd_b), data, weights=share, inputs=inputs, kwargs=kwargs)[0]
     if repair != "reset":
-        raise AutomergeError(f"repair must be None, 'reset' or a Repair, got {repair!r}")
+        raise AutomergeError(f"repair must be None, 'reset' or a Renormaliser, got {repair!r}")
     own = deepcopy(model)
     own.load_state_dict(weights)
     reset_batchnorm(own, data, inputs=inputs, kwargs=kwargs)

@@ -27,6 +27,7 @@ from automerge._merge_checks import (
     Model,
     check_coordinates,
     check_data,
+    check_inseparable,
     check_models,
     check_weights,
     choose_repair,
@@ -181,6 +182,8 @@ def merge(
     share = check_weights(weights, len(dicts))
     check_coordinates(coordinates, len(dicts))
     mode = choose_repair(repair, network, data)
+    if not matcher.separable:
+        mode = check_inseparable(matcher, mode, repair, share, coordinates, network)
     batches = None if data is None else check_data(network, data, args, kwargs)
     if matcher.needs_data and batches is None:
         raise MatchingError(f"{type(matcher).__name__} looks at activations: give batches, merge(..., data=batches)")

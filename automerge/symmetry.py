@@ -313,7 +313,7 @@ def _check_slot(shapes: Mapping[str, tuple[int, ...]], generator: Generator, slo
             f"{where}: the index must be an integer table of shape ({generator.size}, k), got {slot.index.shape}"
         )
     flat = slot.index.reshape(-1)
-    if flat.size and (flat.min() < 0 or flat.max() >= shape[slot.axis] or np.unique(flat).size != flat.size):
+    if flat.size and (flat.min() < 0 or flat.max() >= shape[slot.axis] or np.bincount(flat).max() > 1):
         raise SymmetryError(f"{where}: the index leaves the axis (length {shape[slot.axis]}) or names a position twice")
     for axis, start, stop in slot.within:
         if axis == slot.axis or not 0 <= axis < len(shape) or not 0 <= start < stop <= shape[axis]:

@@ -16,7 +16,8 @@ from torch import nn
 from automerge import GaussianRepair, LeastSquares, Renormaliser, Repair, RowNorms, average, infer, merge, trace
 from automerge._data import Batch, bind, run_batch
 from automerge._errors import AutomergeError
-from automerge._gauss import Gaussian, nonlinear, propagate, relu_moments
+from automerge._gauss import Gaussian, nonlinear, relu_moments
+from automerge._propagation import propagate
 from zoo.models import ZOO
 
 torch.set_num_threads(1)

@@ -64,6 +64,28 @@ def test_places_move_as_the_group_does(name: str) -> None:
             assert (after[node] - expected).abs().max() <= 1e-4 * scale, (node, g)
 
 
+@pytest.mark.parametrize("name", families.NETWORKS)
+def test_replayed_models_give_what_they_compute(name: str) -> None:
+    """The graph is traced with the first model's weights and a batch; the others' moments are those of their own runs."""
+    model, args, symmetry = families.network(name)
+    models, _ = families.family(name, 3, noise=0.5)
+    own = deepcopy(model)
+    own.load_state_dict(models[0])
+    found = collect(own, models, symmetry, [Batch(args), Batch(args)])
+    places = {o.place.node: o.place for o in found.observed}
+    for m, state in enumerate(models):
+        own.load_state_dict(state)
+        values = values_at(own, args, places)
+        for o in found.observed:
+            rows = values[o.place.node]
+            assert o.moments.count == 2 * len(rows)
+            assert torch.allclose(o.moments.means[m], rows.mean(0), rtol=1e-5, atol=1e-5 * float(rows.abs().max()))
+            centred = rows - rows.mean(0)
+            second = centred.T @ centred / len(rows)
+            level = float(second.abs().max())
+            assert torch.allclose(o.moments.covariance(m, m), second, rtol=1e-4, atol=1e-5 * level + 1e-12)
+
+
 class Hooked:
     """What a network's modules return, gathered by hooks."""
 

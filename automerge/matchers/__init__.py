@@ -15,6 +15,7 @@ from automerge.matchers._pairwise import Pairwise, PairwiseFrankWolfe
 from automerge.matchers._procrustes import Procrustes
 from automerge.matchers._synchronised import Synchronised
 from automerge.matchers._weight_matching import WeightMatching
+from automerge.matchers._zipit import ZipIt
 from automerge.symmetry import Symmetry
 
 MATCHERS: Mapping[str, Callable[[], Matcher]] = {
@@ -26,6 +27,7 @@ MATCHERS: Mapping[str, Callable[[], Matcher]] = {
     "activation-matching": ActivationMatching,
     "cca": CCA,
     "procrustes": Procrustes,
+    "zipit": ZipIt,
     "identity": Identity,
 }
 """Name -> matcher with its defaults: the choices of the command line, and what the conformance suite runs over."""
@@ -44,6 +46,7 @@ __all__ = [
     "Procrustes",
     "Synchronised",
     "WeightMatching",
+    "ZipIt",
     "check_models",
     "match",
 ]

@@ -33,10 +33,12 @@ class Matcher(ABC):
     Attributes:
         needs_data: whether it looks at activations: then ``data`` is needed, and at least one model as a module.
         exact: whether its maps leave every model's function as it is. Linear maps do so up to what is nonlinear.
+        separable: whether each moved model is a network of its own; else only their uniform average is one.
     """
 
     needs_data: ClassVar[bool] = False
     exact: ClassVar[bool] = True
+    separable: ClassVar[bool] = True
 
     @abstractmethod
     def match(
@@ -154,6 +156,7 @@ class Matching:
         for m, element in enumerate(self.to_universe):
             if isinstance(element, LinearElement):
                 header["roles"] = json.dumps({str(g): roles for g, roles in element.roles.items()})
+                header["invertible"] = json.dumps(all(matrix.invertible for matrix in element.matrices.values()))
                 for g, matrix in element.matrices.items():
                     tensors[f"{m}/forward/{g}"] = matrix.forward
                     tensors[f"{m}/inverse/{g}"] = matrix.inverse
@@ -175,14 +178,19 @@ class Matching:
                 raise CheckpointError(f"{path} is not a matching: expected the format {_FORMAT!r} in its header")
             symmetry = Symmetry.from_json(header["symmetry"])
             roles = {int(g): tuple(r) for g, r in json.loads(header.get("roles", "{}")).items()}
-            elements = tuple(_read_element(tensors, symmetry, m, roles) for m in range(int(header["models"])))
+            whole = bool(json.loads(header.get("invertible", "true")))
+            elements = tuple(_read_element(tensors, symmetry, m, roles, whole) for m in range(int(header["models"])))
             return Matching(elements, symmetry, header.get("matcher", ""), json.loads(header["stats"]))
         except (OSError, SafetensorError, SymmetryError, KeyError, ValueError, IndexError) as error:
             raise CheckpointError(f"{path} cannot be read as a matching: {error}") from error
 
 
 def _read_element(
-    tensors: Mapping[str, torch.Tensor], symmetry: Symmetry, model: int, roles: Mapping[int, tuple[bool, ...]]
+    tensors: Mapping[str, torch.Tensor],
+    symmetry: Symmetry,
+    model: int,
+    roles: Mapping[int, tuple[bool, ...]],
+    whole: bool,
 ) -> Element:
     """One model's element, from the tensors of a file."""
     maps: dict[str, dict[int, Any]] = {}
@@ -195,7 +203,7 @@ def _read_element(
     element = Element(symmetry.shapes, arrays)
     if not roles:
         return element
-    matrices = {g: Matrix(tensors[f"{model}/forward/{g}"], tensors[f"{model}/inverse/{g}"]) for g in roles}
+    matrices = {g: Matrix(tensors[f"{model}/forward/{g}"], tensors[f"{model}/inverse/{g}"], whole) for g in roles}
     return linear_element(symmetry, element, roles, matrices)
 
 

@@ -267,8 +267,8 @@ published code does. The estimate is what `FrankWolfe(max_memory=...)` is held a
 ## What the search finds
 
 Three networks each, trained on the digits for six epochs: {sets}.
-The gain over the models as they are is set against that of the all-pairs loop from the identity, rounded, with float64
-and up to 100 iterations. Merged accuracy is the mean over sets; BatchNorm statistics are measured anew.
+The gain over the models as they are is set against that of the all-pairs loop from the identity, rounded, in
+float64 and with up to 100 iterations. Merged accuracy is the mean over sets, BatchNorm statistics measured anew.
 
 {quality}
 """

@@ -1,0 +1,277 @@
+"""The comparison: disjoint data, honest rows, JSON, one page, and the command."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from automerge import CCA, FrankWolfe, Identity, Matcher, Matching, compare, evaluate, infer, merge, save_state_dict
+from automerge._comparison import COLUMNS, Comparison, Row, Score
+from automerge._comparison_page import page
+from automerge._data import Batch
+from automerge._errors import AutomergeError, MatchingError
+from automerge._split import split_batches
+from automerge.cli import main
+from automerge.compare import REPAIRS
+from tests import _factories
+
+torch.set_num_threads(1)
+
+
+def problem(count: int = 3, seed: int = 0) -> tuple[list[nn.Module], list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Small networks trained on one task from several seeds, and data."""
+    torch.manual_seed(seed)
+    x = torch.randn(400, 4)
+    y = (x[:, 0] * x[:, 1] > 0).long() + (x[:, 2] > 0.5).long()
+    nets = []
+    for _ in range(count):
+        net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+        optimiser = torch.optim.Adam(net.parameters(), 0.02)
+        for _ in range(60):
+            optimiser.zero_grad()
+            nn.functional.cross_entropy(net(x), y).backward()
+            optimiser.step()
+        nets.append(net.eval())
+    return nets, [(x[:150], y[:150]), (x[150:], y[150:])]
+
+
+# -------------------------------------------------------------------- cuts
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.integers(4, 30), min_size=1, max_size=4),
+    st.lists(st.integers(1, 3), min_size=1, max_size=4),
+    st.integers(0, 99),
+)
+def test_parts_are_disjoint_and_complete(sizes: list[int], shares: list[int], seed: int) -> None:
+    start = 0
+    batches = []
+    for n in sizes:
+        numbers = torch.arange(start, start + n)
+        batches.append(Batch((numbers.double()[:, None],), {"extra": -numbers}, numbers))
+        start += n
+    with contextlib.suppress(AutomergeError):  # a part that would be empty
+        check_parts(split_batches(batches, shares, seed), shares, start, len(sizes))
+
+
+def check_parts(parts: list[list[Batch]], shares: list[int], start: int, slack: int) -> None:
+    labels = [torch.cat([b.labels for b in part]).tolist() for part in parts]
+    assert sorted(itertools.chain(*labels)) == list(range(start))
+    for part in parts:
+        for batch in part:
+            assert torch.equal(batch.args[0][:, 0], batch.labels.double())
+            assert torch.equal(batch.kwargs["extra"], -batch.labels)
+    for own, share in zip(labels, shares, strict=True):
+        assert abs(len(own) - start * share / sum(shares)) <= slack
+
+
+def test_data_that_cannot_be_cut() -> None:
+    with pytest.raises(AutomergeError, match=r"lengths \[3, 5\]; give separate data"):
+        split_batches([Batch((torch.ones(3), torch.ones(5)))], [1, 1], 0)
+    with pytest.raises(AutomergeError, match="too few"):
+        split_batches([Batch((torch.ones(1),))], [1, 1], 0)
+
+
+# -------------------------------------------------------------------- the table
+@dataclass(frozen=True)
+class Broken(Matcher):
+    def match(self, models: Any, symmetry: Any, *, progress: Any = None, data: Any = None) -> Matching:
+        raise ValueError("it does not work")
+
+
+def test_every_row_is_what_merging_by_hand_gives() -> None:
+    nets, data = problem()
+    parts = [
+        [(b.args[0], b.labels) for b in part]
+        for part in split_batches([Batch((x,), {}, y) for x, y in data], [1, 1, 1], 5)
+    ]
+    matchers = {"fw": FrankWolfe(), "cca": CCA(), "broken": Broken()}
+    found = compare(nets, data[0][0], parts[0], select=parts[1], report=parts[2], matchers=matchers, seed=1)
+    names = [n for n in REPAIRS if n not in ("reset", "both")]
+    assert {(r.matcher, r.repair) for r in found.rows if not r.error} == {
+        (m, r) for m in ("identity", "fw", "cca") for r in names
+    }
+    assert [r.error for r in found.rows if r.matcher == "broken"] == ["ValueError: it does not work"]
+    keys = [r.select.key for r in found.rows if r.select is not None]
+    assert keys == sorted(keys, reverse=True)
+    models = [evaluate(net, parts[2]) for net in nets]
+    assert [m.accuracy for m in found.models] == [m.accuracy for m in models]
+    assert found.ensemble.accuracy == evaluate(nets, parts[2]).accuracy
+    mean = sum(float(m.loss or 0) for m in models) / 3
+    naive = next(r for r in found.rows if r.name == "identity + none")
+    for row in found.rows:
+        if row.error:
+            continue
+        assert row.report is not None
+        assert row.select is not None
+        merged = merge(
+            nets,
+            data[0][0],
+            symmetry=infer(nets[0], data[0][0]),
+            matcher={"identity": Identity(), **matchers}[row.matcher],
+            data=parts[0],
+            repair=REPAIRS[row.repair],  # type: ignore[arg-type]
+        )
+        expected = evaluate((nets[0], merged.state_dict), parts[2])
+        assert row.report.accuracy == expected.accuracy
+        assert row.report.loss == pytest.approx(expected.loss, rel=1e-6)
+        assert row.barrier == pytest.approx(float(expected.loss or 0) - mean, rel=1e-5, abs=1e-7)
+        assert row.select.accuracy == evaluate((nets[0], merged.state_dict), parts[1]).accuracy
+        assert row.worse_than_naive == row.report.worse_than(naive.report)  # type: ignore[arg-type]
+        assert row.fits == (row.repair == "least squares")
+        assert (row.drift > 0) == (row.matcher == "cca")
+    json.dumps(found.to_dict())
+
+
+def test_one_split_is_cut_and_labels_are_not_needed() -> None:
+    nets, data = problem(2)
+    repairs: Any = {"none": "none"}
+    matchers = {"fw": FrankWolfe()}
+    one = compare(nets, data[0][0], data, matchers=matchers, repairs=repairs)
+    assert dict(one.samples) == {"calibrate": 100, "select": 100, "report": 200}
+    two = compare(nets, data[0][0], data[:1], report=data[1:], matchers=matchers, repairs=repairs)
+    assert dict(two.samples) == {"calibrate": 75, "select": 75, "report": 250}
+    blind = compare(nets, data[0][0], [x for x, _ in data], matchers=matchers, repairs=repairs)
+    assert blind.ensemble.accuracy is None
+    assert [r.report.agreement for r in blind.rows if r.report] == [
+        next(o.report.agreement for o in one.rows if o.name == r.name and o.report) for r in blind.rows
+    ], "the same samples, and what the ensemble says of them"
+    assert "agreement with the ensemble" in blind.recommendation()
+    again = compare(nets, data[0][0], data, matchers=matchers, repairs=repairs)
+    assert [r.report for r in again.rows] == [r.report for r in one.rows]
+
+
+def test_bad_input() -> None:
+    nets, data = problem(2)
+    with pytest.raises(MatchingError, match="comparing needs data"):
+        compare(nets, data[0][0], None)
+    with pytest.raises(MatchingError, match="two models"):
+        compare(nets[:1], data[0][0], data)
+
+
+def score(accuracy: float, loss: float, n: int = 100) -> Score:
+    return Score(accuracy, loss, accuracy, n)
+
+
+def table(*rows: Row) -> Comparison:
+    return Comparison(rows, (score(0.9, 0.3),) * 2, score(0.95, 0.2), {"calibrate": 10, "select": 40, "report": 100})
+
+
+def test_the_recommendation_tells_what_it_rests_on() -> None:
+    naive = Row("identity", "none", select=score(0.5, 1.0), report=score(0.6, 1.0))
+    fit = Row("fw", "least squares", fits=True, select=score(0.9, 0.3), report=score(0.84, 0.4))
+    plain = Row("fw", "none", select=score(0.8, 0.5), report=score(0.75, 0.6))
+    text = table(fit, plain, naive).recommendation()
+    assert "Recommended: fw + least squares, accuracy 84.00%" in text
+    assert "Without fitting weights to data: fw + none, accuracy 75.00%" in text
+    assert "Chosen on 40 samples and reported on 100 others" in text
+    assert "7.3%" in text, "2 sqrt(0.84 * 0.16 / 100)"
+    lucky = replace(plain, report=score(0.55, 1.1), worse_than_naive=True)
+    assert "no better than the plain average" in table(lucky, naive).recommendation()
+    assert "no better" not in table(naive, lucky).recommendation()
+    shown = str(table(lucky, naive))
+    assert "55.00% !" in shown
+    assert "! accuracy or loss is worse" in shown
+    failed = table(Row("a", "b", error="it failed"))
+    assert failed.best() is None
+    assert "No combination worked" in failed.recommendation()
+    assert "a + b failed: it failed" in str(failed)
+    assert all(len(r.cells()) == len(COLUMNS) for r in (naive, fit, lucky, failed.rows[0]))
+
+
+def test_the_page_needs_nothing_else() -> None:
+    row = Row("<fw> & co", "none", select=score(0.8, 0.5), report=score(0.75, 0.6))
+    text = page(replace(table(row), pictures={"a <path>": b"\x89PNG"}))
+    assert "&lt;fw&gt; &amp; co" in text
+    assert "<fw>" not in text
+    assert 'src="data:image/png;base64,iVBORw=="' in text
+    assert "http" not in text
+    assert "Recommended" in text
+
+
+# -------------------------------------------------------------------- the command
+def files(tmp_path: Path, count: int = 3) -> list[str]:
+    out = []
+    for seed in range(count):
+        torch.manual_seed(seed)
+        out.append(str(tmp_path / f"m{seed}.safetensors"))
+        save_state_dict(out[-1], _factories.mlp().state_dict())
+    return out
+
+
+def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    rng = torch.Generator().manual_seed(0)
+    return [(torch.randn(n, 16, generator=rng), torch.randint(3, (n,), generator=rng)) for n in (40, 24)]
+
+
+def unlabelled_dicts() -> list[Any]:
+    return [{"x": x, "scale": torch.ones(len(x), 1)} for x in (torch.randn(20, 4),)]
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here = "tests.test_compare:batches"
+    data, out, html = ["--data", here, "--report", here], tmp_path / "c.json", tmp_path / "c.html"
+    command = ["compare", "tests._factories:mlp", *files(tmp_path), *data]
+    command += ["--matchers", "weight-matching,identity", "--repairs", "repair, gaussian"]
+    assert main([*command, "--json", str(out), "--html", str(html)]) == 0
+    shown = capsys.readouterr()
+    assert "Recommended: " in shown.out
+    assert "weight-matching" in shown.out
+    told = json.loads(out.read_text())
+    assert told["format"] == "automerge.comparison/1"
+    assert {(r["matcher"], r["repair"]) for r in told["rows"]} == {
+        (m, r) for m in ("weight-matching", "identity") for r in ("none", "repair", "gaussian")
+    }
+    assert told["samples"] == {"calibrate": 32, "select": 32, "report": 64}
+    assert told["settings"]["factory"] == "tests._factories:mlp"
+    assert html.read_text().count("data:image/png") == 4
+    assert main([*command, "--json", str(out)]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert main([*command, "--json", str(out), "--force"]) == 0
+
+
+def test_keyword_inputs_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        names.append(str(tmp_path / f"{seed}.safetensors"))
+        save_state_dict(names[-1], _factories.Keyword().state_dict())
+    command = ["compare", "tests._factories:Keyword", *names, "--data", "tests.test_compare:unlabelled_dicts"]
+    assert (
+        main([*command, "--matchers", "frank-wolfe,activation-matching,cca", "--html", str(tmp_path / "x.html")]) == 0
+    )
+    shown = capsys.readouterr().out
+    assert "failed" not in shown
+    assert "chosen by their agreement" in shown
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--matchers", "magic"], "--matchers 'magic': choose from frank-wolfe"),
+        (["--repairs", ""], "choose from none, reset"),
+        (["--data", "nowhere:x"], "nowhere"),
+    ],
+)
+def test_bad_options(tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str) -> None:
+    command = ["compare", "tests._factories:mlp", *files(tmp_path, 2), "--data", "tests.test_compare:batches", *more]
+    assert main(command) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = files(tmp_path, 2)
+    data = ["--data", "tests.test_compare:batches"]
+    assert main(["compare", "tests._factories:mlp", one, *data]) == 2
+    assert "at least two checkpoints" in capsys.readouterr().err
+    assert main(["compare", "tests._factories:mlp", one, two, one, *data]) == 2
+    assert "given twice" in capsys.readouterr().err
