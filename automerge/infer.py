@@ -107,7 +107,7 @@ def infer_graph(graph: fx.GraphModule) -> tuple[Symmetry, Analysis]:
         aliases={a: n for a, n in info.aliases.items() if n in shapes},
         pins=tuple(assembler.pins(generators, shapes, unused)),
         unruled=tuple(analysis.unruled),
-        notes=(*_notes(info), *analysis.engine.notes),
+        notes=(*_notes(info), *_reach(analysis, unused if info.data_dependent else []), *analysis.engine.notes),
         flow=_flow(graph),
         axis_graph=axes.graph,
         stats={
@@ -146,6 +146,28 @@ def _flow(graph: fx.GraphModule) -> tuple[tuple[str, str], ...]:
             if here is not None and to is not None and here != to:
                 pairs[here, to] = None
     return tuple(pairs)
+
+
+def _reach(analysis: Analysis, unused: list[str]) -> list[str]:
+    """What the inputs did not reach."""
+    notes = []
+    if analysis.unread:
+        cut = [f"{name} ({int(m.sum()):,} of {m.size:,} numbers)" for name, m in analysis.unread.items()]
+        notes.append(
+            f"these inputs do not read all of {_some(cut)}; the positions left out stay in place, and their other axes "
+            "move with what is read"
+        )
+    if unused:
+        notes.append(
+            f"the path that these inputs took leaves out {_some(unused)}; these stay as they are while the rest moves, so "
+            "give inputs that reach them if others do"
+        )
+    return notes
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def _notes(info: TraceInfo) -> list[str]:

@@ -17,9 +17,10 @@ import torch
 from torch import fx
 
 from automerge.rules import _contraction, _creation, _indexing, _movement, _reduction, _writing  # noqa: F401  (they register themselves)
-from automerge.rules._axes import Unruled
+from automerge.rules._axes import Family, Unruled
 from automerge.rules._decompose import decomposition
 from automerge.rules._engine import Engine
+from automerge.rules._reads import unread
 from automerge.rules._registry import Context, carries, find_rule, operator_name, register_rule, values_in
 from automerge.rules._value import ConstantValue, Factor, Value, drop_constant, plain, split_letter
 
@@ -41,6 +42,7 @@ class Analysis:
         values: node -> value, for the pictures and for localising a failure.
         united: vertex -> united vertex; filled in by the search, as is ``units``.
         units: for each generator found its united vertices, ``(units, columns)``.
+        unread: state-dict name -> which of its entries the traced pass does not read, for those read in part.
     """
 
     engine: Engine
@@ -50,6 +52,7 @@ class Analysis:
     values: dict[fx.Node, Any] = field(default_factory=dict)
     united: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     units: list[np.ndarray] = field(default_factory=list)
+    unread: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def place(node: fx.Node) -> str:
@@ -105,7 +108,7 @@ class _Run:
             self.engine.axes.where = place(node)
             for value in values_in([self.read(node)]):
                 self.engine.pin_all(value.settle(), "python read its values")
-        self.engine.settle_requests()
+        self.settle_splits()
         self.out.values = self.values
         axes = self.engine.axes
         for value in self.statistics:
@@ -114,6 +117,17 @@ class _Run:
                 if family is not None and family.param is not None:
                     self.out.statistics.add(family.param)
         return self.out
+
+    def settle_splits(self) -> None:
+        """Decide what to split in the next pass; what the inputs did not reach stays in place."""
+        engine, out = self.engine, self.out
+        out.unread = unread(self.graph, self.live, self.constant, self.reads, out.states)
+        engine.settle_requests(out.unread)
+        for family in engine.axes.families if out.unread else ():
+            if family.param in out.unread:
+                still = np.flatnonzero(_unread_positions(family, out.unread[family.param]))
+                engine.axes.where = ""
+                engine.axes.pin(family.start + still, "not read with these inputs")
 
     # ------------------------------------------------------------ leaves
     def visit(self, node: fx.Node) -> None:
@@ -323,6 +337,18 @@ def _in_blocks(value: Value, splits: Mapping[int, Sequence[tuple[int, np.ndarray
             value = split_letter(value, value.axes[other][0], [count, classes.size // count])
         blocks[other] = value.axes[other][0]
     return value, blocks
+
+
+def _unread_positions(family: Family, missing: np.ndarray) -> np.ndarray:
+    """For every vertex of a parameter's family, whether nothing it stands for is read."""
+    counts = family.shape[:-1]
+    out = np.empty((*counts, family.shape[-1]), bool)
+    for classes in np.ndindex(*counts):
+        part = missing
+        for (axis, numbers), c in zip(family.by, classes, strict=True):
+            part = part.take(np.flatnonzero(numbers == c), axis=axis)
+        out[classes] = part.all(axis=tuple(k for k in range(part.ndim) if k != family.axis))
+    return out.reshape(-1)
 
 
 def _liveness(graph: fx.GraphModule, reads: Sequence[fx.Node]) -> tuple[set[fx.Node], dict[fx.Node, set[int]]]:

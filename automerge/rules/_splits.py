@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -76,16 +76,27 @@ class Splits(Letters):
             mask[other[1][index] - other[0].start] = True
             self._slices.setdefault((family.param, family.axis, other[0].axis), []).append(mask)
 
-    def settle_requests(self) -> None:
-        """Turn the cuts of a pass into requests: positions that every cut treats alike are one class."""
+    def settle_requests(self, unread: Mapping[str, np.ndarray]) -> None:
+        """Turn the cuts of a pass into requests: positions that every cut treats alike are one class.
+
+        Args:
+            unread: which entries of a parameter nobody reads, where there are some: positions without one that is read
+                take the class of the nearest position before them (or else after them) that has one.
+        """
         for (param, axis, by), masks in self._slices.items():
             if (param, by, axis) in self.requests or (param, axis, by) in self.requests:
                 continue
             if any(p == param and (a == by or b == axis) for p, a, b in self.requests):
                 continue
             _, classes = np.unique(np.stack(masks, 1), axis=0, return_inverse=True)
+            classes = classes.reshape(-1).astype(np.int64)
+            missing = unread.get(param)
+            if missing is not None:
+                read = np.flatnonzero(~missing.all(axis=tuple(k for k in range(missing.ndim) if k != by)))
+                before = np.searchsorted(read, np.arange(classes.size), side="right") - 1
+                _, classes = np.unique(classes[read[before.clip(0)]], return_inverse=True)
             if int(classes.max()) > 0:
-                self.requests[param, axis, by] = classes.reshape(-1).astype(np.int64)
+                self.requests[param, axis, by] = classes
 
     def _source(self, factor: Factor) -> Family | None:
         family = self.axes.family(factor.labels)
