@@ -222,7 +222,7 @@ class State:
         """Keep one model's weights moved by the vertex along the last axis."""
         bundle = self.objective.bundles[b]
         if self._ahead[b].numel() == 0:
-            self._ahead[b] = torch.empty_like(bundle.weights[:1])
+            self._ahead[b] = torch.empty_like(bundle.weights[:1], memory_format=torch.contiguous_format)
         gather_one(bundle.weights[m : m + 1], bundle.dims[-1], sigma[bundle.spaces[-1]], self._ahead[b])
 
     def _vertex_along(self, b: int, u: int, sigma: Sigmas, m: int) -> torch.Tensor:
@@ -307,7 +307,7 @@ class State:
             return
         for b, (bundle, held) in enumerate(zip(self.objective.bundles, self.parts, strict=True)):
             if self._rest[b].numel() == 0:
-                self._rest[b] = torch.empty_like(bundle.weights[:1])
+                self._rest[b] = torch.empty_like(bundle.weights[:1], memory_format=torch.contiguous_format)
             torch.sub(self.total[b], held[bundle.full][m], out=self._rest[b][0])
         self._rest_of = m
 

@@ -91,7 +91,7 @@ class Objective:
                 value = value / scale if scale > 0 else value
             groups.setdefault(spaces, []).append(value)
         self.bundles = [
-            Bundle(spaces, _dims(len(spaces)), torch.cat(parts, dim=2) if len(parts) > 1 else parts[0])
+            Bundle(spaces, _dims(len(spaces)), torch.cat(parts, dim=2).contiguous() if len(parts) > 1 else parts[0])
             for spaces, parts in sorted(groups.items())
         ]
         self.device = self.bundles[0].weights.device if self.bundles else torch.device("cpu")
@@ -168,11 +168,20 @@ def _dims(moving: int) -> tuple[int, ...]:
 def _canonical(
     block: Block, models: Sequence[Mapping[str, torch.Tensor]], dtype: torch.dtype
 ) -> tuple[tuple[int, ...], torch.Tensor]:
-    """A block of all models as ``(N, n1, pinned, n2, ...)``, its moving axes sorted by space."""
+    """A block of all models as ``(N, n1, pinned, n2, ...)``, its moving axes sorted by space.
+
+    Complex numbers count as two real ones, which stay together: one more pinned axis of length two.
+    """
     moving = sorted((s, k) for k, s in enumerate(block.spaces) if s is not None)
     pinned = [k for k, s in enumerate(block.spaces) if s is None]
+    values = [block.read(model[block.param]) for model in models]
+    if any(v.is_complex() for v in values):
+        wide = torch.complex128 if dtype is torch.float64 else torch.complex64
+        values = [torch.view_as_real(v.to(wide).resolve_conj()) for v in values]
+        pinned.append(len(block.spaces))
     order = [moving[0][1], *pinned, *(k for _, k in moving[1:])]
     sizes = [block.shape[k] for _, k in moving]
-    shape = (sizes[0], math.prod(block.shape[k] for k in pinned), *sizes[1:])
-    parts = [block.read(model[block.param]).to(dtype).permute(order).reshape(shape) for model in models]
-    return tuple(s for s, _ in moving), torch.stack(parts)
+    shape = (sizes[0], math.prod(values[0].shape[k] for k in pinned) if values else 1, *sizes[1:])
+    # torch lays out a stack of small matrices as images with the channels last, if it likes
+    parts = [v.to(dtype).permute(order).reshape(shape) for v in values]
+    return tuple(s for s, _ in moving), torch.stack(parts).contiguous()

@@ -76,13 +76,13 @@ def augment(
     """
     found = {_PREFIX + site.name: features(site.gram) for site in sites}
     weighed = [n for n in _moving(symmetry) if n not in symmetry.statistics]
-    on_weights = _scale(1 - mix, [torch.stack([m[n].double().cpu() for m in models]) for n in weighed])
+    on_weights = _scale(1 - mix, [torch.stack([_wide(m[n]).cpu() for m in models]) for n in weighed])
     on_activations = _scale(mix, list(found.values()))
     out: list[StateDict] = []
     for m, model in enumerate(models):
         own = dict(model)
         if mix < 1:
-            own |= {n: v.double() * on_weights for n, v in model.items() if v.is_floating_point()}
+            own |= {n: _wide(v) * on_weights for n, v in model.items() if v.is_floating_point() or v.is_complex()}
         device = next((v.device for v in model.values()), torch.device("cpu"))
         for site, (name, value) in zip(sites, found.items(), strict=True):
             own[name] = (value[m] * on_activations).reshape(*site.shape, -1).to(device)
@@ -101,9 +101,13 @@ def _moving(symmetry: Symmetry) -> list[str]:
     return sorted({slot.param for g in symmetry.sets for slot in g.slots})
 
 
+def _wide(value: torch.Tensor) -> torch.Tensor:
+    return value.to(torch.complex128 if value.is_complex() else torch.float64)
+
+
 def _scale(share: float, values: Sequence[torch.Tensor]) -> float:
     """What to multiply tensors ``(N, ...)`` by so that their mean squared norm is ``share``."""
-    norm = sum(float(v.double().square().sum()) / v.shape[0] for v in values)
+    norm = sum(float(v.abs().double().square().sum()) / v.shape[0] for v in values)
     return float(np.sqrt(share / norm)) if norm > 0 else 1.0
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from automerge.rules._axes import Unruled
 from automerge.rules._engine import Engine
 from automerge.rules._registry import Context, rule
-from automerge.rules._value import Value, common_refinement, copy_letters, new_letter, refine_axis, rename
+from automerge.rules._value import Value, common_refinement, copy_letters, new_letter, plain, refine_axis, rename
 
 
 def pair_axes(engine: Engine, a: Value, i: int, b: Value, j: int) -> tuple[Value, Value]:
@@ -102,6 +102,34 @@ def distances(context: Context, a: Value, b: Value, *_: Any) -> Value:
     b = b.with_axes(((),) * (n - len(b.axes)) + b.axes)
     b = b.with_axes((*b.axes[:-2], b.axes[-1], b.axes[-2]))
     return batched(context.engine, a, b)
+
+
+def _matrix(x: Value) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The letters of the rows and of the columns, each of which moves on its own."""
+    rows, columns = x.axes[-2], x.axes[-1]
+    if any(set(f.letters) & set(rows) and set(f.letters) & set(columns) for f in x.factors):
+        raise Unruled("a matrix whose rows have orders of their own")
+    return rows, columns
+
+
+@rule("_linalg_slogdet")
+def slogdet(context: Context, x: Value) -> tuple[Value | None, ...]:
+    """The size of a determinant does not depend on the order of rows and of columns; its sign does."""
+    if not context.used <= {1}:
+        raise Unruled("the sign of a determinant")
+    rows, columns = _matrix(x)
+    size = context.engine.reduce(x, {*rows, *columns})
+    return None, size.with_axes(size.axes[:-2]), None, None
+
+
+@rule("linalg_inv_ex")
+def inverse(context: Context, x: Value, *_: Any, **__: Any) -> tuple[Value, Value]:
+    """(P A Q)^-1 = Q^-1 A^-1 P^-1."""
+    rows, columns = _matrix(x)
+    engine = context.engine
+    both = engine.reduce(x, {*rows, *columns})  # every entry depends on all
+    mixed = Value((*x.axes[:-2], columns, rows), x.size, list(x.factors), set(x.pinned), chosen=x.chosen)
+    return engine.elementwise([mixed, both]), plain(tuple(context.out(1).shape))
 
 
 @rule("_grouped_mm")

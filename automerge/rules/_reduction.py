@@ -37,7 +37,7 @@ def fits(engine: Engine, x: Value, axes: Sequence[int], shape: tuple[int, ...]) 
 
 
 @rule("sum", "mean", "nansum", "amax", "amin", "logsumexp", "prod", "any", "all", "var", "std", "norm", "count_nonzero",
-      "linalg_vector_norm", "nanmean", "special_logsumexp")  # fmt: skip
+      "linalg_vector_norm", "nanmean", "special_logsumexp", "_is_all_true", "_is_any_true")  # fmt: skip
 def reduction(context: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
     name = context.node.target._schema.name.split("::")[1]
     arguments = [a.name for a in context.node.target._schema.arguments]

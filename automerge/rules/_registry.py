@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from automerge._opaque import CLASSES, OpaqueModule
 from automerge.rules._engine import Engine
+from automerge.rules._folding import folded
 from automerge.rules._value import Value
 
 Rule = Callable[..., Any]
@@ -137,6 +138,9 @@ def values_in(args: Sequence[Any]) -> list[Value]:
 def pointwise(context: Context, *args: Any, **kwargs: Any) -> Value:
     """A function of the operands at the same broadcast position."""
     values = values_in([*args, *kwargs.values()])
+    together = folded(context.engine, operator_name(context.node.target), args, not kwargs)
+    if together is not None:
+        return together
     tags = getattr(context.node.target, "tags", ())
     if (
         all(v is values[0] for v in values)

@@ -287,6 +287,7 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     # reductions
     "sum mean nansum nanmean amax amin logsumexp special_logsumexp": lambda d: on_dim(d, d.flag(), listed=True),
     "prod": lambda d: on_dim(d, d.flag()),
+    "_is_all_true _is_any_true": lambda d: call(Call("gt", (P(d.shape()), 0.0))),
     "any all": lambda d: (lambda s: call(Call("gt", (P(s), 0.0)), d.dim(s), d.flag()))(
         tuple(d.n(2, 3) for _ in range(2))
     ),
@@ -353,6 +354,8 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     "_trilinear": lambda d: (lambda n, a, b, o: call(p(n, a), p(o, a, b), p(n, b), [1, 3], [0], [1, 2], [2, 3]))(
         2, d.n(2, 3), d.n(2, 3), d.n(2, 3)
     ),
+    "_linalg_slogdet": lambda d: (lambda n: call(p(*d.pick((), (2,)), n, n), outs=[1]))(d.n()),
+    "linalg_inv_ex": lambda d: (lambda n: call(p(*d.pick((), (2,)), n, n), outs=[0]))(d.n()),
     "_cdist_forward": lambda d: (lambda a, b, k: call(p(a, k), p(b, k), d.pick(1.0, 2.0, 3.0), None))(
         d.n(), d.n(), d.n()
     ),

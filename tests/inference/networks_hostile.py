@@ -1302,3 +1302,74 @@ for _name, _sizes, _change in (
     ("IndexFill", "3x3", lambda h: h.index_fill(1, torch.tensor([1, 3, 5]), 2.0)),
 ):
     add(_name, _sizes, (x,), lambda s, x, f=_change: s.out(f(s.a(x))), a=lin(4, 6), out=lin(6, 2))
+
+
+# ---------------------------------------------------------------- commutative functions of pieces: a position may change piece
+for _name, _sizes, _outputs, _change in (
+    ("PiecesSummed", "4 2x4", 4, lambda h: sum(h.relu().chunk(2, 1))),
+    ("PiecesMultiplied", "4 2x4", 4, lambda h: h[:, :4] * h[:, 4:]),
+    ("PiecesMaximum", "4 2x4", 4, lambda h: torch.maximum(h.sin()[:, ::2], h.sin()[:, 1::2])),
+    ("PiecesSubtracted", "4", 4, lambda h: h[:, :4] - h[:, 4:]),
+    ("PiecesWeighted", "4", 4, lambda h: torch.add(h[:, :4], h[:, 4:], alpha=2)),
+    ("PiecesGated", "4", 4, lambda h: h[:, :4] * h[:, 4:].sigmoid()),
+    ("PiecesSummedThrice", "2 4x2", 2, lambda h: torch.tanh(sum(h.relu().chunk(4, 1)))),
+):
+    add(_name, _sizes, (x,), lambda s, x, f=_change: s.out(f(s.a(x))), a=lin(4, 8), out=lin(_outputs, 2))
+
+
+add(
+    "PiecesOverlapping",
+    "4 2",
+    (x,),
+    lambda s, x: s.out(s.a(x).cos()[:, 1:4] + s.a(x).cos()[:, 2:5]),
+    missing="a reflection of sliding windows",
+    a=lin(4, 8),
+    out=lin(3, 2),
+)
+
+
+def _partly(s: Any, x: torch.Tensor) -> torch.Tensor:
+    a, b, c = s.a(x).relu().chunk(3, 1)
+    return s.out(torch.tanh(a + b + c)) + s.own(a + b)
+
+
+add("PiecesSummedPartly", "4 2x4", (x,), _partly, a=lin(4, 12), out=lin(4, 2), own=lin(4, 2))
+
+
+def _radix(s: Any, x: torch.Tensor) -> torch.Tensor:
+    """Split attention: two pieces from the two groups of a convolution, weighted and summed."""
+    h = s.c(s.a(x).relu()).relu()
+    weight = s.f(sum(h.split(4, 1)).mean(2)).view(2, 2, 4).softmax(1).flatten(1)[..., None]
+    return s.out(sum((h * weight).split(4, 1)))
+
+
+add(
+    "SplitAttention",
+    "3 3 4 2",
+    (torch.randn(2, 3, 5),),
+    _radix,
+    a=lambda: nn.Conv1d(3, 6, 1),
+    c=lambda: nn.Conv1d(6, 8, 1, groups=2),
+    f=lambda: nn.Linear(4, 8),
+    out=lambda: nn.Conv1d(4, 2, 1),
+)
+
+# rows and columns of a matrix that only its volume reads
+add(
+    "Volume",
+    "3 3",
+    (x,),
+    lambda s, x: s.out(x) + torch.linalg.slogdet(s.w)[1],
+    w=par(3, 3),
+    out=lin(4, 2),
+)
+add(
+    "Inverse",
+    "3 3 3",
+    (torch.randn(2, 4),),
+    lambda s, x: s.out(s.b(s.a(x).relu() @ torch.linalg.inv(s.w)).relu()),
+    a=lin(4, 3),
+    w=par(3, 3),
+    b=lin(3, 3),
+    out=lin(3, 2),
+)
