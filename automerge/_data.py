@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import Dataset, IterableDataset
 
 from automerge._errors import AutomergeError
@@ -20,11 +21,16 @@ _LABEL_KEYS = ("labels", "label", "targets", "target")
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch: positional inputs, keyword inputs, and labels (None if there are none)."""
+    """One batch: positional inputs, keyword inputs, labels (None if there are none), and its place among the others."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     labels: Any = None
+    number: int = 0
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors among its inputs."""
+        return [t for t in tree_leaves((self.args, dict(self.kwargs))) if isinstance(t, torch.Tensor)]
 
 
 class Batches:
@@ -33,7 +39,7 @@ class Batches:
     Batches of batches keep what they know about their inputs. A batch is a tensor, a list or tuple whose first
     ``arity`` items are the positional inputs (what follows are labels), or a dict of keyword inputs (an entry
     ``labels`` or ``targets`` is taken as labels). A bare tensor is one batch. An iterator that can be consumed only
-    once is listed once; anything else is iterated afresh every time.
+    once is listed once; anything else is iterated afresh every time. Batches without a sample are passed over.
 
     Args:
         data: the batches.
@@ -42,7 +48,7 @@ class Batches:
         device: where tensors are moved to; None leaves them.
 
     Raises:
-        AutomergeError: if the data are no iterable of batches; on iteration, if they are empty.
+        AutomergeError: if the data are no iterable of batches; on iteration, if they are empty or an input holds NaN.
 
     Examples:
         >>> [b.labels for b in Batches(iter([(torch.ones(2, 3), torch.zeros(2))]))]
@@ -70,18 +76,29 @@ class Batches:
             raise AutomergeError(
                 f"data is a {type(data).__name__}; give an iterable of batches, such as a list or a DataLoader"
             )
-        self._data: Iterable[Any] = list(data) if iter(data) is data else data
+        self._data: Iterable[Any] = list(_noted(data)) if iter(data) is data else data
         self._arity: int = arity
         self._kwargs: dict[str, Any] = {k: v for k, v in (kwargs or {}).items() if not isinstance(v, torch.Tensor)}
         self._device: torch.device | None = device
 
     def __iter__(self) -> Iterator[Batch]:
-        empty = True
-        for number, item in enumerate(self._data):
-            empty = False
-            yield self._batch(item, number)
-        if empty:
+        given = used = 0
+        for number, item in enumerate(_noted(self._data)):
+            given += 1
+            batch = self._batch(item, number)
+            tensors = batch.tensors()
+            if tensors and all(t.ndim and not t.shape[0] for t in tensors):
+                continue
+            if any(t.is_floating_point() and bool(torch.isnan(t).any()) for t in tensors):
+                raise AutomergeError(
+                    f"batch {number} of the data holds NaN among its inputs; fill or drop those samples"
+                )
+            used += 1
+            yield batch
+        if not given:
             raise AutomergeError("data gave no batch; give at least one (is the DataLoader or the generator empty?)")
+        if not used:
+            raise AutomergeError(f"the data hold no sample: all their batches ({given}) have the length zero")
 
     def _batch(self, item: Any, number: int) -> Batch:
         if self._device is not None:
@@ -92,7 +109,7 @@ class Batches:
         if isinstance(item, Mapping):
             label = next((k for k in _LABEL_KEYS if k in item), None)
             inputs = {k: v for k, v in item.items() if k != label}
-            return Batch((), {**self._kwargs, **inputs}, item[label] if label else None)
+            return Batch((), {**self._kwargs, **inputs}, item[label] if label else None, number)
         if not isinstance(item, (list, tuple)):
             raise AutomergeError(
                 f"batch {number} of the data is a {type(item).__name__}; "
@@ -104,7 +121,21 @@ class Batches:
             )
         rest = tuple(item[self._arity :])
         labels = rest[0] if len(rest) == 1 else (rest or None)
-        return Batch(tuple(item[: self._arity]), self._kwargs, labels)
+        return Batch(tuple(item[: self._arity]), self._kwargs, labels, number)
+
+
+def _noted(data: Iterable[Any]) -> Iterator[Any]:
+    """The same items; an error of the iterable itself gets a note that says which batch was due."""
+    items = iter(data)
+    for number in itertools.count():
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except Exception as error:
+            error.add_note(f"while batch {number} of the data was read")
+            raise
+        yield item
 
 
 def device_of(model: nn.Module) -> torch.device | None:
@@ -134,11 +165,39 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def preserving(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None = None) -> Iterator[None]:
+    """Buffers that a forward pass writes to (counters, running averages) are put back on the way out."""
+    buffers = list(model.buffers())
+    if state_dict is not None:
+        buffers += [state_dict[name] for name, _ in model.named_buffers() if name in state_dict]
+    kept = [buffer.detach().clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, kept, strict=True):
+                buffer.copy_(value)
+
+
 def run_batch(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None, batch: Batch) -> Any:
-    """The model's output on a batch, with its own weights or with those of a state dict."""
-    if state_dict is None:
-        return model(*batch.args, **batch.kwargs)
-    return torch.func.functional_call(model, dict(state_dict), batch.args, dict(batch.kwargs))
+    """The model's output on a batch, with its own weights or with those of a state dict.
+
+    Raises:
+        AutomergeError: if the model does not run on it, with the model's own error as the cause.
+    """
+    try:
+        if state_dict is None:
+            return model(*batch.args, **batch.kwargs)
+        return torch.func.functional_call(model, dict(state_dict), batch.args, dict(batch.kwargs))
+    except AutomergeError:
+        raise
+    except Exception as error:
+        shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in batch.tensors())
+        raise AutomergeError(
+            f"the model does not run on batch {batch.number} of the data ({shapes or 'no tensors'}): "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def logits_of(output: Any) -> torch.Tensor:

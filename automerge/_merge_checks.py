@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from automerge._data import Batches, device_of, evaluating, run_batch
+from automerge._data import Batches, device_of, evaluating, preserving, run_batch
 from automerge._errors import AutomergeError, CheckpointError, MatchingError
 from automerge._repair_report import Renormaliser
 from automerge.io import check_state_dict, tied_names
@@ -143,19 +143,20 @@ def check_data(network: nn.Module, data: Any, args: Any, kwargs: Mapping[str, An
     batches = Batches(data, inputs, kwargs, device_of(network))
     first = next(iter(batches))
     try:
-        with evaluating(network):
+        with evaluating(network), preserving(network):
             run_batch(network, None, first)
-    except Exception as error:
+    except AutomergeError as error:
+        cause = error.__cause__ or error
         raise AutomergeError(
-            f"the model does not run on the first batch of data: {type(error).__name__}: {error}; "
+            f"the model does not run on the first batch of data: {type(cause).__name__}: {cause}; "
             f"the first {inputs} items of a batch must be the model's inputs"
-        ) from error
+        ) from cause
     return batches
 
 
 def merge_integers(name: str, values: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The common value of an integer or boolean buffer; the largest for ``num_batches_tracked``."""
-    if name.rpartition(".")[2] == "num_batches_tracked":
+    """The common value of an integer or boolean buffer; the largest for a counter (``num_batches_tracked``, any scalar)."""
+    if values[0].numel() == 1 and values[0].dtype is not torch.bool:
         return torch.stack(list(values)).amax(0)
     for number, value in enumerate(values):
         if not torch.equal(value, values[0]):

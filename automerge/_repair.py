@@ -81,6 +81,11 @@ class Norm:
         """Whether the event is this call."""
         return event.key == self.key
 
+    @property
+    def name(self) -> str:
+        """The module path."""
+        return self.names[0].rpartition(".")[0]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -88,6 +93,8 @@ class Plan:
 
     steps: tuple[Site | Norm, ...]
     skipped: Mapping[str, str]
+    written: frozenset[str] = frozenset()
+    """Buffers that the network itself writes to in a pass: what a repair runs must not reach its result."""
 
     def find(self, event: Event) -> Site | Norm | None:
         """The step that observes an event."""
@@ -147,8 +154,10 @@ def make_plan(
     """
     record = _Record()
     observer = Observer(tensors, record)
+    before = {name: tensors[name].clone() for name, _ in model.named_buffers() if name in tensors}
     with observer:
         output = run_batch(model, tensors, batch)
+    written = frozenset(name for name, value in before.items() if not torch.equal(value, tensors[name]))
     reasons = record.reasons
     _mark_shared(record, observer)
     if symmetry is None and not whole:
@@ -173,7 +182,7 @@ def make_plan(
         if key not in reasons:
             steps.append(site)
     skipped = {record.sites[k].name: r for k, r in reasons.items() if k in record.sites}
-    return Plan(tuple(steps), {**skipped, **_unseen(record, observer, tensors, names)})
+    return Plan(tuple(steps), {**skipped, **_unseen(record, observer, tensors, names)}, written)
 
 
 def _mark_shared(record: _Record, observer: Observer) -> None:
@@ -289,6 +298,7 @@ def correct(model: nn.Module, tensors: Tensors, batches: Batches, plan: Plan, co
             if step is not None:
                 moments = Moments()
                 moments.update(event.value, event.channel)
+                moments.check(f"{step.name} of the merged network")
                 change = correction(step, moments)
                 if change is not None:
                     view = [1] * event.value.ndim
@@ -318,6 +328,7 @@ def measure_one(model: nn.Module, tensors: Tensors, batches: Batches, step: Site
                 run_batch(model, tensors, batch)
         except Reached:
             pass
+    moments.check(f"{step.name} of the merged network")
     return moments
 
 

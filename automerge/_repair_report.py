@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -132,8 +132,8 @@ def shares(weights: Sequence[float] | None, count: int) -> list[float]:
     return [w / total for w in given]
 
 
-def on_devices(tensors: dict[str, torch.Tensor], merged: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The repaired tensors on the devices of the merged ones."""
-    if any(t.device != merged[n].device for n, t in tensors.items()):
-        return {n: t.to(merged[n].device) for n, t in tensors.items()}
-    return tensors
+def on_devices(
+    tensors: dict[str, torch.Tensor], merged: Mapping[str, torch.Tensor], written: Collection[str] = ()
+) -> dict[str, torch.Tensor]:
+    """The repaired tensors on the devices of the merged ones, but for buffers that the network writes to: those are merged."""
+    return {n: merged[n].detach().clone() if n in written else t.to(merged[n].device) for n, t in tensors.items()}

@@ -80,7 +80,7 @@ class RowNorms(Renormaliser):
                 if before is not None and site.bias is not None:
                     tensors[site.bias.name].copy_(before)
                 layers.append(_layer(site, scale, active, dead, site.bias is not None))
-        return on_devices(tensors, merged), RepairReport("row norms", tuple(layers), (), plan.skipped)
+        return on_devices(tensors, merged, plan.written), RepairReport("row norms", tuple(layers), (), plan.skipped)
 
 
 def _norms(tensors: Tensors, site: Site) -> torch.Tensor:
@@ -158,7 +158,7 @@ class GaussianRepair(Renormaliser):
         for step in plan.steps:
             if isinstance(step, Site) and step.name not in done and step.name not in skipped:
                 skipped[step.name] = f"its moments cannot be predicted ({unknown or 'it reads no whole weight'})"
-        return on_devices(tensors, merged), RepairReport("gaussian", tuple(layers), (), skipped)
+        return on_devices(tensors, merged, plan.written), RepairReport("gaussian", tuple(layers), (), skipped)
 
 
 @dataclass

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from automerge._data import Batch, Batches, bind, device_of, evaluating, logits_of, run_batch
+from automerge._data import Batch, Batches, bind, device_of, evaluating, logits_of, preserving, run_batch
 from automerge._errors import AutomergeError, CheckpointError
 from automerge._measures import Agreement, Barrier, CycleError, Evaluation, Similarity
 from automerge._repair_report import Renormaliser
@@ -42,8 +42,9 @@ class _Runner:
         self._stack = ExitStack()
 
     def __enter__(self) -> _Runner:
-        for model, _ in self.networks:
+        for model, weights in self.networks:
             self._stack.enter_context(evaluating(model))
+            self._stack.enter_context(preserving(model, weights))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -68,7 +69,7 @@ def _network(part: Network) -> tuple[nn.Module, dict[str, torch.Tensor] | None]:
     )
 
 
-def _class_axis(scores: torch.Tensor, labels: torch.Tensor) -> int | None:
+def class_axis(scores: torch.Tensor, labels: torch.Tensor) -> int | None:
     """The axis of the classes, if the labels are class indices that fit the scores."""
     if labels.is_floating_point() or scores.ndim != labels.ndim + 1:
         return None
@@ -84,6 +85,22 @@ def _combine(outputs: list[Any], average: str, axis: int) -> torch.Tensor:
     if average == "logits":
         return torch.stack(scores).mean(0).log_softmax(-1)
     return torch.stack([s.log_softmax(-1) for s in scores]).logsumexp(0) - log(len(scores))
+
+
+def _predicted(log_probabilities: torch.Tensor) -> torch.Tensor:
+    """The most probable class, on the last axis; where there is NaN, no class."""
+    lost = log_probabilities.isnan().any(-1)
+    return log_probabilities.argmax(-1).masked_fill(lost, _IGNORED)
+
+
+def _check_range(labels: torch.Tensor, classes: int, number: int) -> None:
+    if not labels.numel():
+        return
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise AutomergeError(
+            f"batch {number} has labels from {low} to {high}, and the scores are of {classes} classes, 0 to {classes - 1}"
+        )
 
 
 __all__ = [
@@ -161,7 +178,7 @@ class _Tally:
 
     def add(self, outputs: list[Any], labels: Any, metrics: Mapping[str, Metric], average: str, number: int) -> None:
         scores = logits_of(outputs[0])
-        axis = _class_axis(scores, labels) if isinstance(labels, torch.Tensor) else None
+        axis = class_axis(scores, labels) if isinstance(labels, torch.Tensor) else None
         size = int(labels.shape[0]) if isinstance(labels, torch.Tensor) and labels.ndim else 1
         if axis is None:
             if not metrics:
@@ -176,8 +193,9 @@ class _Tally:
             log_probabilities = _combine(outputs, average, axis)
             flat, wanted = log_probabilities.flatten(0, -2), labels.flatten().long()
             valid = wanted != _IGNORED
+            _check_range(wanted[valid], flat.shape[-1], number)
             self.samples += int(valid.sum())
-            self.correct += float((flat.argmax(-1) == wanted)[valid].sum())
+            self.correct += float((_predicted(flat) == wanted)[valid].sum())
             self.loss += float(F.nll_loss(flat[valid], wanted[valid], reduction="sum")) if valid.any() else 0.0
         self.weight += size
         if metrics:
@@ -186,6 +204,8 @@ class _Tally:
                 self.metrics[name] = self.metrics.get(name, 0.0) + size * float(metric(output, labels))
 
     def result(self, average: str | None, members: int) -> Evaluation:
+        if self.classes and not self.samples:
+            raise AutomergeError(f"no label counts: all of them are {_IGNORED}, which marks what is to be left out")
         count = max(self.samples, 1)
         means = {name: value / max(self.weight, 1) for name, value in self.metrics.items()}
         if not self.classes:
@@ -232,8 +252,8 @@ def agreement(
     same = total = 0
     with _Runner(a) as first, _Runner(b) as second:
         for batch in _batches(first, data, inputs, kwargs):
-            left, right = (_combine(r.outputs(batch), "probabilities", class_axis).argmax(-1) for r in (first, second))
-            same += int((left == right).sum())
+            left, right = (_predicted(_combine(r.outputs(batch), "probabilities", class_axis)) for r in (first, second))
+            same += int(((left == right) & (left != _IGNORED)).sum())
             total += left.numel()
     return Agreement(same / max(total, 1), total)
 
@@ -242,6 +262,8 @@ def predictions(
     source: Source, data: Any, *, inputs: int = 1, kwargs: Mapping[str, Any] | None = None
 ) -> list[torch.Tensor]:
     """The predicted class (largest score; for an ensemble of the mean probabilities) of everything in each batch.
+
+    Where scores are NaN there is no prediction, and -100 in its place, the label that does not count.
 
     The classes are on axis 1 of scores of more than two axes, else on the last axis, as `evaluate` looks for them first.
 
@@ -254,7 +276,7 @@ def predictions(
         for batch in _batches(runner, data, inputs, kwargs):
             outputs = runner.outputs(batch)
             axis = 1 if logits_of(outputs[0]).ndim > 2 else -1
-            out.append(_combine(outputs, "probabilities", axis).argmax(-1))
+            out.append(_predicted(_combine(outputs, "probabilities", axis)))
     return out
 
 

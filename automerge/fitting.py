@@ -89,7 +89,7 @@ class LeastSquares(Renormaliser):
                     if moments.count > 1:
                         tensors[step.names[0]].copy_(moments.mean)
                         tensors[step.names[1]].copy_(moments.variance(unbiased=True))
-                        reset.append(step.names[0].rpartition(".")[0])
+                        reset.append(step.name)
                     continue
                 sums = _Sums()
                 reason = sums.gather(model, tensors, ends, share, batches, step)
@@ -97,7 +97,7 @@ class LeastSquares(Renormaliser):
                     skipped[step.name] = reason
                 else:
                     layers.append(self._refit(step, sums, tensors))
-        return on_devices(tensors, merged), RepairReport("fit", tuple(layers), tuple(reset), skipped)
+        return on_devices(tensors, merged, plan.written), RepairReport("fit", tuple(layers), tuple(reset), skipped)
 
     def _refit(self, site: Site, sums: _Sums, tensors: Tensors) -> LayerRepair:
         weight, view = tensors[site.weight.name], site.weight
@@ -150,6 +150,10 @@ class _Sums:
             x = rows.double()
             y = torch.stack([w * o.double() for w, o in zip(share, outputs, strict=True) if o is not None]).sum(0)
             fresh = [x.sum(0), y.sum(0), x.T @ x, x.T @ y, y.square().sum(0)]
+            if not all(bool(torch.isfinite(part).all()) for part in fresh):
+                raise AutomergeError(
+                    f"activations at {site.name} are NaN or infinite, or too large to square; check the data and the models"
+                )
             self.parts = [a + b for a, b in zip(self.parts, fresh, strict=True)] if self.count else fresh
             self.count += len(x)
         return None if self.count else "the data give it no sample"

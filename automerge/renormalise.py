@@ -107,6 +107,8 @@ def reset_batchnorm(
         with evaluating(model):
             for batch in batches:
                 run_batch(model, None, batch)
+        for module, moments in pooled.items():
+            moments.check(names[module])
         done = True
     finally:
         for handle in handles:
@@ -192,7 +194,7 @@ class Repair(Renormaliser):
                     if moments.count > 1:
                         tensors[step.names[0]].copy_(moments.mean)
                         tensors[step.names[1]].copy_(moments.variance(unbiased=True))
-                        reset.append(step.names[0].rpartition(".")[0])
+                        reset.append(step.name)
                     return None
                 if moments.count == 0 or step.key not in targets:
                     skipped[step.name] = "not every model and batch runs it"
@@ -201,7 +203,7 @@ class Repair(Renormaliser):
 
             correct(model, tensors, batches, plan, change)
         mode = "both" if self.reset else "repair" if self.shift else "rescale"
-        return on_devices(tensors, merged), RepairReport(mode, tuple(layers), tuple(reset), skipped)
+        return on_devices(tensors, merged, plan.written), RepairReport(mode, tuple(layers), tuple(reset), skipped)
 
     def _fold(
         self,
@@ -226,6 +228,9 @@ def _targets(
     measured: Sequence[Mapping[Key, Moments]], share: Sequence[float]
 ) -> dict[Key, tuple[torch.Tensor, torch.Tensor]]:
     """The weighted means of the endpoints' means and standard deviations, where every endpoint has them."""
+    for number, found in enumerate(measured):
+        for key, moments in found.items():
+            moments.check(f"{key[1]} of endpoint {number}")
     out = {}
     for key in measured[0]:
         parts = [m[key] for m in measured]

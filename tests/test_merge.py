@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import nn
 
 from automerge._errors import AutomergeError, CheckpointError, MatchingError, OutputError
+from automerge.evaluate import evaluate
 from automerge.io import hash_state_dict, load_state_dict
 from automerge.matchers import FrankWolfe, Identity, Matcher, Matching
 from automerge.merge import average, merge
@@ -361,3 +362,34 @@ def test_checkpoints_in_another_precision_are_repaired(dtype: torch.dtype) -> No
     assert all(v.dtype == dtype for v in result.state_dict.values())
     for name, value in result.state_dict.items():
         assert torch.allclose(value.float(), expected.state_dict[name], rtol=2e-2, atol=2e-2), name
+
+
+class Counting(nn.Module):
+    """Counts its passes and keeps a running mean of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.register_buffer("passes", torch.tensor(0))
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inner(x).relu()
+        self.passes += 1
+        self.mean.mul_(0.9).add_(x.mean(0), alpha=0.1)
+        return self.out(x - self.mean)
+
+
+def test_networks_that_write_to_themselves_are_left_as_they_were() -> None:
+    torch.manual_seed(0)
+    models = [Counting().eval() for _ in range(2)]
+    models[1].passes += 7
+    before = [{n: v.clone() for n, v in m.state_dict().items()} for m in models]
+    x = torch.randn(6, 3)
+    merged = merge(models, x, data=[x, x], repair="repair")
+    evaluate(models[0], [(x, torch.zeros(6, dtype=torch.long))])
+    evaluate((models[0], before[1]), [(x, torch.zeros(6, dtype=torch.long))])
+    assert merged.state_dict["passes"] == 7
+    assert before[1]["passes"] == 7
+    for model, state in zip(models, before, strict=True):
+        assert all(torch.equal(v, state[n]) for n, v in model.state_dict().items())
