@@ -7,6 +7,7 @@ and keeps the order of what is read along the others.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -15,33 +16,19 @@ import numpy as np
 import torch
 from torch import fx
 
-_SAME = frozenset(f"aten::{name}" for name in ("clone", "_to_copy", "to", "lift_fresh_copy", "detach", "alias"))
-_CUTTING = frozenset(
-    f"aten::{name}"
-    for name in ("slice", "select", "index", "index_select", "embedding", "split", "split_with_sizes", "unbind")
+
+def _aten(*names: str) -> frozenset[str]:
+    return frozenset(f"aten::{name}" for name in names)
+
+
+_CUTTING = _aten(
+    "slice", "select", "index", "index_select", "embedding", "narrow", "split", "split_with_sizes", "unbind"
 )
-_MOVING = (
-    _CUTTING
-    | _SAME
-    | frozenset(
-        f"aten::{name}"
-        for name in (
-            *(
-                "view",
-                "_unsafe_view",
-                "reshape",
-                "permute",
-                "transpose",
-                "t",
-                "unsqueeze",
-                "squeeze",
-                "expand",
-                "unbind",
-            ),
-            *("narrow", "flip", "roll", "contiguous", "flatten", "unflatten", "movedim", "diagonal"),
-        )
-    )
+_MOVING = _CUTTING | _aten(
+    *("view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "repeat"),
+    *("flip", "roll", "contiguous", "flatten", "unflatten", "movedim", "diagonal", "cat", "stack"),
 )
+_SAME = _aten("clone", "_to_copy", "to", "lift_fresh_copy", "detach", "alias")
 
 
 def unread(
@@ -53,7 +40,7 @@ def unread(
 ) -> dict[str, np.ndarray]:
     """For every parameter that is only read in part: which of its entries are not, a boolean array of its shape.
 
-    Entries are followed through what only moves them; an operator that computes reads all that it is given.
+    What is read is followed back from where it meets the inputs, through what is made of parameters alone.
 
     Args:
         graph: the traced graph.
@@ -62,16 +49,29 @@ def unread(
         looked: the nodes whose values python read.
         states: the names of the parameters.
     """
-    walk = _Walk(live, constant, looked)
+    nodes = [n for n in graph.graph.nodes if n in live]
+    own: set[fx.Node] = set()
+    for node in nodes:
+        if node.op == "placeholder" and node.meta.get("name") in states:
+            own.add(node)
+        elif node.op == "call_function" and not own.isdisjoint(sources := node.all_input_nodes):
+            own.update([node] if all(n in own or n in constant for n in sources) else [])
+    inner: set[fx.Node] = set()
+    todo = [n for n in own if _name(n) in _CUTTING]
+    while todo:
+        node = todo.pop()
+        if node not in inner:
+            inner.add(node)
+            todo += [n for n in node.all_input_nodes if n in own]
+    back = _Back(inner, live, looked, {})
+    for node in reversed(nodes):
+        if node in inner:
+            back.visit(node)
     out: dict[str, np.ndarray] = {}
-    for node in graph.graph.nodes:
-        if node.op == "placeholder" and node in live and node.meta.get("name") in states and walk.cut(node):
-            value = node.meta["val"]
-            read = torch.zeros(value.numel(), dtype=torch.bool)
-            walk.follow(node, torch.arange(read.numel()).reshape(tuple(value.shape)), read)
-            if not bool(read.all()):
-                out[node.meta["name"]] = ~read.reshape(tuple(value.shape)).numpy()
-    return out
+    for node in inner:
+        if node.op == "placeholder" and not bool(back.needed[node].all()):
+            out[node.meta["name"]] = ~back.needed[node].numpy()
+    return dict(sorted(out.items()))
 
 
 def _name(node: fx.Node) -> str:
@@ -80,54 +80,58 @@ def _name(node: fx.Node) -> str:
 
 
 @dataclass(frozen=True)
-class _Walk:
+class _Back:
+    """Which entries of the values in ``inner`` are needed; for several outputs, a list."""
+
+    inner: Collection[fx.Node]
     live: Collection[fx.Node]
-    constant: Collection[fx.Node]
     looked: Collection[fx.Node]
+    needed: dict[fx.Node, Any]
 
-    def users(self, node: fx.Node) -> list[fx.Node]:
-        return [u for u in node.users if u in self.live]
+    def visit(self, node: fx.Node) -> None:
+        value = node.meta["val"]
+        users = [u for u in node.users if u in self.live]
+        if not isinstance(value, torch.Tensor):
+            masks = [torch.zeros(v.shape, dtype=torch.bool) if isinstance(v, torch.Tensor) else None for v in value]
+            for user in users:
+                which: Any = user.args[1] if user.target is operator.getitem else slice(None)
+                for mask in [masks[which]] if isinstance(which, int) else masks:
+                    if mask is not None:
+                        mask |= self.needed[user] if user in self.inner else True
+            self.needed[node] = masks
+            return
+        mask = torch.zeros(value.shape, dtype=torch.bool)
+        for user in users:
+            mask |= self.asked(user, node) if user in self.inner and user.target is not operator.getitem else True
+        self.needed[node] = mask | (node in self.looked)
 
-    def moves(self, node: fx.Node, source: fx.Node) -> bool:
-        """Whether the operator only moves the entries of its first operand, by what is known."""
-        if _name(node) not in _MOVING or not node.args or node.args[0] is not source:
-            return False
-        return all(n is source or n in self.constant for n in node.all_input_nodes)
+    def asked(self, user: fx.Node, node: fx.Node) -> Any:
+        """Which entries of a node its user needs; True for all."""
+        name, needed = _name(user), self.needed[user]
+        try:
+            if name in _SAME or torch.Tag.pointwise in getattr(user.target, "tags", ()):
+                return needed.float().sum_to_size(tuple(node.meta["val"].shape)) > 0
+            if name in _MOVING:
+                return self._moved(user, node, needed)
+        except Exception:  # an operator that refuses integers, a shape that is not known
+            return True
+        return True
 
-    def cut(self, node: fx.Node) -> bool:
-        """Whether everybody who reads a tensor only moves it, and somebody cuts it: else it is read whole."""
-        users = self.users(node)
-        if node in self.looked or not all(self.moves(u, node) for u in users):
-            return False
-        whole = [u for u in users if _name(u) not in _CUTTING]
-        return len(whole) < len(users) or any(self.cut(u) for u in whole)
-
-    def follow(self, node: fx.Node, entries: Any, read: torch.Tensor) -> None:
-        """Mark what is read of a tensor whose entries have these numbers."""
-        if node in self.looked:
-            read[entries.reshape(-1)] = True
-        for user in self.users(node):
-            if isinstance(entries, (tuple, list)):  # only ever taken apart
-                which: Any = user.args[1]
-                self.follow(user, entries[which], read)
-                continue
-            moved = self.moved(user, node, entries)
-            if moved is None:
-                read[entries.reshape(-1)] = True
-            else:
-                self.follow(user, moved, read)
-
-    def moved(self, node: fx.Node, source: fx.Node, entries: torch.Tensor) -> Any:
-        """What the operator makes of the numbers of entries; None if it computes."""
-        if not self.moves(node, source):
-            return None
-        if _name(node) in _SAME:
-            return entries
+    @staticmethod
+    def _moved(user: fx.Node, node: fx.Node, needed: Any) -> torch.Tensor:
+        """Send the numbers of the entries along, and see which ones arrive where something is needed."""
+        shape = tuple(node.meta["val"].shape)
+        out = torch.zeros(node.meta["val"].numel(), dtype=torch.bool)
 
         def known(n: fx.Node) -> Any:
-            return entries if n is source else n.meta["val"]
+            if n is node:
+                return torch.arange(out.numel()).reshape(shape)
+            value = n.meta["val"]
+            return torch.full(value.shape, -1) if value.is_floating_point() or value.is_complex() else value
 
-        try:
-            return node.target(*fx.node.map_arg(node.args, known), **fx.node.map_arg(node.kwargs, known))  # type: ignore[operator]
-        except Exception:  # an operator that refuses integers: then everything counts as read
-            return None
+        moved = user.target(*fx.node.map_arg(user.args, known), **fx.node.map_arg(user.kwargs, known))  # type: ignore[operator]
+        for numbers, mask in zip(*([moved], [needed]) if torch.is_tensor(moved) else (moved, needed), strict=True):
+            if mask is not None:
+                arrived = numbers[mask]
+                out[arrived[arrived >= 0]] = True
+        return out.reshape(shape)
