@@ -107,7 +107,7 @@ def infer_graph(graph: fx.GraphModule) -> tuple[Symmetry, Analysis]:
         aliases={a: n for a, n in info.aliases.items() if n in shapes},
         pins=tuple(assembler.pins(generators, shapes, unused)),
         unruled=tuple(analysis.unruled),
-        notes=(*_notes(info), *_reach(analysis, unused if info.data_dependent else []), *analysis.engine.notes),
+        notes=(*_notes(info), *_reach(analysis, unused), *analysis.engine.notes),
         flow=_flow(graph),
         axis_graph=axes.graph,
         stats={
@@ -159,7 +159,7 @@ def _reach(analysis: Analysis, unused: list[str]) -> list[str]:
         )
     if unused:
         notes.append(
-            f"the path that these inputs took leaves out {_some(unused)}; these stay as they are while the rest moves, so "
+            f"the output on these inputs does not depend on {_some(unused)}; these stay as they are while the rest moves, so "
             "give inputs that reach them if others do"
         )
     return notes

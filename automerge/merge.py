@@ -110,6 +110,7 @@ class MergeResult:
         for number, (item, weight) in enumerate(zip(inputs, options["weights"], strict=True)):
             lines.append(f"  model {number}: weight {weight:.4g}, sha256 {item['sha256'][:16]}")
         lines.append(f"Matcher: {self.provenance['matcher']}")
+        lines += [f"  {remark}" for remark in self.matching.remarks()]
         groups, share = len(self.symmetry.sets), self.symmetry.free_share
         lines.append(f"Symmetry: {groups} groups, {share:.1%} of the axes' positions free")
         lines.append(str(self.repair))
@@ -211,7 +212,13 @@ def merge(
     chosen = mode if isinstance(mode, str) else repr(mode)
     options = {"weights": share, "coordinates": coordinates, "repair": chosen, "verify": verify}
     return MergeResult(
-        merged, matching, symmetry, _provenance(network, dicts, options, matcher), clock.seconds(), report, tuple(notes)
+        merged,
+        matching,
+        symmetry,
+        _provenance(network, dicts, options, matcher),
+        clock.seconds(),
+        report,
+        (*notes, *symmetry.notes),
     )
 
 

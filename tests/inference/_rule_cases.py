@@ -246,7 +246,10 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     "slice slice_copy": lambda d: call(p(4, d.n()), 0, *d.pick((1, 4), (0, 2), (0, 4, 2), (-2, None))),
     "select select_copy": lambda d: (lambda s: call(P(s), d.dim(s), d.pick(0, 1, -1)))(d.shape()),
     "flip": lambda d: (lambda s: call(P(s), d.pick([0], [-1], list(range(len(s))))))(d.shape()),
-    "roll": lambda d: call(p(d.n(), d.n()), *d.pick(([1], [0]), ([1, -1], [0, 1]), ([1],))),
+    # rolled as one line, both axes reversed together are a symmetry that no axis has alone
+    "roll": lambda d: (lambda how: call(p(d.n(), d.n()), *how, complete=len(how) > 1))(
+        d.pick(([1], [0]), ([1, -1], [0, 1]), ([1],))
+    ),
     "rot90": lambda d: call(p(d.n(), d.n()), d.n(1, 3), [0, 1]),
     "split unsafe_split split_copy": lambda d: call(p(4, d.n()), d.pick(2, 3), 0, outs=d.pick((0,), (0, 1))),
     "split_with_sizes unsafe_split_with_sizes split_with_sizes_copy": lambda d: call(
