@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from automerge._merge_checks import check_weights
 from automerge._ranks import Group
 from automerge._verify import verify as verify_symmetry
 from automerge.infer import infer
-from automerge.io import StateDict, check_state_dict, load_state_dict, save_state_dict
+from automerge.io import read_checkpoint, save_state_dict
 from automerge.matchers import MATCHERS, FrankWolfe
 from automerge.merge import merge as merge_models
 from automerge.symmetry import Symmetry
@@ -96,7 +95,7 @@ def merge(options: argparse.Namespace) -> None:
     weights = None if options.weights is None else _weights(options.weights)
     specs = [parse_input(text) for text in options.input or ()]
     model = build_model(options.factory, options.seed)
-    states = _read_checkpoints(options.checkpoints, model.state_dict())
+    states = [read_checkpoint(path, model) for path in options.checkpoints]
     data = None if options.data is None else load_batches(options.data)
     args, kwargs = draw_inputs(specs, options.seed) if specs else _example(data)
     with console.stage("merge") as advance:
@@ -206,15 +205,6 @@ def _weights(text: str) -> list[float]:
         raise UsageError(
             f"--weights {text!r} is not a list of numbers with commas, one weight per checkpoint"
         ) from error
-
-
-def _read_checkpoints(paths: Sequence[str], expected: Mapping[str, Any]) -> list[StateDict]:
-    states = []
-    for path in paths:
-        state = load_state_dict(path, expected)
-        check_state_dict(state, expected, str(path))
-        states.append(state)
-    return states
 
 
 def _example(data: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

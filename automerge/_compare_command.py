@@ -16,7 +16,7 @@ from automerge._data import Batches
 from automerge._factory import UsageError, build_model, draw_inputs, load_batches, parse_input
 from automerge._files import check_writable, write_text
 from automerge.compare import REPAIRS, compare
-from automerge.io import check_state_dict, load_state_dict
+from automerge.io import read_checkpoint
 from automerge.matchers import MATCHERS
 
 T = TypeVar("T")
@@ -36,7 +36,10 @@ def add_compare(parser: argparse.ArgumentParser, input_help: str) -> None:
     )
     parser.add_argument("factory", metavar="FACTORY", help="package.module:callable that builds the model")
     parser.add_argument(
-        "checkpoints", nargs="+", metavar="CHECKPOINT", help="two or more .safetensors, .pt or .pth files"
+        "checkpoints",
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="two or more .safetensors, .safetensors.index.json, .pt or .pth files",
     )
     parser.add_argument(
         "--data", metavar="FACTORY", required=True, help="package.module:callable that gives batches (inputs, labels)"
@@ -67,14 +70,9 @@ def run_compare(options: argparse.Namespace) -> None:
     _check_files(options.checkpoints)
     specs = [parse_input(text) for text in options.input or ()]
     model = build_model(options.factory, options.seed)
-    states = []
-    for file in options.checkpoints:
-        state = load_state_dict(file, model.state_dict())
-        check_state_dict(state, model.state_dict(), str(file))
-        states.append(state)
-    data, select, report = (
-        None if text is None else load_batches(text) for text in (options.data, options.select, options.report)
-    )
+    states = [read_checkpoint(file, model) for file in options.checkpoints]
+    asked = {"--data": options.data, "--select": options.select, "--report": options.report}
+    data, select, report = (None if text is None else load_batches(text, option) for option, text in asked.items())
     args, kwargs = draw_inputs(specs, options.seed) if specs else _first(data)
     with console.stage("compare") as advance:
         found = compare(

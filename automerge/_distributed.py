@@ -18,7 +18,7 @@ from automerge._errors import MatchingError
 from automerge._merge_checks import merge_integers
 from automerge._ranks import Ranks
 from automerge.infer import infer
-from automerge.io import StateDict, check_state_dict, hash_state_dict, load_state_dict, tied_names
+from automerge.io import StateDict, hash_state_dict, read_checkpoint, tied_names
 from automerge.matchers import FrankWolfe, Matching, Progress
 from automerge.symmetry import Symmetry
 
@@ -79,9 +79,7 @@ def merge_share(
                 f"{len(paths)} checkpoints for {ranks.size} processes: give at least two, and one per process"
             )
         for m in ranks.shares(len(paths))[ranks.rank]:
-            state = load_state_dict(paths[m])
-            check_state_dict(state, network.state_dict(), str(paths[m]))
-            states.append(state)
+            states.append(read_checkpoint(paths[m], network))
     hashes = [h for share in ranks.gather([hash_state_dict(s) for s in states]) for h in share]
     seconds["read"] = time.perf_counter() - begin
     symmetry = _symmetry(ranks, network, args, kwargs)

@@ -12,7 +12,7 @@ from torch import nn
 from automerge._data import Batches, device_of, evaluating, preserving, run_batch
 from automerge._errors import AutomergeError, CheckpointError, MatchingError
 from automerge._repair_report import Renormaliser
-from automerge.io import check_state_dict, tied_names
+from automerge.io import buffer_names, check_state_dict, tied_names, with_ties
 from automerge.matchers import Matcher
 from automerge.renormalise import batchnorm_names
 
@@ -38,8 +38,11 @@ def check_models(
             raise CheckpointError(f"model {number} is a {type(model).__name__}; give a module or a state dict")
     if network is None:
         raise CheckpointError("state dicts alone do not say what they compute; give architecture=, a module of theirs")
-    expected: Mapping[str, torch.Tensor] = network.state_dict() if architecture is not None else dicts[0]
-    notes = [n for k, d in enumerate(dicts) for n in check_state_dict(d, expected, f"model {k}")]
+    own = network.state_dict()
+    dicts = [with_ties(d, own) for d in dicts]
+    expected: Mapping[str, torch.Tensor] = own if architecture is not None else dicts[0]
+    buffers = buffer_names(network)
+    notes = [n for k, d in enumerate(dicts) for n in check_state_dict(d, expected, f"model {k}", buffers)]
     check_ties(network, dicts)
     for name, first in dicts[0].items():
         if not (first.is_floating_point() or first.is_complex()):
@@ -134,10 +137,10 @@ def check_inseparable(
 
 
 def check_data(network: nn.Module, data: Any, args: Any, kwargs: Mapping[str, Any] | None) -> Batches:
-    """The batches, re-iterable; the model has run on the first of them.
+    """The batches, re-iterable; the model has run on the first of them, and of a list on the first of every form.
 
     Raises:
-        AutomergeError: if the data are empty or no batches, or the model does not run on the first.
+        AutomergeError: if the data are empty or no batches, or the model does not run on one of those.
     """
     inputs = len(args) if isinstance(args, (tuple, list)) else 1
     batches = Batches(data, inputs, kwargs, device_of(network))
@@ -151,6 +154,9 @@ def check_data(network: nn.Module, data: Any, args: Any, kwargs: Mapping[str, An
             f"the model does not run on the first batch of data: {type(cause).__name__}: {cause}; "
             f"the first {inputs} items of a batch must be the model's inputs"
         ) from cause
+    for batch in batches.others():
+        with evaluating(network), preserving(network):
+            run_batch(network, None, batch)
     return batches
 
 

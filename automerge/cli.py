@@ -145,7 +145,10 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     )
     _add_model(parser, required=False)
     parser.add_argument(
-        "checkpoints", nargs="+", metavar="CHECKPOINT", help="two or more .safetensors, .pt or .pth files"
+        "checkpoints",
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="two or more .safetensors, .safetensors.index.json, .pt or .pth files",
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the merged .safetensors")
     parser.add_argument("--force", action="store_true", help="replace the output if it exists")

@@ -19,9 +19,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from automerge._errors import CheckpointError, OutputError
 from automerge._files import check_writable, replacement, status_of
+from automerge._shards import SUFFIX as SHARDS
+from automerge._shards import read_shards
 
 StateDict = dict[str, torch.Tensor]
 
@@ -34,7 +37,7 @@ _RESAVE = "re-save the weights with safetensors.torch.save_file(model.state_dict
 
 # -------------------------------------------------------------------- reading
 def load_state_dict(path: str | os.PathLike[str], names: Collection[str] | None = None) -> StateDict:
-    """Read a state dict from ``.safetensors``, ``.pt`` or ``.pth`` to the CPU.
+    """Read a state dict from ``.safetensors``, ``.safetensors.index.json`` (shards), ``.pt`` or ``.pth`` to the CPU.
 
     A wrapper ``{"state_dict": ...}``, ``{"model_state_dict": ...}`` or ``{"model": ...}`` is unwrapped; the prefixes
     ``module.`` and ``_orig_mod.``, which DataParallel and torch.compile leave, are stripped when every key has them.
@@ -42,7 +45,8 @@ def load_state_dict(path: str | os.PathLike[str], names: Collection[str] | None 
 
     Args:
         path: the file.
-        names: the architecture's, if known: prefixes that are part of them stay.
+        names: the architecture's, if known: prefixes that are part of them stay. If it is a state dict, names that it ties
+            and the file leaves out are added.
 
     Returns:
         Name -> tensor, in the file's order for ``.pt`` and in name order for safetensors.
@@ -66,21 +70,52 @@ def load_state_dict(path: str | os.PathLike[str], names: Collection[str] | None 
         raise CheckpointError(f"{file} does not exist; check the path")
     if stat.S_ISDIR(status.st_mode):
         raise CheckpointError(f"{file} is a directory; give the checkpoint file inside it")
-    suffix = file.suffix.lower()
-    if suffix != ".safetensors" and suffix not in _TORCH_SUFFIXES:
+    suffix = SHARDS if file.name.endswith(SHARDS) else file.suffix.lower()
+    if suffix not in (SHARDS, ".safetensors", *_TORCH_SUFFIXES):
         raise CheckpointError(f"{file}: unknown suffix {file.suffix!r}; expected .safetensors, .pt or .pth")
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{file} is no regular file; copy the checkpoint to one first")
     if status.st_size == 0:
         raise CheckpointError(f"{file} is empty (0 bytes); save it again")
     try:
-        raw = _read_safetensors(file) if suffix == ".safetensors" else _read_torch(file)
+        if suffix == SHARDS:
+            raw: object = read_shards(file, _read_safetensors)
+        else:
+            raw = _read_safetensors(file) if suffix == ".safetensors" else _read_torch(file)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
-    return _clean(raw, str(file), names)
+    out = _clean(raw, str(file), names)
+    return with_ties(out, names) if isinstance(names, Mapping) else out
 
 
-def _read_safetensors(file: Path) -> object:
+def read_checkpoint(path: str | os.PathLike[str], model: nn.Module) -> StateDict:
+    """Read a checkpoint of a model, and check that it fits.
+
+    Raises:
+        CheckpointError: see `load_state_dict` and `check_state_dict`.
+    """
+    expected = model.state_dict()
+    state = load_state_dict(path, expected)
+    check_state_dict(state, expected, str(path), buffer_names(model))
+    return state
+
+
+def buffer_names(model: nn.Module) -> set[str]:
+    """State-dict names of buffers."""
+    return {name for name, _ in model.named_buffers(remove_duplicate=False)}
+
+
+def with_ties(state_dict: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> StateDict:
+    """The state dict with the names that ``expected`` ties to one of its own and that it leaves out."""
+    out = dict(state_dict)
+    ties = tied_names(expected)
+    for alias, name in ties.items():
+        if name not in out and alias in out:
+            out[name] = out[alias]
+    return out | {alias: out[name] for alias, name in ties.items() if alias not in out and name in out}
+
+
+def _read_safetensors(file: Path) -> StateDict:
     try:
         with safe_open(str(file), framework="pt") as handle:
             metadata = handle.metadata() or {}
@@ -150,7 +185,10 @@ def _prefix_length(keys: Collection[str], names: Collection[str] | None) -> int:
 
 # -------------------------------------------------------------------- checking
 def check_state_dict(
-    state_dict: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], label: str
+    state_dict: Mapping[str, torch.Tensor],
+    expected: Mapping[str, torch.Tensor],
+    label: str,
+    buffers: Collection[str] = (),
 ) -> tuple[str, ...]:
     """Check that a state dict fits another one: keys, shapes, finite values.
 
@@ -158,6 +196,7 @@ def check_state_dict(
         state_dict: what is checked.
         expected: a state dict of the architecture; only its names, shapes and dtypes matter.
         label: how messages call the checked one, e.g. ``"model 1"`` or a file name.
+        buffers: names that may hold infinite values, such as a mask, if ``expected`` holds the same ones there.
 
     Returns:
         Notes on tensors of another dtype than expected; they are allowed. One for each pair of dtypes.
@@ -190,7 +229,8 @@ def check_state_dict(
             )
         if value.dtype != want.dtype:
             others.setdefault((value.dtype, want.dtype), []).append(name)
-        _check_finite(name, value, label)
+        if name not in buffers or not _same_infinities(value, want):
+            _check_finite(name, value, label)
     return tuple(f"{label}: {_few(names)} {have}, expected {want}" for (have, want), names in others.items())
 
 
@@ -221,6 +261,14 @@ def _prefix_hint(missing: Sequence[str], state_dict: Mapping[str, object]) -> st
     return (
         f"its names begin with {prefix!r}: remove that prefix" if all(prefix + n in state_dict for n in missing) else ""
     )
+
+
+def _same_infinities(value: torch.Tensor, want: torch.Tensor) -> bool:
+    """Whether there is no NaN, and what is infinite is so in both, with the same sign."""
+    if not value.is_floating_point() or want.is_meta or bool(value.isnan().any()):
+        return False
+    there, here = (torch.where(t.isinf(), t.sign(), 0).to(torch.int8).cpu() for t in (want, value))
+    return torch.equal(there, here)
 
 
 def _check_finite(name: str, value: torch.Tensor, label: str) -> None:

@@ -37,7 +37,7 @@ from automerge._repair_report import Renormaliser, RepairReport
 from automerge._version import __version__
 from automerge.groups import Element
 from automerge.infer import infer
-from automerge.io import check_state_dict, hash_state_dict, save_state_dict, tied_names
+from automerge.io import buffer_names, check_state_dict, hash_state_dict, save_state_dict, tied_names
 from automerge.matchers import FrankWolfe, Matcher, Matching, Progress, match
 from automerge.renormalise import Repair, batchnorm_names, reset_batchnorm
 from automerge.symmetry import Symmetry
@@ -78,7 +78,7 @@ class MergeResult:
         Raises:
             CheckpointError: if its keys or shapes differ.
         """
-        check_state_dict(self.state_dict, model.state_dict(), "the merged state dict")
+        check_state_dict(self.state_dict, model.state_dict(), "the merged state dict", buffer_names(model))
         model.load_state_dict(self.state_dict)
         return model
 
@@ -252,7 +252,8 @@ def average(
             wide = torch.complex128 if first.is_complex() else torch.float64
             total = torch.zeros(first.shape, dtype=wide, device=first.device)
             for value, weight in zip(values, weights, strict=True):
-                total.add_(value.to(wide), alpha=weight)
+                if weight:  # an infinite entry of a mask times zero is no number
+                    total.add_(value.to(wide), alpha=weight)
             out[name] = total.to(first.dtype)
         else:
             out[name] = merge_integers(name, values)

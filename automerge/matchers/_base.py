@@ -135,9 +135,30 @@ class Matching:
         if isinstance(seconds := self.stats.get("seconds"), Mapping):
             lines.append(f"  {'seconds':<22} " + ", ".join(f"{k} {v:.2f}" for k, v in seconds.items()))
         lines += [f"  model {i:<16} {e.moved()} positions moved" for i, e in enumerate(self.to_universe)]
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  {remark}" for remark in self.remarks())])
 
     __repr__ = __str__
+
+    def remarks(self) -> list[str]:
+        """What a reader of the result must know: how far models drift, and which groups got something else than the rest."""
+        out = []
+        kept, back = self.stats.get("kept_predictions", ()), self.stats.get("fell_back", ())
+        for m, drift in enumerate(self.stats.get("drift", ())):
+            share = f"{kept[m]:.1%} of its predictions stay" if m < len(kept) else ""
+            if m in back:
+                out.append(f"model {m} would drift by {drift:.3f}: permutations instead")
+            elif drift > 0:
+                out.append(f"model {m} drifts by {drift:.3f} (change of its own output by its map); {share}")
+        for group, count in self.stats.get("within", {}).items():
+            if count:
+                out.append(f"group {group}: {count} units are merged with others of their own model")
+        reasons: dict[str, list[str]] = {}
+        for group, reason in self.stats.get("permuted_groups", {}).items():
+            reasons.setdefault(reason, []).append(group)
+        out += [f"by permutations only: {_some(groups)} ({reason})" for reason, groups in reasons.items()]
+        if unseen := self.stats.get("not_observed", ()):
+            out.append(f"shown by no activation: {_some(unseen)}")
+        return [*out, *self.stats.get("notes", ())]
 
     # ---------------------------------------------------------------- files
     def save(self, path: str | os.PathLike[str], force: bool = False) -> None:
@@ -185,6 +206,11 @@ class Matching:
             raise CheckpointError(f"{path} cannot be read as a matching: {error}") from error
 
 
+def _some(names: Sequence[str], most: int = 4) -> str:
+    """A list of names that does not fill the page."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def _read_element(
     tensors: Mapping[str, torch.Tensor],
     symmetry: Symmetry,
@@ -229,8 +255,11 @@ def check_models(models: Sequence[Model], symmetry: Symmetry | None = None) -> l
     if isinstance(models, Mapping | nn.Module) or len(models) < 2:
         raise MatchingError("matching needs at least 2 models; give a list of state dicts or modules")
     values = [state_dict(m) for m in models]
+    still = set(values[0]) - (
+        {s.param for g in symmetry.sets for s in g.slots} if symmetry is not None else set(values[0])
+    )
     for i, value in enumerate(values):
-        check_state_dict(value, values[0], f"model {i}")
+        check_state_dict(value, values[0], f"model {i}", still)
     if symmetry is not None:
         for name, shape in symmetry.shapes.items():
             if name not in values[0] or tuple(values[0][name].shape) != tuple(shape):
