@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from math import inf, isfinite, isnan
 from typing import Any
 
 COLUMNS = ("matcher", "repair", "select", "accuracy", "loss", "agreement", "barrier", "drift", "seconds")
@@ -27,16 +28,16 @@ class Score:
 
     @property
     def key(self) -> tuple[float, float]:
-        """Larger is better: accuracy, then loss; agreement without labels."""
+        """Larger is better: accuracy, then loss (NaN is the worst); agreement without labels."""
         if self.accuracy is None or self.loss is None:
             return self.agreement, 0.0
-        return self.accuracy, -self.loss
+        return self.accuracy, -_known(self.loss)
 
     def worse_than(self, other: Score) -> bool:
         """Whether accuracy or loss is worse; agreement without labels."""
         if self.accuracy is None or other.accuracy is None or self.loss is None or other.loss is None:
             return self.agreement < other.agreement
-        return self.accuracy < other.accuracy or not self.loss <= other.loss
+        return self.accuracy < other.accuracy or _known(self.loss) > _known(other.loss)
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Row:
         select: on the data that choose; None if it failed.
         report: on the data that are reported; nothing was chosen by them.
         barrier: the loss of the merged network above the mean loss of the models, on the report's data.
-        drift: the largest relative change of a model's own output by its map; 0 for permutations.
+        drift: the largest relative change of a model's own output by its map; 0 for permutations, None where moved models
+            are no networks of their own.
         seconds: matching, averaging and repairing.
         worse_than_naive: whether accuracy or loss is worse than that of the plain average, on the report's data.
         error: why it failed.
@@ -62,7 +64,7 @@ class Row:
     select: Score | None = None
     report: Score | None = None
     barrier: float | None = None
-    drift: float = 0.0
+    drift: float | None = 0.0
     seconds: float = 0.0
     worse_than_naive: bool = False
     error: str = ""
@@ -71,6 +73,11 @@ class Row:
     def name(self) -> str:
         """Matcher and repair."""
         return f"{self.matcher} + {self.repair}"
+
+    @property
+    def key(self) -> tuple[float, float]:
+        """Larger is better, by the data that choose; what failed comes last."""
+        return (-1.0, 0.0) if self.select is None else self.select.key
 
     def cells(self) -> list[str]:
         """What the table shows, in the order of ``COLUMNS``."""
@@ -87,7 +94,7 @@ class Row:
             "-" if loss is None else f"{loss:.4f}",
             f"{self.report.agreement:.2%}",
             "-" if self.barrier is None else f"{self.barrier:+.4f}",
-            f"{self.drift:.3f}",
+            "-" if self.drift is None else f"{self.drift:.3f}",
             f"{self.seconds:.1f}",
         ]
 
@@ -127,7 +134,7 @@ class Comparison:
         if best.fits and modest is not None:
             text += f" Without fitting weights to data: {self._words(modest)}."
         text += f" Chosen on {self.samples['select']} samples and reported on {self.samples['report']} others"
-        text += f" (two standard errors of an accuracy there: {self._error(best):.1%})."
+        text += f" (95% interval of an accuracy there: give or take {self._error(best):.1%})."
         naive = next((r for r in self.rows if (r.matcher, r.repair) == ("identity", "none") and r.report), None)
         reports = [r.report for r in (best, naive) if r is not None and r.report is not None]
         if best is not naive and len(reports) == 2 and reports[0].key <= reports[1].key:
@@ -143,7 +150,10 @@ class Comparison:
     def _error(self, row: Row) -> float:
         assert row.report is not None
         share = row.report.agreement if row.report.accuracy is None else row.report.accuracy
-        return float(2 * (max(share * (1 - share), 0.0) / max(row.report.samples, 1)) ** 0.5)
+        # Agresti and Coull (1998): two successes and two failures more, so that 100 % is not certain
+        n = row.report.samples + 4
+        share = (share * row.report.samples + 2) / n
+        return float(2 * (share * (1 - share) / n) ** 0.5)
 
     def footnotes(self) -> list[str]:
         """What the marks of the table mean, the models themselves, and the notes."""
@@ -161,9 +171,9 @@ class Comparison:
         return [*out, *self.notes]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, without the pictures."""
+        """Plain data for JSON, without the pictures; numbers that are NaN or infinite, which JSON has not, are None."""
         best, modest = self.best(), self.best(fitting=False)
-        return {
+        out = {
             "format": "automerge.comparison/1",
             "recommendation": self.recommendation(),
             "best": None if best is None else best.name,
@@ -175,6 +185,7 @@ class Comparison:
             "notes": list(self.notes),
             "settings": dict(self.settings),
         }
+        return {key: _finite(value) for key, value in out.items()}
 
     def ends(self) -> list[list[str]]:
         """The models and their ensemble as rows of the table."""
@@ -194,3 +205,17 @@ class Comparison:
             parts = [c.ljust(w) if k < 2 else c.rjust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True))]
             lines.append("  ".join(parts).rstrip())
         return "\n".join([*lines, *self.footnotes(), "", self.recommendation()])
+
+
+def _known(loss: float) -> float:
+    """A loss that is NaN counts as the worst."""
+    return inf if isnan(loss) else loss
+
+
+def _finite(value: Any) -> Any:
+    """Plain data without numbers that are none."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not isfinite(value) else value

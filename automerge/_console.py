@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
+from rich.box import HEAVY_HEAD
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -105,14 +106,28 @@ class Console:
     def table(
         self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()
     ) -> None:
-        """A table: drawn by rich on a terminal, aligned with blanks elsewhere; numbers after the first column."""
+        """A table: drawn by rich on a terminal, aligned with blanks elsewhere; numbers after the first column.
+
+        On a narrow terminal it has no lines, and long names go on in the next row: a name that is cut says nothing.
+        """
         if sys.stdout.isatty():
-            table = Table(title=title, title_justify="left", caption="\n".join(notes) or None, caption_justify="left")
+            console = RichConsole()
+            widths = [max(len(row[k]) for row in [columns, *rows]) for k in range(len(columns))]
+            roomy = sum(widths) + 3 * len(widths) < console.width
+            table = Table(
+                title=title,
+                title_justify="left",
+                caption="\n".join(notes) or None,
+                caption_justify="left",
+                box=HEAVY_HEAD if roomy else None,
+                padding=(0, 1) if roomy else (0, 1, 0, 0),
+            )
             for number, column in enumerate(columns):
-                table.add_column(column, justify="right" if number else "left")
+                short = bool(number) and widths[number] <= 10
+                table.add_column(column, justify="right" if number else "left", no_wrap=short, overflow="fold")
             for row in rows:
                 table.add_row(*row)
-            RichConsole().print(table)
+            console.print(table)
         else:
             self.show(plain_table(title, columns, rows, notes))
 

@@ -100,6 +100,16 @@ class Batches:
         if not used:
             raise AutomergeError(f"the data hold no sample: all their batches ({given}) have the length zero")
 
+    def others(self) -> list[Batch]:
+        """Of batches that lie in memory, the first of every form but the first batch's; all are looked at."""
+        if not isinstance(self._data, list | tuple):
+            return []
+        forms: dict[str, Batch] = {}
+        for batch in self:
+            shapes = [(tuple(t.shape[1:]), t.dtype) for t in batch.tensors()]
+            forms.setdefault(repr((shapes, len(batch.args), sorted(batch.kwargs))), batch)
+        return list(forms.values())[1:]
+
     def _batch(self, item: Any, number: int) -> Batch:
         if self._device is not None:
             device = self._device

@@ -183,7 +183,7 @@ class _Source:
     """Batches of a user's iterable; what goes wrong while it gives them is said in one sentence."""
 
     def __init__(self, text: str, source: Iterable[Any]) -> None:
-        self.text = text
+        self.text = text  # the option and what it was given
         self.source = source
 
     def __iter__(self) -> Iterator[Any]:
@@ -195,31 +195,29 @@ class _Source:
             except StopIteration:
                 return
             except Exception as error:
-                raise UsageError(
-                    f"--data {self.text!r} failed while giving batch {number} ({_brief(error)})"
-                ) from error
+                raise UsageError(f"{self.text} failed while giving batch {number} ({_brief(error)})") from error
             if any(isinstance(t, torch.Tensor) and bool(torch.isnan(t).any()) for t in tree_leaves(item)):
-                raise UsageError(f"--data {self.text!r}: batch {number} has values that are NaN")
+                raise UsageError(f"{self.text}: batch {number} has values that are NaN")
             yield item
             number += 1
 
 
-def load_batches(text: str) -> Iterable[Any]:
-    """The batches that a ``--data`` factory gives; an iterator is listed, so that they can be read more than once.
+def load_batches(text: str, option: str = "--data") -> Iterable[Any]:
+    """The batches that the factory of an option gives; an iterator is listed, so that they can be read more than once.
 
     Raises:
         UsageError: if it does not import, cannot be called, or gives no iterable; on iteration, if it fails or a batch
             holds a NaN.
     """
-    source = _call(text, "--data")
+    source, name = _call(text, option), f"{option} {text!r}"
     if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
         raise UsageError(
-            f"--data {text!r} returned a {type(source).__name__} of single samples, not batches; "
+            f"{name} returned a {type(source).__name__} of single samples, not batches; "
             "return torch.utils.data.DataLoader(dataset, batch_size=256)"
         )
     if isinstance(source, torch.Tensor | str | dict) or not isinstance(source, Iterable):
-        raise UsageError(f"--data {text!r} returned a {type(source).__name__}, not an iterable of batches")
-    batches = _Source(text, source)
+        raise UsageError(f"{name} returned a {type(source).__name__}, not an iterable of batches")
+    batches = _Source(name, source)
     return list(batches) if iter(source) is source else batches
 
 

@@ -38,9 +38,10 @@ class Matrix:
     invertible: bool = True
 
     def __post_init__(self) -> None:
-        # one layout, so that what is read from a file multiplies to the same bits
-        object.__setattr__(self, "forward", self.forward.contiguous())
-        object.__setattr__(self, "inverse", self.inverse.contiguous())
+        # one layout and alignment, so that what is read from a file multiplies to the same bits
+        for name in ("forward", "inverse"):
+            value: torch.Tensor = getattr(self, name)
+            object.__setattr__(self, name, value.clone(memory_format=torch.contiguous_format))
 
     @staticmethod
     def permutation(perm: np.ndarray) -> Matrix:
@@ -157,7 +158,8 @@ class LinearElement(Element):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, LinearElement) or set(self.matrices) != set(other.matrices):
             return False
-        same = all(torch.equal(m.forward, other.matrices[g].forward) for g, m in self.matrices.items())
+        pairs = [(m, other.matrices[g]) for g, m in self.matrices.items()]
+        same = all(torch.equal(a.forward, b.forward) and torch.equal(a.inverse, b.inverse) for a, b in pairs)
         return same and super().__eq__(other)
 
     def __hash__(self) -> int:

@@ -35,6 +35,21 @@ class Evaluation:
         """Plain data for JSON."""
         return asdict(self)
 
+    def plot(self, path: str | os.PathLike[str], force: bool = False) -> Path:
+        """Draw the numbers as bars.
+
+        Raises:
+            AutomergeError: if matplotlib is missing, or the ending is no picture format.
+            OutputError: if the path exists (without ``force``) or cannot be written.
+        """
+        groups: dict[str, Mapping[str, float]] = {}
+        if self.accuracy is not None:
+            groups["accuracy (%)"] = {"": 100 * self.accuracy}
+        if self.loss is not None:
+            groups["loss (nats)"] = {"": self.loss}
+        groups |= {name: {"": value} for name, value in self.metrics.items()}
+        return _pictures.draw_bars(groups, path, force)
+
     def __str__(self) -> str:
         parts = [] if self.accuracy is None else [f"accuracy {self.accuracy:.2%}"]
         parts += [] if self.loss is None else [f"loss {self.loss:.4f}"]
@@ -58,6 +73,15 @@ class Agreement:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return asdict(self)
+
+    def plot(self, path: str | os.PathLike[str], force: bool = False) -> Path:
+        """Draw the share as a bar.
+
+        Raises:
+            AutomergeError: if matplotlib is missing, or the ending is no picture format.
+            OutputError: if the path exists (without ``force``) or cannot be written.
+        """
+        return _pictures.draw_bars({"agreement (%)": {f"{self.samples} samples": 100 * self.share}}, path, force)
 
 
 @dataclass(frozen=True)
@@ -132,6 +156,15 @@ class CycleError:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return asdict(self)
+
+    def plot(self, path: str | os.PathLike[str], force: bool = False) -> Path:
+        """Draw the error as a bar.
+
+        Raises:
+            AutomergeError: if matplotlib is missing, or the ending is no picture format.
+            OutputError: if the path exists (without ``force``) or cannot be written.
+        """
+        return _pictures.draw_bars({"cycle error (%)": {f"{self.models} models": 100 * self.value}}, path, force)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from automerge._errors import AutomergeError
+
 
 class Moments:
     """Streaming per-channel count, mean and centred square sum in float64; exact for parts of any size.
@@ -37,6 +39,17 @@ class Moments:
     def variance(self, *, unbiased: bool = False) -> torch.Tensor:
         """The variance of all samples; with ``unbiased`` divided by count - 1 as BatchNorm's running variance is."""
         return self.square / max(self.count - 1 if unbiased else self.count, 1)
+
+    def check(self, where: str) -> None:
+        """Refuse what cannot be a target or a measure.
+
+        Raises:
+            AutomergeError: if some are NaN or infinite.
+        """
+        if not (torch.isfinite(self.mean).all() and torch.isfinite(self.square).all()):
+            raise AutomergeError(
+                f"activations at {where} are NaN or infinite, or too large to square; check the data and the models"
+            )
 
     def std(self) -> torch.Tensor:
         """The standard deviation of all samples."""

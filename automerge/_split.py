@@ -15,6 +15,8 @@ from automerge._tree_io import map_tensors, tensors_of
 def split_batches(batches: Iterable[Batch], shares: Sequence[float], seed: int) -> list[list[Batch]]:
     """Every batch's samples, dealt at random to parts, so that each part holds its share of every batch.
 
+    A part's pieces are joined to batches again, none larger than the largest that was given.
+
     Args:
         batches: whose tensors all have the samples on their first axis.
         shares: one positive number per part.
@@ -32,6 +34,7 @@ def split_batches(batches: Iterable[Batch], shares: Sequence[float], seed: int) 
     total = sum(shares)
     edges = [sum(shares[:k]) / total for k in range(len(shares) + 1)]
     parts: list[list[Batch]] = [[] for _ in shares]
+    largest = 0
     for number, batch in enumerate(batches):
         lengths = {t.shape[0] if t.ndim else -1 for t in tensors_of((batch.args, dict(batch.kwargs), batch.labels))}
         if len(lengths) != 1 or -1 in lengths:
@@ -40,11 +43,13 @@ def split_batches(batches: Iterable[Batch], shares: Sequence[float], seed: int) 
                 "data for calibration, selection and report"
             )
         (n,) = lengths
+        largest = max(largest, n)
         order = torch.randperm(n, generator=rng)
         for k, part in enumerate(parts):
             rows = order[round(edges[k] * n) : round(edges[k + 1] * n)].sort().values
             if len(rows):
                 part.append(_taken(batch, rows))
+    parts = [_joined(part, largest) for part in parts]
     for k, part in enumerate(parts):
         if not part:
             raise AutomergeError(f"the data are too few to be cut into {len(shares)} parts (part {k} is empty)")
@@ -56,4 +61,35 @@ def _taken(batch: Batch, rows: torch.Tensor) -> Batch:
         return tensor[rows.to(tensor.device)]
 
     labels: Any = None if batch.labels is None else map_tensors(take, batch.labels)
-    return Batch(map_tensors(take, tuple(batch.args)), map_tensors(take, dict(batch.kwargs)), labels)
+    args, kwargs = map_tensors(take, tuple(batch.args)), map_tensors(take, dict(batch.kwargs))
+    return Batch(args, kwargs, labels, batch.number)
+
+
+def _joined(part: Sequence[Batch], largest: int) -> list[Batch]:
+    """Neighbours of one form as one batch, as long as it is not larger than that."""
+    out: list[Batch] = []
+    size = 0
+    for batch in part:
+        n = tensors_of((batch.args, dict(batch.kwargs), batch.labels))[0].shape[0]
+        if out and size + n <= largest and _form(out[-1]) == _form(batch):
+            out[-1], size = _cat(out[-1], batch), size + n
+        else:
+            out.append(batch)
+            size = n
+    return out
+
+
+def _form(batch: Batch) -> str:
+    """What batches must have in common to be joined: everything but their length."""
+    parts = (tuple(batch.args), dict(batch.kwargs), batch.labels)
+    return repr(map_tensors(lambda _, t: (tuple(t.shape[1:]), t.dtype, t.device), parts))
+
+
+def _cat(a: Batch, b: Batch) -> Batch:
+    rest = iter(tensors_of((tuple(b.args), dict(b.kwargs), b.labels)))
+
+    def join(_: str, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat([tensor, next(rest)])
+
+    args, kwargs = map_tensors(join, tuple(a.args)), map_tensors(join, dict(a.kwargs))
+    return Batch(args, kwargs, None if a.labels is None else map_tensors(join, a.labels), a.number)

@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from automerge._data import Batch, device_of
-from automerge._errors import CheckpointError
+from automerge._errors import CheckpointError, MatchingError, TraceError
 from automerge._places import Place, Survey, survey
 from automerge._tree_io import map_tensors
 from automerge.io import tied_names
@@ -108,6 +108,20 @@ class Observed:
     place: Place
     moments: CrossMoments
 
+    def check(self) -> None:
+        """Refuse what no statistic can be made of.
+
+        Raises:
+            MatchingError: if some activations are NaN or infinite.
+        """
+        for m, mean in enumerate(self.moments.means):
+            spread = self.moments.covariance(m, m).diagonal()
+            if not (torch.isfinite(mean).all() and torch.isfinite(spread).all()):
+                raise MatchingError(
+                    f"model {m}: activations at {self.place.where} are NaN or infinite, or too large to square; "
+                    "check the data and the model"
+                )
+
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
@@ -195,6 +209,7 @@ def collect(
     Raises:
         CheckpointError: if a state dict lacks a tensor of the network.
         TraceError: if the network does not run on a batch.
+        MatchingError: if activations are NaN or infinite, or too large to square.
 
     Examples:
         >>> from automerge import infer
@@ -225,6 +240,8 @@ def collect(
     assert first is not None
     measured = [p for p in first.places if p.node in moments and p.node not in lost and moments[p.node].count]
     observed = tuple(Observed(p, moments[p.node]) for p in measured)
+    for one in observed:
+        one.check()
     seen = {g for o in observed for g in o.place.slots}
     return Statistics(observed, tuple(g for g in range(len(symmetry.sets)) if g not in seen), first)
 
@@ -242,7 +259,8 @@ def _parts(batches: Iterable[Batch], mask: Mask | None) -> Iterator[tuple[Batch,
             def cut(_: str, tensor: torch.Tensor, part: slice = part, n: int = n) -> torch.Tensor:
                 return tensor[part] if tensor.ndim and tensor.shape[0] == n else tensor
 
-            yield Batch(map_tensors(cut, tuple(batch.args)), map_tensors(cut, dict(batch.kwargs))), counted[part]
+            args, kwargs = map_tensors(cut, tuple(batch.args)), map_tensors(cut, dict(batch.kwargs))
+            yield Batch(args, kwargs, None, batch.number), counted[part]
 
 
 class _Reached(Exception):
@@ -288,12 +306,18 @@ class _Run:
         key = repr(map_tensors(lambda _, t: (tuple(t.shape), t.dtype), (batch.args, dict(batch.kwargs))))
         if key not in self.graphs:
             self.network.load_state_dict(self.states[0])
-            graph = trace(self.network, batch.args, batch.kwargs, values=False)
+            graph = self._recorded(batch, values=False)
             self._survey(graph)
             self.graphs[key] = graph
         graph = self.graphs[key]
         info: TraceInfo = graph.meta["trace"]
         return None if info.data_dependent or info.rewritten else graph
+
+    def _recorded(self, batch: Batch, *, values: bool) -> fx.GraphModule:
+        try:
+            return trace(self.network, batch.args, batch.kwargs, values=values)
+        except TraceError as error:
+            raise TraceError(f"batch {batch.number} of the data: {error}") from error
 
     def _survey(self, graph: fx.GraphModule) -> None:
         if self.first is None:
@@ -339,7 +363,7 @@ class _Run:
 
     def _traced(self, state: State, batch: Batch, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
         self.network.load_state_dict(dict(state))
-        graph = trace(self.network, batch.args, batch.kwargs)
+        graph = self._recorded(batch, values=True)
         out: dict[str, torch.Tensor] = {}
         wanted = self._same(graph)
         for node in graph.graph.nodes:

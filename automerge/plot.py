@@ -81,26 +81,34 @@ def plot_barrier(
 def plot_similarity(
     before: Similarity, after: Similarity, path: str | os.PathLike[str], *, force: bool = False
 ) -> Path:
-    """The cosine similarity of every tensor before and after matching, as bars.
+    """The cosine of every tensor, and with activations the CKA and correlation at every place, before and after matching.
 
     Raises:
         AutomergeError: if matplotlib is not installed.
         OutputError: if the picture cannot be written.
     """
-    names = list(before.per_tensor)
-    figure, (axes,) = _figure(1, 7.0, max(2.4, 0.32 * len(names) + 1.0))
-    places = list(range(len(names)))
-    curves = [
-        (before, f"before (all: {before.cosine:.3f})", _BEFORE),
-        (after, f"after (all: {after.cosine:.3f})", _AFTER),
-    ]
-    for offset, (value, label, colour) in zip((-0.2, 0.2), curves, strict=True):
-        heights = [value.per_tensor.get(n, 0.0) for n in names]
-        axes.barh([p + offset for p in places], heights, height=0.38, color=colour, label=label)
-    axes.set_yticks(places, names, fontsize=7)
-    axes.invert_yaxis()
-    _style(axes, "cosine similarity", "")
-    axes.legend(fontsize=8, frameon=False)
+    panels = [("cosine similarity", before.per_tensor, after.per_tensor, (before.cosine, after.cosine))]
+    for title, first, second in (
+        ("CKA", before.cka, after.cka),
+        ("correlation of units", before.correlation, after.correlation),
+    ):
+        if first and second:
+            means = sum(first.values()) / len(first), sum(second.values()) / len(second)
+            panels.append((title, first, second, means))
+    longest = max(len(p[1]) for p in panels)
+    figure, drawn = _figure(len(panels), 7.0, max(2.4, 0.32 * longest + 1.0))
+    for axes, (title, first, second, means) in zip(drawn, panels, strict=True):
+        names = list(first)
+        places = list(range(len(names)))
+        curves = [(first, "before", _BEFORE, means[0]), (second, "after", _AFTER, means[1])]
+        for offset, (values, label, colour, mean) in zip((-0.2, 0.2), curves, strict=True):
+            heights = [values.get(n, 0.0) for n in names]
+            label = f"{label} (all: {mean:.3f})"
+            axes.barh([p + offset for p in places], heights, height=0.38, color=colour, label=label)
+        axes.set_yticks(places, names, fontsize=7)
+        axes.invert_yaxis()
+        _style(axes, title, "")
+        axes.legend(fontsize=8, frameon=False)
     return save_figure(figure, path, force)
 
 

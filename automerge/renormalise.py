@@ -199,6 +199,9 @@ class Repair(Renormaliser):
                 if moments.count == 0 or step.key not in targets:
                     skipped[step.name] = "not every model and batch runs it"
                     return None
+                if moments.count < 2:
+                    skipped[step.name] = "the data give it one sample, which has no variance; give a few hundred"
+                    return None
                 return self._fold(step, moments, targets[step.key], tensors, layers)
 
             correct(model, tensors, batches, plan, change)

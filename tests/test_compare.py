@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 import json
+import re
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +18,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from automerge import CCA, FrankWolfe, Identity, Matcher, Matching, compare, evaluate, infer, merge, save_state_dict
+from automerge import (
+    CCA,
+    FrankWolfe,
+    Identity,
+    Matcher,
+    Matching,
+    ZipIt,
+    compare,
+    evaluate,
+    infer,
+    merge,
+    save_state_dict,
+)
 from automerge._comparison import COLUMNS, Comparison, Row, Score
 from automerge._comparison_page import page
+from automerge._console import Console
 from automerge._data import Batch
 from automerge._errors import AutomergeError, MatchingError
 from automerge._split import split_batches
 from automerge.cli import main
 from automerge.compare import REPAIRS
+from automerge.matchers import MATCHERS
 from tests import _factories
 
 torch.set_num_threads(1)
@@ -72,6 +89,33 @@ def check_parts(parts: list[list[Batch]], shares: list[int], start: int, slack: 
             assert torch.equal(batch.kwargs["extra"], -batch.labels)
     for own, share in zip(labels, shares, strict=True):
         assert abs(len(own) - start * share / sum(shares)) <= slack
+
+
+def test_data_given_twice_are_noticed() -> None:
+    nets, data = problem(2)
+    fixes: Any = {"none": "none"}
+    one: Any = {"matchers": {"identity": Identity()}, "repairs": fixes}
+    apart = compare(nets, data[0][0], data, **one)
+    assert not any("flatters" in n for n in apart.notes)
+    twice = compare(nets, data[0][0], data[:1], select=data, report=data[1:], **one)
+    assert [n for n in twice.notes if "flatters" in n] == [
+        "250 of the 250 samples of the report are also among those that select: the report flatters"
+    ]
+
+
+def test_small_pieces_are_joined_again() -> None:
+    """As few batches as fit into the largest that was given, and only those of one form."""
+    batches = [Batch((torch.full((10, 2), float(k)),), {}, torch.full((10,), k)) for k in range(8)]
+    batches[4] = Batch((torch.full((10, 3), 4.0),), {}, torch.full((10,), 4))
+    quarter, rest = split_batches(batches, [1, 3], 0)
+    sizes = [len(b.labels) for b in quarter]
+    assert sum(sizes) == sum(int((b.labels == k).sum()) for b in quarter for k in range(8))
+    assert len(sizes) <= 5
+    assert max(sizes) <= 10
+    assert [len(b.labels) for b in rest] == [8] * 8 or sum(len(b.labels) for b in rest) == 80 - sum(sizes)
+    for batch in (*quarter, *rest):
+        assert (batch.args[0] == batch.labels[:, None]).all()
+        assert batch.args[0].shape[1] == (3 if 4 in batch.labels else 2)
 
 
 def test_data_that_cannot_be_cut() -> None:
@@ -150,6 +194,50 @@ def test_one_split_is_cut_and_labels_are_not_needed() -> None:
     assert [r.report for r in again.rows] == [r.report for r in one.rows]
 
 
+def test_data_are_refused_before_the_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    nets, data = problem(2)
+    module = importlib.import_module("automerge.compare")
+
+    def long(*args: object, **kwargs: object) -> None:
+        raise AssertionError("inference began")
+
+    monkeypatch.setattr(module, "infer", long)
+    (x, y), _ = data
+    bad: dict[str, Any] = {"data": [(x[:, :3], y)], "select": [(x, y + 5)], "report": [(x, y.double())]}
+    for name, wrong in bad.items():
+        with pytest.raises(AutomergeError, match=f"^{name}: "):
+            compare(nets, x, **{"data": data, "select": data, "report": data, name: wrong})
+
+
+def test_pictures_that_fail_leave_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    nets, data = problem(2)
+    module = importlib.import_module("automerge.compare")
+    one: Any = {"matchers": {"fw": FrankWolfe()}, "repairs": {"none": "none"}, "pictures": True}
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise AutomergeError("no ink")
+
+    monkeypatch.setattr(module, "barrier", fail)
+    found = compare(nets, data[0][0], data, **one)
+    assert len(found.rows) == 2
+    assert "the pictures could not be drawn: no ink" in found.notes
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(module, "infer", fail)
+    with pytest.raises(AutomergeError, match=r"pip install 'automerge\[plot\]'"):
+        compare(nets, data[0][0], data, **one)
+
+
+def test_outputs_that_are_no_classes() -> None:
+    nets: list[nn.Module] = [nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)) for _ in range(2)]
+    x = torch.randn(40, 4)
+    for data in ([x], [(x, x[:, :1])]):
+        with pytest.raises(AutomergeError, match=r"one score.*evaluate\(metrics="):
+            compare(nets, x, data)
+    wide: list[nn.Module] = [nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)) for _ in range(2)]
+    with pytest.raises(AutomergeError, match="comparing needs labels that are classes, or none"):
+        compare(wide, x, [(x, torch.randn(40, 3))])
+
+
 def test_bad_input() -> None:
     nets, data = problem(2)
     with pytest.raises(MatchingError, match="comparing needs data"):
@@ -174,7 +262,9 @@ def test_the_recommendation_tells_what_it_rests_on() -> None:
     assert "Recommended: fw + least squares, accuracy 84.00%" in text
     assert "Without fitting weights to data: fw + none, accuracy 75.00%" in text
     assert "Chosen on 40 samples and reported on 100 others" in text
-    assert "7.3%" in text, "2 sqrt(0.84 * 0.16 / 100)"
+    assert "give or take 7.4%" in text, "2 sqrt(86 / 104 * 18 / 104 / 104)"
+    sure = replace(naive, report=score(1.0, 0.0, 16))
+    assert "give or take 13.4%" in table(sure).recommendation(), "2 sqrt(18 / 20 * 2 / 20 / 20): no certainty"
     lucky = replace(plain, report=score(0.55, 1.1), worse_than_naive=True)
     assert "no better than the plain average" in table(lucky, naive).recommendation()
     assert "no better" not in table(naive, lucky).recommendation()
@@ -186,6 +276,61 @@ def test_the_recommendation_tells_what_it_rests_on() -> None:
     assert "No combination worked" in failed.recommendation()
     assert "a + b failed: it failed" in str(failed)
     assert all(len(r.cells()) == len(COLUMNS) for r in (naive, fit, lucky, failed.rows[0]))
+
+
+def test_a_loss_that_is_nan_is_the_worst_and_json_has_none() -> None:
+    good, lost = score(0.5, 1.0), score(0.5, float("nan"))
+    assert sorted([lost, good, lost, good], key=lambda s: s.key)[-1] is good
+    assert lost.worse_than(good)
+    assert not good.worse_than(lost)
+    told = table(Row("fw", "none", select=lost, report=lost, drift=float("inf"), barrier=float("nan"))).to_dict()
+    text = json.dumps(told, allow_nan=False)
+    assert json.loads(text)["rows"][0]["report"]["loss"] is None
+
+
+def test_units_merged_within_models_have_no_drift_and_no_path() -> None:
+    nets, data = problem(2)
+    fixes: Any = {"none": "none"}
+    found = compare(
+        nets, data[0][0], data, matchers={"zipit": ZipIt(), "identity": Identity()}, repairs=fixes, pictures=True
+    )
+    row = next(r for r in found.rows if r.matcher == "zipit")
+    assert row.drift is None
+    assert row.cells()[COLUMNS.index("drift")] == "-"
+    assert not any("zipit" in title for title in found.pictures)
+
+
+def test_pictures_show_the_best_repair_at_every_point() -> None:
+    nets, data = problem(3)
+    fixes: Any = {"repair": "repair"}
+    found = compare(nets, data[0][0], data, matchers={"fw": FrankWolfe()}, repairs=fixes, pictures=True)
+    best = found.best()
+    assert best is not None
+    assert best.repair == "repair", "else this test shows nothing"
+    assert f"From model 0 to model 1, aligned by {best.matcher}, repair at every point" in found.pictures
+    assert len(found.pictures) == 5
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_a_narrow_terminal_cuts_no_name(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        Row(m, r, r == "least squares", score(0.9771, 0.0583), score(0.9629, 0.0919), 0.0235, 0.268, 11.4)
+        for m in MATCHERS
+        for r in REPAIRS
+    ]
+    found = table(*rows)
+    with monkeypatch.context() as patch:
+        patch.setenv("COLUMNS", str(width))
+        patch.setattr(sys.stdout, "isatty", lambda: True)
+        Console().table("T", COLUMNS, [*found.ends(), *(r.cells() for r in rows)], found.footnotes())
+    shown = re.sub("\x1b\\[[0-9;]*m", "", capsys.readouterr().out)
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= width
+    assert shown.count("97.71%") == len(rows)
+    for name in MATCHERS:
+        assert name[: 9 if width < 100 else None] in shown
 
 
 def test_the_page_needs_nothing_else() -> None:
@@ -233,7 +378,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     }
     assert told["samples"] == {"calibrate": 32, "select": 32, "report": 64}
     assert told["settings"]["factory"] == "tests._factories:mlp"
-    assert html.read_text().count("data:image/png") == 4
+    assert html.read_text().count("data:image/png") == (4 if told["best"].endswith("+ none") else 5)
+    assert any("32 of the 64 samples of the report are also among those that select" in n for n in told["notes"])
     assert main([*command, "--json", str(out)]) == 2
     assert "exists" in capsys.readouterr().err
     assert main([*command, "--json", str(out), "--force"]) == 0

@@ -1,4 +1,4 @@
-"""Real networks: what aligned, repaired and fitted merges of digits classifiers reach.."""
+"""Real networks: what aligned, repaired and fitted merges of digits classifiers reach."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from automerge import (
     Repair,
     compare,
     evaluate,
+    infer,
+    merge,
 )
 from zoo.data import Dataset, load
 from zoo.models.mlp import MLP
@@ -27,11 +29,11 @@ SHAPES = {"three of 64": ((64, 64, 64, 64, 10), 5), "six of 48": ((64, *[48] * 6
 
 
 @cache
-def trained(name: str) -> tuple[list[MLP], Dataset]:
+def trained(name: str, first: int = 0) -> tuple[list[MLP], Dataset]:
     sizes, count = SHAPES[name]
     data = load("digits")
     nets = []
-    for seed in range(count):
+    for seed in range(first, first + count):
         net = MLP(sizes)
         net.load_state_dict(train(lambda: MLP(sizes), data, Recipe(epochs=30), seed).state_dict)
         nets.append(net.eval())
@@ -71,6 +73,20 @@ def test_wide_networks_merge_to_97_percent() -> None:
     assert found["identity + none"] < 0.2, "the plain average is at chance"
     assert max(v for n, v in found.items() if "least squares" not in n) >= 0.95, "data-driven, without fitting"
     assert found["activations + least squares"] >= 0.97
+
+
+@pytest.mark.parametrize("first", [5, 10, 15, 20])
+def test_fitting_merges_every_other_set_of_seeds_to_97_percent(first: int) -> None:
+    """Sets that nothing was chosen on; the defaults, and 400 training images without labels."""
+    nets, data = trained("three of 64", first)
+    x = data.x_train[:400]
+    symmetry = infer(nets[0], x[:1])
+    for matcher in (FrankWolfe(), ActivationMatching()):
+        merged = merge(nets, x[:1], matcher=matcher, data=[x], symmetry=symmetry, repair=LeastSquares())
+        found = evaluate((nets[0], merged.state_dict), [(data.x_test, data.y_test)]).accuracy
+        assert found is not None
+        assert found >= 0.97, type(matcher).__name__
+    assert merged.repair.mode == "fit", "and it says that this is fitting"
 
 
 def test_deep_narrow_networks() -> None:

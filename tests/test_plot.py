@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from automerge._errors import AutomergeError, OutputError
+from automerge._measures import Agreement, CycleError, Evaluation
 from automerge.evaluate import Barrier, Similarity
 
 pytest.importorskip("matplotlib")
@@ -29,8 +31,26 @@ def test_barrier_picture(tmp_path: Path, suffix: str) -> None:
 def test_the_other_pictures(tmp_path: Path) -> None:
     before, after = Similarity(0.1, {"a": 0.1, "b": -0.2}), Similarity(0.8, {"a": 0.9, "b": 0.7})
     assert plot_similarity(before, after, tmp_path / "s.png").exists()
+    more = Similarity(0.8, {"a": 0.9}, {"relu": 0.5, "tanh": 0.25}, {"relu": 0.75, "tanh": 0.5})
+    drawn = plot_similarity(more, more, tmp_path / "t.svg")
+    assert {"CKA", "correlation of units", "before (all: 0.375)"} <= set(_texts(drawn))
     assert plot_objective([1.0, 2.0, 2.5], tmp_path / "o.png").exists()
     assert plot_objective({"fw": [1.0, 2.0], "polish": [2.0, 2.1]}, tmp_path / "p.png").exists()
+
+
+def _texts(file: Path) -> list[str]:
+    """The comments in which matplotlib repeats a drawing's texts."""
+    return [t.strip() for t in re.findall(r"<!--(.*?)-->", file.read_text(), re.DOTALL)]
+
+
+def test_every_measurement_draws_itself(tmp_path: Path) -> None:
+    for name, value, texts in (
+        ("e", Evaluation(0.5, 0.7, 10, {"f1": 0.25}), {"accuracy (%)", "loss (nats)", "f1"}),
+        ("r", Evaluation(None, None, 10, {"mse": 2.0}), {"mse"}),
+        ("a", Agreement(0.5, 10), {"agreement (%)", "10 samples"}),
+        ("c", CycleError(0.25, 3), {"cycle error (%)", "3 models"}),
+    ):
+        assert texts <= set(_texts(value.plot(tmp_path / f"{name}.svg")))
 
 
 def test_an_existing_picture_and_an_unknown_format(tmp_path: Path) -> None:

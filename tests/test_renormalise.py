@@ -132,7 +132,7 @@ def test_reset_restores_everything_on_an_error() -> None:
     model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2))
     model.train()
     before = {n: v.clone() for n, v in model.state_dict().items()}
-    with pytest.raises(RuntimeError, match=r"shape|size"):
+    with pytest.raises(AutomergeError, match=r"batch 1 of the data.*(shape|size)"):
         reset_batchnorm(model, [torch.randn(4, 2), torch.randn(4, 2, 3)])
     assert _same([model.state_dict()], [before])
     assert model.training
@@ -322,6 +322,15 @@ def test_only_free_channels_are_corrected() -> None:
     moved = (fixed["0.weight"] != merged["0.weight"]).any(1)
     assert moved.tolist() == [False, True, False, True, True, False]
     assert torch.equal(fixed["2.weight"], merged["2.weight"])
+
+
+def test_one_sample_is_too_few_and_the_report_says_so() -> None:
+    model = _mlp(5, 12, 10, 3)
+    states = [_mlp(5, 12, 10, 3, seed=s).state_dict() for s in (1, 2)]
+    fixed, report = Repair()(model, states[0], states, [torch.randn(1, 5)])
+    assert not report.layers
+    assert any("one sample, which has no variance" in reason for reason in report.skipped.values())
+    assert all(torch.equal(fixed[n], v) for n, v in states[0].items())
 
 
 def test_dead_channels_are_left_alone() -> None:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from automerge._errors import MatchingError
+from automerge._statistics import Mask, attention_mask
 from automerge.matchers._augment import augment, restrict
 from automerge.matchers._base import Matcher, Matching, Model, Progress, check_models
 from automerge.matchers._elements import check_options
 from automerge.matchers._frank_wolfe import FrankWolfe
-from automerge.matchers._sites import observe, runnable
+from automerge.matchers._sites import check_samples, observe, runnable
 from automerge.symmetry import Symmetry
 
 
@@ -36,6 +37,7 @@ class ActivationMatching(Matcher):
         solver: any matcher that needs no data.
         kind: "correlation" (of centred activations), or "inner" (products, as Git Re-Basin's).
         mix: the share of the activations, in [0, 1].
+        mask: which tokens count (see `automerge._statistics.collect`): by default those of ``attention_mask``.
 
     Examples:
         >>> import torch
@@ -54,6 +56,7 @@ class ActivationMatching(Matcher):
     solver: Matcher = field(default_factory=FrankWolfe)
     kind: str = "correlation"
     mix: float = 0.5
+    mask: Mask | None = field(default=attention_mask, repr=False)  # its text is an address in memory
 
     def __post_init__(self) -> None:
         check_options(self, {"kind": ("correlation", "inner")})
@@ -72,7 +75,9 @@ class ActivationMatching(Matcher):
         values = check_models(models, symmetry)
         network, batches = runnable(self, models, data)
         begin = time.perf_counter()
-        sites, report = observe(network, values, symmetry, batches, self.kind)
+        sites, report = observe(network, values, symmetry, batches, self.kind, self.mask)
+        if self.kind == "correlation":
+            check_samples(self, report)
         observed = time.perf_counter() - begin
         larger, grown = augment(symmetry, values, sites, self.mix)
         found = self.solver.match(grown, larger, progress=progress)

@@ -21,7 +21,7 @@ from automerge._statistics import Mask, Statistics, attention_mask, collect
 from automerge.groups import Element
 from automerge.matchers._activations import ActivationMatching
 from automerge.matchers._base import Matcher, Matching, Model, Progress, check_models
-from automerge.matchers._sites import runnable
+from automerge.matchers._sites import check_samples, runnable
 from automerge.matchers._weight_matching import WeightMatching
 from automerge.symmetry import Symmetry
 
@@ -60,7 +60,7 @@ class LinearMatcher(Matcher):
     reference: int = 0
     fallback: float | None = None
     permutations: Matcher = field(default_factory=_permutations)
-    mask: Mask | None = attention_mask
+    mask: Mask | None = field(default=attention_mask, repr=False)  # its text is an address in memory
 
     @abstractmethod
     def solve(self, own: torch.Tensor, other: torch.Tensor, cross: torch.Tensor, nearest: torch.Tensor) -> Matrix:
@@ -76,7 +76,7 @@ class LinearMatcher(Matcher):
     def match(
         self, models: Sequence[Model], symmetry: Symmetry, *, progress: Progress | None = None, data: Any = None
     ) -> Matching:
-        """See `Matcher.match`.
+        """See `Matcher.match`. Ctrl-C while units are permuted ends with the best permutations so far.
 
         Raises:
             MatchingError: also without data or without a module, for activations that are NaN or infinite or of which a
@@ -86,21 +86,18 @@ class LinearMatcher(Matcher):
         self._check(len(values))
         network, batches = runnable(self, models, data)
         begin = time.perf_counter()
-        try:
-            base = self.permutations.match(models, symmetry, progress=progress, data=batches)
-        except torch.linalg.LinAlgError:  # what a decomposition says of NaN; find out where it comes from
-            seen = collect(network, values, symmetry, batches, reference=self.reference, mask=self.mask)
-            for g in range(len(symmetry.sets)):
-                _unusable(seen, g, len(values))
-            raise
+        base = self.permutations.match(models, symmetry, progress=progress, data=batches)
         if any(isinstance(e, LinearElement) for e in base.to_universe):
             raise MatchingError(f"{type(self).__name__}(permutations=...): expected a matcher by permutations")
         clock = {"permutations": time.perf_counter() - begin}
         start = time.perf_counter()
         plain = [base.between(m, self.reference) for m in range(len(values))]
+        if base.stats.get("interrupted"):
+            return Matching(tuple(plain), symmetry, repr(self), base.stats)
         # of the permuted models: where a value carries two groups, the units of the other one then correspond
         permuted = [symmetry.apply(v, e) for v, e in zip(values, plain, strict=True)]
         found = collect(network, permuted, symmetry, batches, reference=self.reference, mask=self.mask)
+        check_samples(self, found.report(symmetry))
         groups, barred = linear_groups(found.survey, symmetry)
         for g in list(groups):
             if reason := _unusable(found, g, len(values)):
@@ -169,20 +166,11 @@ def _few(found: Statistics, g: int, symmetry: Symmetry) -> str:
 
 
 def _unusable(found: Statistics, g: int, count: int) -> str | None:
-    """Why activations do not determine a matrix at all; None if they do.
-
-    Raises:
-        MatchingError: if some are NaN or infinite.
-    """
+    """Why activations do not determine a matrix at all; None if they do."""
     if not found.of(g):
         return "no activation shows it"
     for m in range(count):
         own = found.covariance(g, m, m)
-        if not torch.isfinite(own).all():
-            where = found.of(g)[0].place.where
-            raise MatchingError(
-                f"model {m}: activations at {where} are NaN or infinite, or too large to square; check the data and the model"
-            )
         level = max(float(o.moments.means[m].square().max()) for o in found.of(g))
         if not own.diagonal().max() > _CONSTANT * level:
             return f"its units never vary in model {m}"

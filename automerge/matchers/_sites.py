@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 from automerge._data import Batch, Batches
 from automerge._errors import MatchingError
-from automerge._statistics import CrossMoments, Observed, collect
+from automerge._statistics import CrossMoments, Mask, Observed, attention_mask, collect
 from automerge.io import StateDict
 from automerge.matchers._augment import Site, correlation
 from automerge.matchers._base import Model
@@ -18,7 +18,12 @@ from automerge.symmetry import Slot, Symmetry
 
 
 def observe(
-    network: nn.Module, states: Sequence[StateDict], symmetry: Symmetry, batches: Iterable[Batch], kind: str
+    network: nn.Module,
+    states: Sequence[StateDict],
+    symmetry: Symmetry,
+    batches: Iterable[Batch],
+    kind: str,
+    mask: Mask | None = attention_mask,
 ) -> tuple[list[Site], dict[str, Any]]:
     """Run all models on the data and gather the activations' inner products.
 
@@ -28,11 +33,15 @@ def observe(
         symmetry: of the architecture.
         batches: the inputs; one pass.
         kind: "correlation" or "inner".
+        mask: which tokens count, see `automerge._statistics.collect`.
 
     Returns:
         One site for all places at which the same groups act alike, and what was observed, for the report.
+
+    Raises:
+        MatchingError: for activations that are NaN or infinite.
     """
-    found = collect(network, states, symmetry, batches)
+    found = collect(network, states, symmetry, batches, mask=mask)
     alike: dict[tuple[Any, ...], list[Observed]] = {}
     for one in found.observed:
         alike.setdefault(one.place.key, []).append(one)
@@ -50,6 +59,22 @@ def _gram(moments: CrossMoments, kind: str) -> torch.Tensor:
     if kind == "correlation":
         return correlation(moments.joint())
     return moments.joint() + moments.means[:, :, None, None] * moments.means
+
+
+def check_samples(matcher: object, report: Mapping[str, Any]) -> None:
+    """Correlations need two samples.
+
+    Args:
+        matcher: who asks.
+        report: from `automerge._statistics.Statistics.report`.
+
+    Raises:
+        MatchingError: if there are fewer.
+    """
+    if report["sites"] and report["samples"] < 2:
+        raise MatchingError(
+            f"{type(matcher).__name__} looks at how activations vary, and the data hold one sample; give a few hundred"
+        )
 
 
 def runnable(matcher: object, models: Sequence[Model], data: Any) -> tuple[nn.Module, Batches]:

@@ -10,14 +10,13 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from automerge._errors import MatchingError
 from automerge._linear_groups import linear_groups, summary
 from automerge._linear_maps import Matrix, linear_element, permutations_of
 from automerge._statistics import Mask, Statistics, attention_mask, collect
 from automerge.matchers._activations import ActivationMatching
 from automerge.matchers._base import Matcher, Matching, Model, Progress, check_models
 from automerge.matchers._pairwise import check_reference
-from automerge.matchers._sites import runnable
+from automerge.matchers._sites import check_samples, runnable
 from automerge.matchers._weight_matching import WeightMatching
 from automerge.symmetry import Symmetry
 
@@ -70,12 +69,12 @@ class ZipIt(Matcher):
     within: bool = True
     reference: int = 0
     permutations: Matcher = field(default_factory=_permutations)
-    mask: Mask | None = attention_mask
+    mask: Mask | None = field(default=attention_mask, repr=False)  # its text is an address in memory
 
     def match(
         self, models: Sequence[Model], symmetry: Symmetry, *, progress: Progress | None = None, data: Any = None
     ) -> Matching:
-        """See `Matcher.match`.
+        """See `Matcher.match`. Ctrl-C while units are permuted ends with the best permutations so far.
 
         Raises:
             MatchingError: also without data or without a module, or for activations that are NaN or infinite.
@@ -86,9 +85,12 @@ class ZipIt(Matcher):
         begin = time.perf_counter()
         base = self.permutations.match(models, symmetry, progress=progress, data=batches)
         plain = [base.between(m, self.reference) for m in range(len(values))]
+        if base.stats.get("interrupted"):
+            return Matching(tuple(plain), symmetry, repr(self), base.stats)
         # of the permuted models: where a value carries two groups, the units of the other one then correspond
         permuted = [symmetry.apply(v, e) for v, e in zip(values, plain, strict=True)]
         found = collect(network, permuted, symmetry, batches, mask=self.mask)
+        check_samples(self, found.report(symmetry))
         groups, barred = linear_groups(found.survey, symmetry)
         for g in [g for g in groups if not found.of(g)]:
             barred[g] = "no activation shows it"
@@ -115,9 +117,6 @@ class ZipIt(Matcher):
         """For every model and unit its cluster, ``(N, n)``; clusters stand where their first unit of the reference does."""
         parts = [torch.cat([found.covariance(g, a, b) for b in range(count)], dim=1) for a in range(count)]
         covariance = torch.cat(parts).cpu().numpy()
-        if not np.isfinite(covariance).all():
-            where = found.of(g)[0].place.where
-            raise MatchingError(f"activations at {where} are NaN or infinite; check the data and the models")
         n = covariance.shape[0] // count
         labels = zip_units(covariance, n, self.within).reshape(count, n)
         return _placed(labels, self.reference)

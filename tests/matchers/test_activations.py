@@ -22,6 +22,7 @@ from automerge.trace import trace
 from tests import _symmetries as hand
 from tests.matchers import _families as families
 from tests.matchers._families import NETWORKS, family
+from tests.test_statistics import Tokens, padded
 
 torch.set_num_threads(1)
 
@@ -247,6 +248,25 @@ def test_merging_state_dicts_by_activations() -> None:
     by_modules = merge(nets, x[:2], matcher=ActivationMatching(), data=[x], repair="none")
     assert by_dicts.matching.to_universe == by_modules.matching.to_universe
     assert all(torch.equal(by_dicts.state_dict[n], v) for n, v in by_modules.state_dict.items())
+
+
+def test_padding_decides_nothing() -> None:
+    """A padded batch gives what the sentences give one by one; the mask can be another, or none."""
+    nets = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        nets.append(Tokens().eval())
+    ids, mask = padded(0, 6, 5)
+    symmetry = infer(nets[0], (), {"input_ids": ids, "attention_mask": mask})
+    whole = [{"input_ids": ids, "attention_mask": mask}]
+    rows = [slice(0, int(m.sum())) for m in mask]
+    single = [{"input_ids": ids[k : k + 1, r], "attention_mask": mask[k : k + 1, r]} for k, r in enumerate(rows)]
+    one, two = (match(nets, symmetry, ActivationMatching(mix=1.0), data=d) for d in (whole, single))
+    assert one.to_universe == two.to_universe
+    loose = match(nets, symmetry, ActivationMatching(mask=None), data=whole)
+    own = match(nets, symmetry, ActivationMatching(mask=lambda b: b.kwargs["input_ids"] > 0), data=whole)
+    assert (one.stats["samples"], loose.stats["samples"]) == (int(mask.sum()), mask.numel())
+    assert own.stats["samples"] == int((ids > 0).sum())
 
 
 # -------------------------------------------------------------------- what it refuses

@@ -34,6 +34,7 @@ from automerge.matchers import (
 )
 from tests import _symmetries as hand
 from tests.matchers import _families as families
+from tests.matchers import test_linear_matchers, test_zipit
 from tests.matchers._families import NETWORKS, family, network, pairs
 
 torch.set_num_threads(1)
@@ -325,6 +326,13 @@ def test_a_reference_that_is_no_model(matcher: Matcher) -> None:
     symmetry = hand.mlp()
     with pytest.raises(MatchingError, match="there are the models 0 to 2"):
         match([hand.weights(symmetry, i) for i in range(3)], symmetry, matcher)
+
+
+def test_every_registered_matcher_is_under_test() -> None:
+    """One file and one line in `MATCHERS`: the rest is found by what the class says of itself."""
+    linear = set(test_linear_matchers.INEXACT) | set(test_zipit.INSEPARABLE)
+    assert set(DEFAULTS) | linear == set(MATCHERS)
+    assert not set(DEFAULTS) & linear
 
 
 def test_exported_names() -> None:

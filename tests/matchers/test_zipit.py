@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from automerge import Matching, Repair, ZipIt, infer, match, merge
+from automerge import Matching, Repair, ZipIt, infer, match, matchers, merge
 from automerge._errors import MatchingError
 from automerge._linear_maps import LinearElement
 from automerge.matchers._zipit import zip_units
@@ -113,7 +114,73 @@ def test_the_average_is_the_formula_of_the_paper() -> None:
     assert torch.allclose(result.state_dict["4.weight"], top)
 
 
+INSEPARABLE = {n: make() for n, make in matchers.MATCHERS.items() if not make().separable}
 FEW = ("linear_only", "mlp_layernorm", "mlp", "conv_bn", "Residual", "ConcatenateTwice", "GroupedQuerySdpa", "zoo vit")
+
+
+def mean(result: Matching, models: list[Any]) -> dict[str, torch.Tensor]:
+    """What the matching is for: the average in the universe."""
+    moved = result.apply(models)
+    return {
+        n: torch.stack([m[n].double() for m in moved]).mean(0) for n, v in moved[0].items() if v.is_floating_point()
+    }
+
+
+def given(name: str, models: list[dict[str, torch.Tensor]]) -> list[Any]:
+    """The first model as a module."""
+    own = deepcopy(network(name)[0])
+    own.load_state_dict(models[0])
+    own = own.to(next(v.dtype for v in models[0].values() if v.is_floating_point()))
+    return [own, *models[1:]]
+
+
+@pytest.mark.parametrize("name", families.NETWORKS)
+@pytest.mark.parametrize("matcher", INSEPARABLE)
+def test_what_is_owed_on_every_network(matcher: str, name: str, tmp_path: Path) -> None:
+    """Shapes, types, finite numbers, the same answer again, files to the bit, and units permuted beforehand."""
+    symmetry, made = network(name)[2], INSEPARABLE[matcher]
+    models, _ = family(name, 3)
+    copies = [{n: v.clone() for n, v in m.items()} for m in models]
+    data = families.batches(name, 8)
+    result = match(given(name, models), symmetry, made, data=data)
+    assert all(torch.equal(m[n], c[n]) for m, c in zip(models, copies, strict=True) for n in m), "inputs changed"
+    moved = result.apply(models)
+    for own, before in zip(moved, models, strict=True):
+        assert {n: (v.shape, v.dtype) for n, v in own.items()} == {n: (v.shape, v.dtype) for n, v in before.items()}
+        assert all(torch.isfinite(v).all() for v in own.values() if v.is_floating_point())
+    assert match(given(name, models), symmetry, made, data=data).to_universe == result.to_universe
+    result.save(tmp_path / "m.safetensors")
+    read = Matching.load(tmp_path / "m.safetensors").apply(models)
+    assert all(torch.equal(a[n], b[n]) for a, b in zip(read, moved, strict=True) for n in a)
+    # in the coordinates of the first model the merged network does not depend on how the others are numbered
+    others = [models[0], *(symmetry.apply(m, symmetry.random_element(k)) for k, m in enumerate(models[1:]))]
+    again = mean(match(given(name, others), symmetry, made, data=data), others)
+    for n, v in mean(result, models).items():
+        assert torch.allclose(again[n], v, rtol=1e-5, atol=1e-6 * float(v.abs().max() + 1)), n
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", range(2, 9))
+@pytest.mark.parametrize("matcher", INSEPARABLE)
+def test_any_number_of_models(matcher: str, count: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype) for _ in range(count)]
+    x = torch.randn(60, 5, dtype=dtype)
+    result = match(nets, infer(nets[0], x), INSEPARABLE[matcher], data=[x[:30], x[30:]])
+    assert len(result) == count
+    assert all(v.dtype == dtype and torch.isfinite(v).all() for m in result.apply(nets) for v in m.values())
+
+
+def test_interrupting_leaves_the_permutations() -> None:
+    nets = [net(k) for k in range(3)]
+    x = torch.randn(50, 5, dtype=torch.float64)
+
+    def stop(numbers: object) -> None:
+        raise KeyboardInterrupt
+
+    result = match(nets, infer(nets[0], x), ZipIt(), progress=stop, data=x)
+    assert result.stats["interrupted"]
+    assert result.cycle_error() == 0
 
 
 @pytest.mark.parametrize("name", FEW)
