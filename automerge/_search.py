@@ -33,17 +33,24 @@ class _Adjacency:
         self.kind, self.other = kind[order], other[order]
         self.start = np.searchsorted(at[order], np.arange(n + 1))
 
-    def block(self, vertices: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-        """Kinds ``(d,)`` and ends ``(len(vertices), d)`` if all vertices have the same kinds of edges, else None."""
-        low, high = self.start[vertices], self.start[vertices + 1]
-        degree = high - low
+    def block(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """The other ends of the edges at every unit's vertices ``(units, columns)``.
+
+        Returns:
+            The column that each edge is at, and the ends ``(units, edges)``; None unless corresponding vertices have the
+            same kinds of edges.
+        """
+        low = self.start[units]
+        degree = self.start[units + 1] - low
         if not (degree == degree[0]).all():
             return None
-        at = low[:, None] + np.arange(degree[0])
+        column = np.repeat(np.arange(units.shape[1]), degree[0])
+        within = np.arange(column.size) - np.repeat(np.cumsum(degree[0]) - degree[0], degree[0])
+        at = low[:, column] + within
         kinds = self.kind[at]
-        if not (kinds == kinds[:1]).all():
+        if not (kinds == kinds[0]).all():
             return None
-        return kinds[0], self.other[at]
+        return column, self.other[at]
 
     def row(self, v: int) -> list[tuple[int, int]]:
         """The edges of one vertex."""
@@ -78,64 +85,68 @@ class _Swapper:
             np.add.at(whole, cluster[at[outside]], images)
         key = whole[cluster]
         chosen = np.flatnonzero(self.moving)
-        rows = np.stack([self.colour[chosen].astype(np.uint64), key[chosen]], 1)
-        _, group = np.unique(rows, axis=0, return_inverse=True)
-        order = np.argsort(group.reshape(-1), kind="stable")
-        cuts = np.flatnonzero(np.diff(group.reshape(-1)[order])) + 1
+        group = mixed_hash(self.colour[chosen], key[chosen])
+        order = np.argsort(group, kind="stable")
+        cuts = np.flatnonzero(np.diff(group[order])) + 1
         parts = [chosen[p] for p in np.split(order, cuts)]
         return sorted((p for p in parts if p.size > 1), key=lambda p: (bool(key[p[0]]), int(p[0])))
 
     # ------------------------------------------------------------ a whole bucket
     def bundle(self, bucket: np.ndarray) -> np.ndarray | None:
         """The table of a bucket whose members all have clusters of one shape in order; None if that does not check out."""
-        n = bucket.size
-        line = np.arange(n)
-        columns = [bucket]
-        self._row[bucket], self._column[bucket] = line, 0
+        columns = [bucket[:, None]]
+        self._row[bucket], self._column[bucket] = np.arange(bucket.size), 0
         try:
-            done = 0
-            while done < len(columns):
-                if not self._extend(columns, columns[done], line):
+            while columns[-1].shape[1]:
+                new = self._extended(columns[-1], sum(c.shape[1] for c in columns))
+                if new is None:
                     return None
-                done += 1
-            return np.stack(columns, 1) if all(self._keeps(c, line) for c in columns) else None
+                columns.append(new)
+            table = np.concatenate(columns, 1)
+            return table if self._keeps(table) else None
         finally:
             for c in columns:
                 self._row[c] = self._column[c] = -1
 
-    def _extend(self, columns: list[np.ndarray], column: np.ndarray, line: np.ndarray) -> bool:
-        """Add the columns that must move with one: all that leads into it, and what it leads to one to one."""
-        into, out = self.inward.block(column), self.outward.block(column)
+    def _extended(self, units: np.ndarray, count: int) -> np.ndarray | None:
+        """The columns that must move with some: all that leads into them, and what they lead to one to one.
+
+        Args:
+            units: vertices, ``(units, columns)``.
+            count: the number of columns so far.
+        """
+        into, out = self.inward.block(units), self.outward.block(units)
         if into is None or out is None:
-            return False
-        for ends, inward in [*((e, True) for e in into[1].T), *((e, False) for e in out[1].T)]:
-            if self._row[ends[0]] >= 0:
-                if not self._parallel(ends, line):
-                    return False
-            elif inward or not (ends == ends[0]).all():
-                if (self._row[ends] >= 0).any():
-                    return False
-                self._row[ends], self._column[ends] = line, len(columns)
-                columns.append(ends)
-                if not np.array_equal(self._row[ends], line):
-                    return False
-        return True
+            return None
+        order = np.argsort(np.concatenate([into[0], out[0]]), kind="stable")
+        ends = np.concatenate([into[1], out[1]], 1)[:, order]
+        still = (order >= into[0].size) & (self._row[ends[0]] < 0) & (ends == ends[0]).all(0)
+        ends = ends[:, ~still]
+        first = ends[0]
+        at = np.flatnonzero(self._row[first] < 0)
+        at = np.sort(at[np.unique(first[at], return_index=True)[1]])
+        new = ends[:, at]
+        if (self._row[new] >= 0).any():
+            return None
+        self._row[new], self._column[new] = np.arange(units.shape[0])[:, None], np.arange(count, count + at.size)
+        if self._parallel(ends):
+            return new
+        self._row[new] = self._column[new] = -1
+        return None
 
-    def _parallel(self, ends: np.ndarray, line: np.ndarray) -> bool:
-        return np.array_equal(self._row[ends], line) and bool((self._column[ends] == self._column[ends[0]]).all())
+    def _parallel(self, ends: np.ndarray) -> bool:
+        """Whether every row is in its unit and every column in one column."""
+        inside = bool((self._row[ends] == np.arange(ends.shape[0])[:, None]).all())
+        return inside and bool((self._column[ends] == self._column[ends[0]]).all())
 
-    def _keeps(self, column: np.ndarray, line: np.ndarray) -> bool:
-        """Every edge out of a column stays in its unit, or leads to one vertex that does not move."""
-        block = self.outward.block(column)
-        if block is None or not (self.colour[column] == self.colour[column[0]]).all():
+    def _keeps(self, table: np.ndarray) -> bool:
+        """Every edge out of a unit stays in it, or leads to one vertex that does not move."""
+        block = self.outward.block(table)
+        if block is None or not (self.colour[table] == self.colour[table[0]]).all():
             return False
-        for ends in block[1].T:
-            if self._row[ends[0]] < 0:
-                if not (ends == ends[0]).all():
-                    return False
-            elif not self._parallel(ends, line):
-                return False
-        return True
+        moves = self._row[block[1][0]] >= 0
+        still, ends = block[1][:, ~moves], block[1][:, moves]
+        return bool((still == still[0]).all()) and self._parallel(ends)
 
     # ------------------------------------------------------------ one pair
     def out(self, v: int) -> list[tuple[int, int]]:
@@ -264,7 +275,7 @@ def search(structure: Structure, wanted: np.ndarray | None = None) -> list[UnitS
         for made in [table] if table is not None else _sets_of(bucket.tolist(), swapper, shown):
             # sets that differ in vertices of no parameter only are one
             units = np.sort(made[:, shown[made[0]]], axis=1)
-            rows = units[np.lexsort(units.T[::-1])] if units.size else units
+            rows = units[np.argsort(units[:, 0])] if units.size else units
             found.setdefault((units.shape, rows.tobytes()), UnitSet(made))
             number += 1
             last[made.reshape(-1), 0] = number

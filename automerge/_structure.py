@@ -25,13 +25,36 @@ def mixed_hash(*parts: np.ndarray | int) -> np.ndarray:
     return out
 
 
+def _key(*columns: np.ndarray) -> np.ndarray:
+    """One number for each row of a table of natural numbers: equal for equal rows, in the order of the rows."""
+    key, room = np.zeros(columns[0].size, np.uint64), 2**64
+    for column in columns:
+        width = int(column.max(initial=0)) + 1
+        if width > room:  # the product of the ranges leaves 64 bits: number the rows so far
+            key = np.unique(key, return_inverse=True)[1].astype(np.uint64)
+            room = 2**64 // (int(key.max(initial=0)) + 1)
+        key = key * np.uint64(width) + column.astype(np.uint64)
+        room //= width
+    return key
+
+
+def _distinct(*columns: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The distinct rows of a table of natural numbers, in lexicographic order."""
+    key = _key(*columns)
+    order = np.argsort(key)
+    key = key[order]
+    kept = order[np.concatenate([[True], key[1:] != key[:-1]])] if key.size else order
+    return tuple(c[kept] for c in columns)
+
+
 class Structure:
     """The axis structure with united vertices numbered 0..n, typed edges and stable colours."""
 
     def __init__(self, axes: Axes) -> None:
         root = axes.root[: axes.count]
-        self.ids, self.index = np.unique(root, return_inverse=True)
-        self.n = self.ids.size
+        lead = root == np.arange(root.size)  # every root is its own root
+        self.index = (np.cumsum(lead) - 1)[root]
+        self.n = int(np.count_nonzero(lead))
         family = axes.family_of[: axes.count].astype(np.int64)
         self.edge_type, self.source, self.target = self._edges(axes, family)
         self.colour = self._refine(self._initial(axes, family))
@@ -44,32 +67,29 @@ class Structure:
         source = np.concatenate([s for s, _ in axes.edges])
         target = np.concatenate([t for _, t in axes.edges])
         # a type is the event with the raw families of both ends, so that united families stay apart
-        key = np.stack([event, family[source], family[target]], 1)
-        _, kind = np.unique(key, axis=0, return_inverse=True)
-        rows = np.unique(np.stack([kind.reshape(-1), self.index[source], self.index[target]], 1), axis=0)
-        return rows[:, 0].copy(), rows[:, 1].copy(), rows[:, 2].copy()
+        kind = np.unique(_key(event, family[source], family[target]), return_inverse=True)[1]
+        return _distinct(kind, self.index[source], self.index[target])  # type: ignore[return-value]
 
     def _initial(self, axes: Axes, family: np.ndarray) -> np.ndarray:
         colour = np.zeros(self.n, np.uint64)
         lead = np.array([axes.families[c].start for c in axes.class_of], np.int64)
         colour[self.index] = mixed_hash(lead[family])
         for i, (labels, values) in enumerate(axes.marks):
-            rows = np.unique(np.stack([self.index[labels], family[labels], values.astype(np.int64)], 1), axis=0)
+            at, of, value = _distinct(self.index[labels], family[labels], values.astype(np.int64))
             with np.errstate(over="ignore"):
-                np.add.at(colour, rows[:, 0], mixed_hash(i + 1, rows[:, 1], rows[:, 2] + 1))
+                np.add.at(colour, at, mixed_hash(i + 1, of, value + 1))
         return colour
 
     def clusters(self) -> np.ndarray:
         """Vertices that determine each other through one-to-one edges: the number of each vertex's cluster."""
-        pairs = (
-            np.unique(np.stack([self.edge_type, self.target], 1), axis=0, return_counts=True)
-            if self.source.size
-            else None
-        )
         one = np.ones(self.source.size, bool)
-        if pairs is not None:
-            crowded = np.unique(pairs[0][pairs[1] > 1, 0])
-            one = ~np.isin(self.edge_type, crowded)
+        if self.source.size:
+            key = _key(self.edge_type, self.target)
+            order = np.argsort(key)
+            again = order[1:][key[order[1:]] == key[order[:-1]]]
+            crowded = np.zeros(int(self.edge_type.max()) + 1, bool)
+            crowded[self.edge_type[again]] = True
+            one = ~crowded[self.edge_type]
         # ... or are on one circle of edges (x + flip(x))
         edges = coo_matrix((np.ones(self.source.size, np.int8), (self.source, self.target)), shape=(self.n, self.n))
         circle = connected_components(edges, directed=True, connection="strong")[1]
@@ -80,17 +100,29 @@ class Structure:
         return connected_components(both, directed=False)[1]
 
     def _refine(self, colour: np.ndarray) -> np.ndarray:
+        """Colours such that equal ones have equally many edges of every type to every colour."""
         _, now = np.unique(colour, return_inverse=True)
-        now = now.reshape(-1).astype(np.int64)
+        if not self.source.size:
+            return now
+        touched = np.zeros(self.n, bool)
+        touched[self.source] = touched[self.target] = True
+        inside = np.flatnonzero(touched)  # all others keep their colour, which no vertex with edges may share
+        place = np.cumsum(touched) - 1
+        source, target = place[self.source], place[self.target]
+        _, mine = np.unique(now[inside], return_inverse=True)
+        out, into = mixed_hash(self.edge_type, 1), mixed_hash(self.edge_type, 2)
         while True:
-            count = int(now.max(initial=-1)) + 1
-            if count == self.n or not self.source.size:
-                return now
-            total = mixed_hash(now)
+            count = int(mine.max()) + 1
+            if count == mine.size:
+                break
+            total = mixed_hash(mine)
             with np.errstate(over="ignore"):
-                np.add.at(total, self.source, mixed_hash(self.edge_type, 1, now[self.target]))
-                np.add.at(total, self.target, mixed_hash(self.edge_type, 2, now[self.source]))
-            _, new = np.unique(np.stack([now.astype(np.uint64), total], 1), axis=0, return_inverse=True)
-            now = new.reshape(-1).astype(np.int64)
-            if int(now.max()) + 1 == count:
-                return now
+                np.add.at(total, source, mixed_hash(out, mine[target]))
+                np.add.at(total, target, mixed_hash(into, mine[source]))
+            _, new = np.unique(mixed_hash(mine, total), return_inverse=True)
+            mine = new
+            if int(mine.max()) + 1 == count:
+                break
+        now = now.copy()
+        now[inside] = mine + self.n
+        return np.unique(now, return_inverse=True)[1]

@@ -20,6 +20,23 @@ class Unruled(Exception):
     """A rule does not cover this use of its operator; the node is handled as if it had no rule."""
 
 
+def distinct(labels: np.ndarray) -> bool:
+    """Whether no entry occurs twice."""
+    flat = labels.reshape(-1)
+    return flat.size < 2 or _run(flat) or np.unique(flat).size == flat.size
+
+
+def _run(flat: np.ndarray) -> bool:
+    """Whether these are consecutive numbers."""
+    return bool(flat[-1] - flat[0] == flat.size - 1) and np.array_equal(flat, np.arange(flat[0], flat[-1] + 1))
+
+
+def _sorted(labels: np.ndarray) -> np.ndarray:
+    """The distinct labels in order."""
+    flat = labels.reshape(-1)
+    return flat if flat.size and _run(flat) else np.unique(flat)
+
+
 @dataclass
 class Family:
     """Vertices ``start .. start + size``.
@@ -177,13 +194,13 @@ class Axes:
 
     def select(self, labels: np.ndarray, whole: np.ndarray) -> None:
         """Some of the labels of an array are singled out (a slice): they may only be permuted among themselves."""
-        chosen = np.unique(labels)
-        if chosen.size < np.unique(whole).size:
+        chosen = _sorted(labels)
+        if chosen.size < _sorted(whole).size:
             self.mark(chosen, np.zeros(chosen.size, np.int64))
 
     def pin(self, labels: np.ndarray, reason: str) -> None:
         """Fix every vertex named."""
-        unique = np.unique(labels)
+        unique = _sorted(labels)
         self.rigid[unique] = True
         self.mark(unique, np.arange(unique.size))
         self.reasons.append((unique, reason, self.where))
@@ -191,9 +208,4 @@ class Axes:
     @staticmethod
     def injective(labels: np.ndarray) -> bool:
         """Whether no vertex is named twice (judged on raw vertices, never on united ones)."""
-        flat = labels.reshape(-1)
-        if flat.size < 2:
-            return True
-        if flat[-1] - flat[0] == flat.size - 1 and bool((np.diff(flat) == 1).all()):
-            return True
-        return np.unique(flat).size == flat.size
+        return distinct(labels)

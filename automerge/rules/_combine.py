@@ -81,7 +81,7 @@ class Combine(Splits):
             return
         f, g = self.make_injective(lists[a], i), self.make_injective(lists[b], j)
         for k in (h for fs in lists for h in fs):
-            if set(k.letters) == set(common) and self.axes.injective(k.labels):
+            if set(k.letters) == set(common) and k.injective:
                 return  # both have edges to that factor already, or get them as a pair
         fa = [c for c in f.letters if c in common]
         ga = [c for c in g.letters if c in common]
@@ -94,7 +94,7 @@ class Combine(Splits):
         labels = g.labels.transpose([g.letters.index(c) for c in f.letters])
         if np.array_equal(f.labels, labels):
             return
-        one, two = self.axes.injective(f.labels), self.axes.injective(labels)
+        one, two = f.injective, g.injective
         if one and two:
             self.axes.tie(f.labels, labels)
         elif one:
@@ -112,12 +112,12 @@ class Combine(Splits):
         for f in factors:
             unique.setdefault((f.letters, f.labels.tobytes()), f)
         # among equals, an injective one determines a copy, so it comes first
-        order = sorted(unique.values(), key=lambda f: (len(f.letters), not self.axes.injective(f.labels)))
+        order = sorted(unique.values(), key=lambda f: (len(f.letters), not f.injective))
         kept: list[Factor] = []
         for f in order:
             covered = set(pinned)
             for k in kept:
-                if set(k.letters) <= set(f.letters) and self.axes.injective(k.labels):
+                if set(k.letters) <= set(f.letters) and k.injective:
                     covered |= set(k.letters)
             same = any(set(k.letters) == set(f.letters) and np.array_equal(self._like(k, f), f.labels) for k in kept)
             if not same and not set(f.letters) <= covered:
@@ -151,7 +151,7 @@ class Combine(Splits):
             left = {f.letters[k] for k in rest}
             covered = set(value.pinned)
             for k in kept:
-                if set(k.letters) <= left and self.axes.injective(k.labels):
+                if set(k.letters) <= left and k.injective:
                     covered |= set(k.letters)
             if left <= covered:
                 continue
@@ -163,7 +163,7 @@ class Combine(Splits):
 
     def _determined(self, f: Factor, factors: Sequence[Factor]) -> bool:
         """Whether another factor of the value has an edge from every position to the labels of this one."""
-        return any(set(g.letters) > set(f.letters) and self.axes.injective(g.labels) for g in factors)
+        return any(set(g.letters) > set(f.letters) and g.injective for g in factors)
 
     def pin_all(self, value: Value, reason: str) -> Value:
         """Give every coordinate of a tensor a meaning."""

@@ -151,14 +151,19 @@ class Engine(Combine):
     ) -> Factor | None:
         """One factor over the joined axis: each operand's labels, distinct operands kept apart."""
         segments: list[Factor] = []
-        used: dict[int, np.ndarray] = {}
+        owner = np.zeros(2 * self.axes.count, np.int32)  # which operand has shown a vertex; room for new ones
+        numbers: dict[int, int] = {}
         shared: dict[int, np.ndarray] = {}
         for letters, factors, who in zip(own, parts, map(id, same), strict=True):
             segment = self._operand_factor(both, letters, factors, shared, who)
+            number = numbers.setdefault(who, len(numbers) + 1)
+            owner = _with_room(owner, self.axes.count)
             # two different tensors may carry the same labels, and equal labels must mean equal values
-            if any(np.intersect1d(segment.labels, labels).size for other, labels in used.items() if other != who):
+            before = owner[segment.labels]
+            if ((before != 0) & (before != number)).any():
                 segment = Factor(segment.letters, self.axes.relabel(segment.labels))
-            used[who] = np.union1d(used.get(who, segment.labels), segment.labels)
+                owner = _with_room(owner, self.axes.count)
+            owner[segment.labels] = number
             segments.append(segment)
         outer = list(
             dict.fromkeys(c for f, mine in zip(segments, own, strict=True) for c in f.letters if c not in mine)
@@ -235,3 +240,8 @@ def _slice_classes(array: np.ndarray, axis: int) -> np.ndarray:
     rows = np.ascontiguousarray(rows)
     numbers: dict[bytes, int] = {}
     return np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in rows], np.int64)
+
+
+def _with_room(owner: np.ndarray, count: int) -> np.ndarray:
+    """The array, or a longer one with zeros behind it."""
+    return owner if owner.size >= count else np.concatenate([owner, np.zeros(2 * count - owner.size, np.int32)])

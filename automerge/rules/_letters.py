@@ -30,7 +30,7 @@ class Letters:
 
     def make_injective(self, factors: list[Factor], i: int) -> Factor:
         """See to it that factor i of a value names no vertex twice, with a fresh vertex per position if it does."""
-        if not self.axes.injective(factors[i].labels):
+        if not factors[i].injective:
             self.replace(factors, i, Factor(factors[i].letters, self.axes.refine(factors[i].labels)))
         return factors[i]
 

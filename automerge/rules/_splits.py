@@ -48,7 +48,7 @@ class Splits(Letters):
 
     def _outer(self, extra: set[int], f: Factor, g: Factor, value: Value, factors: Sequence[Factor]) -> bool:
         """Whether the extra letters of a joint factor are the outer ones: its operand knows them without it."""
-        if not self.axes.injective(g.labels):
+        if not g.injective:
             return False
         known, mine = set(value.pinned), set(value.pinned)
         for h in factors:

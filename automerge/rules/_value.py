@@ -15,12 +15,16 @@ at the same places share the letter, so that what is joint with it keeps its own
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from automerge.rules._axes import distinct
 
 _letters = itertools.count(1)
 
@@ -34,6 +38,11 @@ class Factor:
 
     def __post_init__(self) -> None:
         assert self.labels.ndim == len(self.letters)
+
+    @functools.cached_property
+    def injective(self) -> bool:
+        """Whether no vertex is named twice (judged on raw vertices, never on united ones)."""
+        return distinct(self.labels)
 
 
 @dataclass
@@ -86,7 +95,7 @@ class Value:
     @property
     def shape(self) -> tuple[int, ...]:
         """The tensor's shape."""
-        return tuple(int(np.prod([self.size[c] for c in axis], dtype=np.int64)) for axis in self.axes)
+        return tuple(math.prod([self.size[c] for c in axis]) for axis in self.axes)
 
     @property
     def letters(self) -> tuple[int, ...]:
@@ -224,6 +233,8 @@ def common_refinement(a: Sequence[int], b: Sequence[int]) -> list[int] | None:
     >>> common_refinement([6, 4], [2, 12])
     [2, 3, 4]
     """
+    if list(a) == list(b):
+        return [n for n in a if n > 1]
     cuts = sorted(set(np.cumprod(list(a)[::-1]).tolist()) | set(np.cumprod(list(b)[::-1]).tolist()))
     out, last = [], 1
     for cut in cuts:
@@ -238,10 +249,12 @@ def common_refinement(a: Sequence[int], b: Sequence[int]) -> list[int] | None:
 def refine_axis(value: Value, axis: int, sizes: Sequence[int]) -> Value:
     """Split the letters of one axis so that their sizes become ``sizes`` (a refinement of them)."""
     todo = list(sizes)
+    if todo == [value.size[c] for c in value.axes[axis]]:
+        return value
     for letter in value.axes[axis]:
         n = value.size[letter]
         parts: list[int] = []
-        while int(np.prod(parts, dtype=np.int64)) < n:
+        while math.prod(parts) < n:
             parts.append(todo.pop(0))
         if len(parts) > 1:
             value = split_letter(value, letter, parts)
