@@ -141,12 +141,16 @@ def _same_form(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return (form, nothing, nothing)
 
 
+# operators on operands in any layout whose strides the meta device is known to give
+_EXACT = {aten.bmm.default, aten.clone.default, aten._softmax.default,
+          aten._scaled_dot_product_flash_attention_for_cpu.default}  # fmt: skip
+
+
 def _own_strides(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether an operator may choose its output's strides as the meta device does not: channels of an image come last."""
-    if torch.Tag.pointwise in func.tags:
+    """Whether an operator may choose its output's strides as the meta device does not: operands are laid out otherwise."""
+    if func in _EXACT or torch.Tag.pointwise in func.tags:
         return False
-    return any(t.dim() in (4, 5) and t.stride(1) <= min(t.stride()[2:]) and t.stride() != _packed(t.shape)
-               for t in args if isinstance(t, torch.Tensor))  # fmt: skip
+    return any(isinstance(t, torch.Tensor) and t.dim() > 2 and t.stride() != _packed(t.shape) for t in args)
 
 
 def _packed(shape: torch.Size) -> tuple[int, ...]:

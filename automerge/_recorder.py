@@ -446,8 +446,8 @@ def _holds(whole: torch.Tensor, part: torch.Tensor) -> bool:
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
-    start = tensor.storage_offset()
-    return start, start + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    start = int(tensor.storage_offset())
+    return start, start + sum((n - 1) * int(s) for n, s in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:

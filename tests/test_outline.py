@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 
-from automerge import trace
+from automerge import TraceError, trace
 from automerge._outline import Lookalikes, NeedsValues, Outline, shadow
 from automerge._recorder import Recorder
 from automerge.infer import infer, infer_graph
@@ -30,7 +30,8 @@ def uncomputed(model: nn.Module, *args: Any) -> fx.GraphModule:
 def described(graph: fx.GraphModule) -> list[Any]:
     def form(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return tuple(value.shape), value.dtype, value.stride() if value.numel() else None
+            strides = [s for s, n in zip(value.stride(), value.shape, strict=True) if n > 1]
+            return tuple(value.shape), value.dtype, strides if value.numel() else None
         return [form(v) for v in value] if isinstance(value, list | tuple) else value
 
     nodes = [n for n in graph.graph.nodes if n.op != "output"]
@@ -119,6 +120,92 @@ def test_a_model_that_looks_at_a_number_is_run_with_numbers(look: str) -> None:
     with_numbers = trace(Run(LOOKS[look]), x)
     assert [d[:4] for d in described(graph)] == [d[:4] for d in described(with_numbers)]
     assert graph.meta["trace"] == with_numbers.meta["trace"]
+
+
+def test_operands_of_other_precisions_fail_as_with_numbers() -> None:
+    with pytest.raises(TraceError, match="dtype"):
+        trace(nn.Linear(3, 2).half(), torch.ones(1, 3), values=False)
+    with pytest.raises(NeedsValues):
+        uncomputed(nn.Linear(3, 2).half(), torch.ones(1, 3))
+
+
+def test_positions_out_of_range_fail_as_with_numbers() -> None:
+    with pytest.raises(TraceError, match="index out of range"):
+        trace(nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 2)), torch.tensor([[0, 3]]), values=False)
+
+
+def test_positions_from_uncomputed_numbers_need_them() -> None:
+    choose = Run(lambda x: torch.gather(x, 1, (x * 1).topk(2)[1]))
+    with pytest.raises(NeedsValues):
+        uncomputed(choose, torch.randn(2, 4))
+
+
+_KEPT: dict[str, torch.Tensor] = {}
+
+
+def test_no_cache_is_left_with_numbers_that_nobody_computed() -> None:
+    """A cache outside of the model is overwritten by the run with numbers; where it is not, that is said."""
+
+    def overwrites(x: torch.Tensor) -> torch.Tensor:
+        _KEPT["last"] = x * 2
+        return _KEPT["last"] + 1
+
+    def keeps(x: torch.Tensor) -> torch.Tensor:
+        if "first" not in _KEPT:
+            _KEPT["first"] = x * 2
+        return _KEPT["first"] + x
+
+    x = torch.randn(2, 3)
+    try:
+        trace(Run(overwrites), x, values=False)
+        assert torch.equal(_KEPT["last"], x * 2)
+        with pytest.raises(TraceError, match="outside of its modules"):
+            trace(Run(keeps), x, values=False)
+        _KEPT["first"] = x * 2
+        trace(Run(keeps), x, values=False)
+        assert torch.equal(_KEPT["first"], x * 2)
+    finally:
+        _KEPT.clear()
+
+
+@settings(max_examples=40)
+@given(
+    st.sampled_from([nn.Conv2d(3, 4, 3), nn.Conv2d(3, 3, 1, groups=3), nn.AvgPool2d(2), nn.ZeroPad2d(1), nn.ReflectionPad2d(1),
+                     nn.AdaptiveAvgPool2d(1), nn.Upsample(scale_factor=2), nn.GroupNorm(3, 3), nn.BatchNorm2d(3),
+                     nn.InstanceNorm2d(3), nn.MaxPool2d(2), nn.PixelUnshuffle(1), nn.ConvTranspose2d(3, 2, 2), nn.GELU()]),
+    st.permutations(range(4)),
+    st.booleans(),
+)  # fmt: skip
+def test_strides_of_images_are_those_of_the_kernels(layer: nn.Module, order: list[int], last: bool) -> None:
+    """Memory laid out in any order of the axes, in front of every kind of layer, and what reads strides behind it."""
+    shape = [2, 3, 4, 6]
+    x = torch.randn([shape[k] for k in order]).permute([order.index(k) for k in range(4)])
+    x = x.to(memory_format=torch.channels_last) if last else x
+    model = nn.Sequential(Run(lambda t: (t.permute(order) * 1).permute([order.index(k) for k in range(4)])), layer)
+    whole = nn.Sequential(model, Run(lambda t: t.reshape(t.shape[0], -1).transpose(0, 1).contiguous() * 2))
+    assert described(uncomputed(whole, x)) == described(trace(whole, x))
+
+
+@settings(max_examples=40)
+@given(
+    st.sampled_from([
+        lambda q: torch.bmm(q.flatten(0, 1), q.flatten(0, 1).transpose(1, 2)),
+        lambda q: q.softmax(-1), lambda q: q.softmax(1), lambda q: q.clone(), lambda q: q.contiguous(),
+        lambda q: nn.functional.scaled_dot_product_attention(q, q, q),
+        lambda q: nn.functional.scaled_dot_product_attention(q, q * 2, q.transpose(0, 1).transpose(0, 1), is_causal=True),
+        lambda q: q.matmul(q.transpose(2, 3)), lambda q: torch.cat([q, q], 1), lambda q: q.sum((1, 2)), lambda q: q.mean(1),
+        lambda q: nn.functional.layer_norm(q, q.shape[-1:]), lambda q: q.cumsum(1), lambda q: q.roll(1, 2),
+        lambda q: nn.functional.pad(q, (1, 1)), lambda q: q.amax(3), lambda q: torch.stack([q, q], 2),
+        lambda q: q.repeat(1, 2, 1, 1),
+    ]),
+    st.permutations(range(4)),
+)  # fmt: skip
+def test_strides_of_attention_are_those_of_the_kernels(function: Any, order: list[int]) -> None:
+    back = [order.index(k) for k in range(4)]
+    turned = Run(lambda t: t.permute(order).contiguous().permute(back))
+    whole = nn.Sequential(turned, Run(function), Run(lambda t: t.flatten().contiguous() * 2))
+    x = torch.randn(2, 3, 4, 6)
+    assert described(uncomputed(whole, x)) == described(trace(whole, x))
 
 
 def test_a_look_that_the_model_hides_counts() -> None:
