@@ -64,14 +64,18 @@ class Recorder(TorchDispatchMode):
         values: whether nodes keep the values of what depends on inputs or float parameters.
         compute: whether operators over float inputs and float parameters are computed. Without, the model is given
             tensors of the right form that hold no numbers, and `NeedsValues` is raised where it looks at one.
+        foreign: memory that an earlier run left without numbers.
     """
 
-    def __init__(self, model: nn.Module, values: bool, compute: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, values: bool, compute: bool = True, foreign: Sequence[StorageWeakRef] = ()
+    ) -> None:
         super().__init__()
         self.values, self.compute = values, compute
         self.blank: set[fx.Node] = set()  # what is not computed, and what that is computed from
         self.lookalikes = Lookalikes()
         self.gave_up = False
+        self.foreign, self.met_foreign = frozenset(foreign), False
         self.stand_ins: list[StorageWeakRef] = []  # memory that was handed out and never written to
         self.graph = fx.Graph()
         self.root = nn.Module()
@@ -211,6 +215,8 @@ class Recorder(TorchDispatchMode):
     def _constant(self, tensor: torch.Tensor) -> fx.Node:
         if not self.compute and id(tensor) not in self.owned:
             raise self.give_up("a tensor of unknown provenance may be a copy of one that was not computed")
+        if self.foreign and tensor.layout is torch.strided:
+            self.met_foreign |= StorageWeakRef(tensor.untyped_storage()) in self.foreign
         name = f"_constant_{len(self.info.unknown)}"
         value = tensor.detach().clone()
         self.root.register_buffer(name, value)
@@ -308,11 +314,18 @@ class Recorder(TorchDispatchMode):
         self.gave_up = True
         return NeedsValues(why)
 
-    def leftovers(self) -> bool:
-        """Whether somebody still holds memory that was never written to."""
+    def leftovers(self) -> list[StorageWeakRef]:
+        """Memory that was never written to and that somebody still holds."""
         if not all(ref.expired() for ref in self.stand_ins):
             gc.collect()
-        return not all(ref.expired() for ref in self.stand_ins)
+        return [ref for ref in self.stand_ins if not ref.expired()]
+
+    def spoil(self) -> None:
+        """Fill such memory with NaN, so that whoever uses it sees it."""
+        for ref in self.leftovers():
+            storage = torch.UntypedStorage._new_with_weak_ptr(ref.cdata)
+            if storage is not None:
+                storage.fill_(0xFF)
 
     def note_read(self, node: Any) -> None:
         """Python sees a tensor's values: from here on the trace holds for those values only."""

@@ -79,11 +79,15 @@ def trace(
             graph = _run(model, positional, keywords, blank)
         if graph is not None and not blank.leftovers():
             return graph
-    graph = _run(model, positional, keywords, Recorder(model, values))
-    if blank is not None and blank.leftovers():
+    left = blank.leftovers() if blank is not None else []
+    recorder = Recorder(model, values, foreign=left)
+    graph = _run(model, positional, keywords, recorder)
+    if blank is not None:
+        blank.spoil()
+    if recorder.met_foreign:
         raise TraceError(
             f"{type(model).__name__} keeps values of its forward pass outside of its modules (in a cache of a function or of "
-            "a plain object); run it on these inputs once before, so that the cache holds them"
+            "a plain object) and reads them again; run it on these inputs once before, so that the cache holds them"
         )
     return graph
 

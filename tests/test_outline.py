@@ -168,6 +168,17 @@ def test_no_cache_is_left_with_numbers_that_nobody_computed() -> None:
         _KEPT.clear()
 
 
+def test_what_a_model_hands_out_and_never_reads_again_is_no_matter() -> None:
+    """Activations that a hook collects: those that nobody computed hold nothing that could pass for numbers."""
+    seen: list[torch.Tensor] = []
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    model[1].register_forward_hook(lambda module, args, out: seen.append(out))
+    x = torch.randn(2, 3)
+    assert [g.size for g in infer(model, x, verify=False).generators()] == [4]
+    for value in seen:
+        assert bool(value.isnan().all()) or torch.equal(value, model[1](model[0](x)))
+
+
 @settings(max_examples=40)
 @given(
     st.sampled_from([nn.Conv2d(3, 4, 3), nn.Conv2d(3, 3, 1, groups=3), nn.AvgPool2d(2), nn.ZeroPad2d(1), nn.ReflectionPad2d(1),
