@@ -325,7 +325,7 @@ class Recorder(TorchDispatchMode):
         for ref in self.leftovers():
             storage = torch.UntypedStorage._new_with_weak_ptr(ref.cdata)
             if storage is not None:
-                storage.fill_(0xFF)
+                storage.fill_(0xFF)  # type: ignore[attr-defined]
 
     def note_read(self, node: Any) -> None:
         """Python sees a tensor's values: from here on the trace holds for those values only."""
