@@ -57,11 +57,12 @@ def reset_batchnorm(
 
     Each layer sees its batch normalised by the batch's own statistics, as in training, while everything else (dropout)
     is in eval mode. The running mean becomes the mean over all samples, and the running variance the unbiased variance
-    over all samples (batches pooled with their sizes, so unequal batches are exact). Momentum, ``num_batches_tracked``
-    and every module's mode flag stay as they are. BatchNorm1d, 2d, 3d and SyncBatchNorm (on any device).
+    over all samples (batches pooled with their sizes, so unequal batches are exact). Momentum and ``num_batches_tracked``
+    stay as they are; the model is left in eval mode, where the statistics are used. BatchNorm1d, 2d, 3d and SyncBatchNorm (on
+    any device).
 
     Args:
-        model: the network; only its running statistics are written.
+        model: the network; only its running statistics are written, and after an error nothing is changed.
         data: batches, see `automerge.merge`.
         inputs: how many of a batch's items are positional inputs.
         kwargs: keyword inputs for every batch.
@@ -82,6 +83,7 @@ def reset_batchnorm(
     norms = _norms(model)
     batches = Batches(data, inputs, kwargs, device_of(model))
     if not norms:
+        model.eval()
         return ()
     pooled = {module: Moments() for _, module in norms}
     names = {module: name for name, module in norms}
@@ -116,6 +118,7 @@ def reset_batchnorm(
         for module, moments in pooled.items():
             new = (moments.mean, moments.variance(unbiased=True)) if done and moments.count else before[module]
             _write(module, *new)
+    model.eval()
     return tuple(names[module] for module, moments in pooled.items() if moments.count)
 
 
