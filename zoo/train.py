@@ -1,4 +1,4 @@
-"""One trainer for every image classifier of the zoo: deterministic per seed, resumable, and quiet about it.
+"""One trainer for the zoo's classifiers and language models: deterministic per seed, resumable, and quiet about it.
 
 ``python -m zoo.train resnet --seed 0 --seed 1 --out runs`` writes ``runs/resnet-digits-seed0.safetensors`` and a JSON
 card beside it. A run that was interrupted goes on from its last finished epoch; a complete one is read, not repeated.
@@ -10,10 +10,12 @@ import argparse
 import hashlib
 import json
 import os
+import secrets
+import stat
 import sys
-import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,10 @@ class Recipe:
         rate: the peak learning rate of a cosine schedule with warm-up.
         decay: weight decay, decoupled (AdamW).
         shift: random translations of up to this many pixels.
+        flip: mirror every other image, at random.
+        patience: stop after this many epochs without a lower validation loss, and keep the best epoch's weights; 0 trains
+            all epochs, on all images.
+        validation: with ``patience``, the share of the training set (its end) that is held out for that.
     """
 
     epochs: int = 15
@@ -45,6 +51,9 @@ class Recipe:
     rate: float = 2e-3
     decay: float = 1e-2
     shift: int = 0
+    flip: bool = False
+    patience: int = 0
+    validation: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,7 @@ def train(
     path: str | Path | None = None,
     report: Report | None = None,
     device: str | torch.device = "cpu",
+    start: Mapping[str, torch.Tensor] | None = None,
 ) -> Trained:
     """Train one network from one seed, and write it if asked.
 
@@ -86,12 +96,22 @@ def train(
             ``.resume`` file. A complete file of the same card is read instead of training again.
         report: called with (finished epochs, all epochs).
         device: where to train.
+        start: weights to begin with, in place of random ones.
 
     Returns:
         The trained network.
     """
     out = Path(path) if path is not None else None
-    head = {"model": _name(factory), "data": data.name, "images": _digest(data), "seed": seed, "recipe": asdict(recipe)}
+    parts = (data.x_train, data.y_train, data.x_test, data.y_test)
+    head = {
+        "model": _name(factory),
+        "data": data.name,
+        "images": _digest(parts),
+        "seed": seed,
+        "recipe": asdict(recipe),
+    }
+    if start is not None:
+        head["start"] = _digest([start[name] for name in sorted(start)])
     if out is not None and (done := _finished(out, head)) is not None:
         if report:
             report(recipe.epochs, recipe.epochs)
@@ -99,10 +119,13 @@ def train(
     devices = [device] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        model = factory().to(device)
-        _fit(model, data, recipe, seed, out.with_suffix(".resume") if out else None, head, report, torch.device(device))
+        model = factory()
+        if start is not None:
+            model.load_state_dict(dict(start))
+        run = _Run(model.to(device), data, recipe, seed, out.with_suffix(".resume") if out else None, head)
+        run.fit(report)
     state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-    card = {**head, "metrics": _metrics(model, data, torch.device(device))}
+    card = {**head, "epochs": run.epoch, "metrics": _metrics(model, data.x_test, data.y_test)}
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         save_state_dict(out, state, {"card": json.dumps(card)}, force=True)
@@ -111,59 +134,102 @@ def train(
     return Trained(state, card, out)
 
 
-def _fit(
-    model: nn.Module,
-    data: Dataset,
-    recipe: Recipe,
-    seed: int,
-    resume: Path | None,
-    head: dict[str, Any],
-    report: Report | None,
-    device: torch.device,
-) -> None:
-    """The epochs, from the last finished one."""
-    count = len(data.y_train)
-    steps = -(-count // recipe.batch)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=recipe.rate, weight_decay=recipe.decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.rate, total_steps=recipe.epochs * steps)
-    first = _restore(resume, head, model, optimiser, schedule)
-    for epoch in range(first, recipe.epochs):
-        torch.manual_seed(seed * 100_003 + epoch)
-        model.train()
-        for rows in torch.randperm(count).split(recipe.batch):
-            x = _shifted(data.x_train[rows], recipe.shift).to(device)
-            optimiser.zero_grad(set_to_none=True)
-            F.cross_entropy(model(x), data.y_train[rows].to(device)).backward()
-            optimiser.step()
-            schedule.step()
-        if resume is not None and epoch + 1 < recipe.epochs:
-            _remember(resume, head, epoch + 1, model, optimiser, schedule)
-        if report:
-            report(epoch + 1, recipe.epochs)
+@dataclass
+class _Run:
+    """One training: epoch after epoch, from the last finished one."""
+
+    model: nn.Module
+    data: Dataset
+    recipe: Recipe
+    seed: int
+    resume: Path | None
+    head: dict[str, Any]
+    epoch: int = 0
+    best: dict[str, Any] = field(default_factory=dict)  # loss, epoch and weights of the best, with patience
+
+    def __post_init__(self) -> None:
+        held = round(len(self.data.y_train) * self.recipe.validation) if self.recipe.patience else 0
+        if self.recipe.patience and not 0 < held < len(self.data.y_train):
+            raise ValueError(
+                f"a validation share of {self.recipe.validation:g} leaves nothing to train on, or to validate"
+            )
+        self.device = next(self.model.parameters()).device
+        self.validation = self.data.tail(held) if held else None
+        self.data = self.data.head(len(self.data.y_train) - held)
+        steps = -(-len(self.data.y_train) // self.recipe.batch)
+        self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=self.recipe.rate, weight_decay=self.recipe.decay)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimiser, self.recipe.rate, total_steps=self.recipe.epochs * steps
+        )
+
+    def fit(self, report: Report | None) -> None:
+        """All epochs that are left."""
+        self._restore()
+        while self.epoch < self.recipe.epochs and not self._waited_enough():
+            torch.manual_seed(self.seed * 100_003 + self.epoch)
+            self._pass()
+            self.epoch += 1
+            self._validate()
+            if self.resume is not None and self.epoch < self.recipe.epochs:
+                self._remember(self.resume)
+            if report:
+                report(self.epoch, self.recipe.epochs)
+        if self.best:
+            self.model.load_state_dict(self.best["model"])
+
+    def _pass(self) -> None:
+        self.model.train()
+        for rows in torch.randperm(len(self.data.y_train)).split(self.recipe.batch):
+            x = _augmented(self.data.x_train[rows], self.recipe).to(self.device)
+            self.optimiser.zero_grad(set_to_none=True)
+            _loss(self.model(x), self.data.y_train[rows].to(self.device)).backward()
+            self.optimiser.step()
+            self.schedule.step()
+
+    def _validate(self) -> None:
+        if self.validation is None:
+            return
+        loss = _metrics(self.model, self.validation.x_train, self.validation.y_train)["test_loss"]
+        if not self.best or loss < self.best["loss"]:
+            weights = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+            self.best = {"loss": loss, "epoch": self.epoch, "model": weights}
+
+    def _waited_enough(self) -> bool:
+        return bool(self.best) and self.epoch - int(self.best["epoch"]) >= self.recipe.patience
+
+    def _remember(self, resume: Path) -> None:
+        state = {
+            "head": json.dumps(self.head),
+            "epoch": self.epoch,
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "lr_step": self.schedule.last_epoch,
+            "best": self.best,
+        }
+        write_atomically(resume, lambda temporary: torch.save(state, temporary))
+
+    def _restore(self) -> None:
+        """Load what `_remember` wrote for the same run."""
+        if self.resume is None or not self.resume.is_file():
+            return
+        state = torch.load(self.resume, weights_only=True)
+        if state["head"] != json.dumps(self.head):
+            return
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.schedule.last_epoch = state["lr_step"]
+        self.epoch, self.best = int(state["epoch"]), state["best"]
 
 
-def _remember(resume: Path, head: dict[str, Any], epoch: int, model: Any, optimiser: Any, schedule: Any) -> None:
-    state = {
-        "head": json.dumps(head),
-        "epoch": epoch,
-        "model": model.state_dict(),
-        "optimiser": optimiser.state_dict(),
-        "lr_step": schedule.last_epoch,
-    }
-    write_atomically(resume, lambda temporary: torch.save(state, temporary))
+def _loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy per label; classes on the last axis."""
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
 
-def _restore(resume: Path | None, head: dict[str, Any], model: nn.Module, optimiser: Any, schedule: Any) -> int:
-    """Load what `_remember` wrote for the same run; the number of finished epochs."""
-    if resume is None or not resume.is_file():
-        return 0
-    state = torch.load(resume, weights_only=True)
-    if state["head"] != json.dumps(head):
-        return 0
-    model.load_state_dict(state["model"])
-    optimiser.load_state_dict(state["optimiser"])
-    schedule.last_epoch = state["lr_step"]
-    return int(state["epoch"])
+def _augmented(x: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    if recipe.flip:
+        x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(-1), x)
+    return _shifted(x, recipe.shift)
 
 
 def _shifted(x: torch.Tensor, limit: int) -> torch.Tensor:
@@ -177,11 +243,16 @@ def _shifted(x: torch.Tensor, limit: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _metrics(model: nn.Module, data: Dataset, device: torch.device) -> dict[str, float]:
+def _metrics(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
+    """Accuracy and loss on held-out samples; labels of a text count one by one."""
     model.eval()
-    logits = torch.cat([model(x.to(device)).cpu() for x in data.x_test.split(512)])
-    accuracy = (logits.argmax(dim=1) == data.y_test).double().mean()
-    return {"test_accuracy": float(accuracy), "test_loss": float(F.cross_entropy(logits.double(), data.y_test))}
+    device = next(model.parameters()).device
+    right = loss = 0.0
+    for inputs, labels in zip(x.split(512), y.split(512), strict=True):
+        logits = model(inputs.to(device)).cpu().double()
+        right += float((logits.argmax(dim=-1) == labels).sum())
+        loss += float(_loss(logits, labels)) * labels.numel()
+    return {"test_accuracy": right / y.numel(), "test_loss": loss / y.numel()}
 
 
 def _finished(out: Path, head: dict[str, Any]) -> Trained | None:
@@ -196,27 +267,34 @@ def _finished(out: Path, head: dict[str, Any]) -> Trained | None:
 
 
 def _name(factory: Callable[[], nn.Module]) -> str:
+    if isinstance(factory, partial):
+        given = [*map(repr, factory.args), *(f"{k}={v!r}" for k, v in sorted(factory.keywords.items()))]
+        return f"{_name(factory.func)}({', '.join(given)})"
     return f"{getattr(factory, '__module__', '?')}:{getattr(factory, '__qualname__', repr(factory))}"
 
 
-def _digest(data: Dataset) -> str:
+def _digest(parts: Iterable[torch.Tensor]) -> str:
     digest = hashlib.sha256()
-    for part in (data.x_train, data.y_train, data.x_test, data.y_test):
-        digest.update(part.contiguous().numpy().tobytes())
+    for part in parts:
+        digest.update(part.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 def write_atomically(path: Path, write: Callable[[str], Any]) -> None:
-    """Let ``write`` fill a temporary file in the same directory, then rename it to ``path``."""
+    """Let ``write`` fill a temporary file in the same directory, then rename it to ``path``.
+
+    The result has the mode that `open` would have left: that of the file it replaces, else what the umask allows.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    temporary.touch(exist_ok=False)
     try:
-        write(temporary)
-        os.chmod(temporary, 0o644)
+        mode = stat.S_IMODE((path if path.exists() else temporary).stat().st_mode)
+        write(str(temporary))
+        temporary.chmod(mode)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -229,13 +307,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, action="append", help="repeat for several; 0 by default")
     parser.add_argument("--epochs", type=int, default=Recipe.epochs)
     parser.add_argument("--shift", type=int, default=Recipe.shift, help="random translations, in pixels")
+    parser.add_argument("--flip", action="store_true", help="mirror every other image")
+    parser.add_argument(
+        "--patience",
+        type=int,
+        default=Recipe.patience,
+        help="stop after so many epochs without a better validation loss",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs"))
     options = parser.parse_args(argv)
     try:
         data = load(options.data)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    recipe = Recipe(epochs=options.epochs, shift=options.shift)
+    recipe = Recipe(epochs=options.epochs, shift=options.shift, flip=options.flip, patience=options.patience)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for seed in options.seed or [0]:
         path = options.out / f"{options.model}-{options.data}-seed{seed}.safetensors"

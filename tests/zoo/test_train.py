@@ -1,6 +1,10 @@
 """The trainer is deterministic per seed, goes on where it stopped, and leaves no half-written file."""
 
 import json
+import os
+import stat
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -158,3 +162,105 @@ def test_tied_weights_are_written(tmp_path: Path) -> None:
 def test_width_multiplies_the_channels() -> None:
     assert resnet.build(width=1).stem.out_channels == 16
     assert resnet.build(width=4).stem.out_channels == 64
+
+
+# -------------------------------------------------------------------- early stop, start, modes
+def overfitting() -> zoo_data.Dataset:
+    """Labels that cannot be learnt, so that the validation loss rises soon."""
+    torch.manual_seed(0)
+    x, y = torch.randn(120, 1, 8, 8), torch.randint(0, 10, (120,))
+    return zoo_data.Dataset("noise", x, y, x[:20], y[:20])
+
+
+def test_training_stops_when_the_validation_loss_rises_and_keeps_the_best_weights() -> None:
+    recipe = Recipe(epochs=60, patience=3, validation=0.25, rate=1e-2)
+    stopped = train(factory, overfitting(), recipe, seed=0)
+    assert 3 < stopped.card["epochs"] < 60
+    patient = train(factory, overfitting(), replace(recipe, patience=60), seed=0)  # never stops, keeps the best of all
+    assert patient.card["epochs"] == 60
+    held = overfitting().tail(30)
+    untrained = zoo_train._metrics(factory(), held.x_train, held.y_train)["test_loss"]
+    losses = []
+    for found in (stopped, patient):
+        model = factory()
+        model.load_state_dict(found.state_dict)
+        losses.append(zoo_train._metrics(model, held.x_train, held.y_train)["test_loss"])
+    assert losses[1] <= losses[0] < untrained + 0.5
+    last = train(factory, overfitting().head(90), replace(recipe, patience=0), seed=0)  # the same images, to the end
+    model.load_state_dict(last.state_dict)
+    assert zoo_train._metrics(model, held.x_train, held.y_train)["test_loss"] > losses[0] + 0.1
+
+
+def stop_after(epochs: int) -> zoo_train.Report:
+    def report(done: int, of: int) -> None:
+        if done == epochs:
+            raise KeyboardInterrupt
+
+    return report
+
+
+def test_an_interrupted_run_with_early_stop_ends_as_a_whole_one(tmp_path: Path) -> None:
+    recipe = Recipe(epochs=60, patience=3, validation=0.25, rate=1e-2)
+    whole = train(factory, overfitting(), recipe, seed=0)
+    path = tmp_path / "net.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        train(factory, overfitting(), recipe, seed=0, path=path, report=stop_after(whole.card["epochs"] - 1))
+    resumed = train(factory, overfitting(), recipe, seed=0, path=path)
+    assert resumed.card["epochs"] == whole.card["epochs"]
+    assert_same(whole.state_dict, resumed.state_dict)
+
+
+def test_early_stop_does_not_train_on_what_it_validates_with() -> None:
+    data = overfitting()
+    changed = zoo_data.Dataset("noise", data.x_train.clone(), data.y_train, data.x_test, data.y_test)
+    changed.x_train[-30:] = 0.0
+    recipe = Recipe(epochs=1, patience=1, validation=0.25)  # one epoch, so that nothing else can depend on them
+    assert_same(train(factory, data, recipe, seed=0).state_dict, train(factory, changed, recipe, seed=0).state_dict)
+    with pytest.raises(ValueError, match="validation share"):
+        train(factory, data, Recipe(epochs=1, patience=1, validation=0.001), seed=0)
+
+
+def test_training_can_start_from_given_weights() -> None:
+    first = train(factory, small(), RECIPE, seed=0)
+    tuned = train(factory, small(), Recipe(epochs=1, rate=1e-9, decay=0.0), seed=9, start=first.state_dict)
+    for name in ("layers.1.weight", "layers.4.weight"):
+        torch.testing.assert_close(tuned.state_dict[name], first.state_dict[name], rtol=0, atol=1e-5)
+    assert (
+        tuned.card["start"] != train(factory, small(), Recipe(epochs=1), seed=9, start=tuned.state_dict).card["start"]
+    )
+
+
+def test_flipped_images_are_mirrored_or_as_they_were() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(40, 1, 4, 4)
+    y = zoo_train._augmented(x, Recipe(flip=True))
+    mirrored = [bool(torch.equal(b, a.flip(-1))) for a, b in zip(x, y, strict=True)]
+    same = [bool(torch.equal(b, a)) for a, b in zip(x, y, strict=True)]
+    assert all(m != s for m, s in zip(mirrored, same, strict=True))
+    assert 5 < sum(mirrored) < 35
+
+
+def test_a_language_model_is_trained_on_text() -> None:
+    torch.manual_seed(0)
+    x = torch.randint(0, 50, (64, 12))
+    data = zoo_data.Dataset("copy", x, x, x[:8], x[:8])  # the next token is the one that is read
+    card = train(lm.build, data, Recipe(epochs=8, batch=16, rate=1e-2), seed=0).card
+    assert card["metrics"]["test_accuracy"] > 0.5
+
+
+def test_written_files_follow_the_umask_and_keep_the_mode_they_had(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    before = os.umask(0o027)
+    try:
+        zoo_train.write_atomically(path, lambda t: Path(t).write_text("1"))
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+        path.chmod(0o600)
+        zoo_train.write_atomically(path, lambda t: Path(t).write_text("2"))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert path.read_text() == "2"
+
+
+def test_partial_factories_are_named_by_their_arguments() -> None:
+    assert zoo_train._name(partial(mlp.MLP, (64, 8, 10), norm=True)) == "zoo.models.mlp:MLP((64, 8, 10), norm=True)"

@@ -5,6 +5,7 @@ line. `ZOO` lists them all with example inputs.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -40,8 +41,10 @@ ZOO: dict[str, Entry] = {
     "resnet_layernorm": Entry(resnet.build_layernorm, _image()),
     "resnet_bottleneck": Entry(resnet.build_bottleneck, _image()),
     "resnet20": Entry(resnet.build_resnet20, _image(3, 16)),
+    "resnet20_layernorm": Entry(resnet.build_resnet20_layernorm, _image(3, 16)),
     "vgg": Entry(vgg.build, _image()),
     "vgg_batchnorm": Entry(vgg.build_batchnorm, _image()),
+    "vgg11": Entry(partial(vgg.build_vgg11, width=0.125), _image(3, 32)),
     "vgg16": Entry(vgg.build_vgg16, _image(3, 32)),
     "vit": Entry(vit.build, _image()),
     "lm": Entry(lm.build, _tokens()),

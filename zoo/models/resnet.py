@@ -114,9 +114,9 @@ def build(width: float = 2.0) -> ResNet:
     return ResNet(width=round(16 * width))
 
 
-def build_layernorm() -> ResNet:
+def build_layernorm(width: float = 1.0) -> ResNet:
     """The same with LayerNorm over channels."""
-    return ResNet(norm=ChannelNorm)
+    return ResNet(width=round(16 * width), norm=ChannelNorm)
 
 
 def build_bottleneck() -> ResNet:
@@ -124,6 +124,11 @@ def build_bottleneck() -> ResNet:
     return ResNet(width=8, block=Bottleneck)
 
 
-def build_resnet20() -> ResNet:
-    """ResNet20 for three-channel images (CIFAR)."""
-    return ResNet(depth=3, channels=3)
+def build_resnet20(width: float = 1.0) -> ResNet:
+    """ResNet20 for three-channel images (CIFAR), ``16 * width`` channels at first."""
+    return ResNet(width=round(16 * width), depth=3, channels=3)
+
+
+def build_resnet20_layernorm(width: float = 1.0) -> ResNet:
+    """The same with LayerNorm over channels."""
+    return ResNet(width=round(16 * width), depth=3, norm=ChannelNorm, channels=3)

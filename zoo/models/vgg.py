@@ -56,6 +56,12 @@ def build_batchnorm() -> VGG:
     return VGG(norm=True)
 
 
-def build_vgg16() -> VGG:
-    """VGG16 with BatchNorm, for 32x32 images of three channels."""
-    return VGG(VGG16, norm=True, hidden=512, channels=3)
+def build_vgg11(norm: bool = False, width: float = 1.0) -> VGG:
+    """VGG11 for 32x32 images of three channels, without normalisation or with BatchNorm, ``64 * width`` channels at first."""
+    plan = [item if isinstance(item, str) else round(item * width) for item in VGG11]
+    return VGG(plan, norm=norm, hidden=round(512 * width), channels=3)
+
+
+def build_vgg16(norm: bool = True) -> VGG:
+    """VGG16 for 32x32 images of three channels, with BatchNorm or without normalisation."""
+    return VGG(VGG16, norm=norm, hidden=512, channels=3)
