@@ -14,10 +14,18 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from automerge._outline import Outline, filled, shadow
 from automerge._tree_io import map_tensors, tensors_of
 
 aten = torch.ops.aten
+
+
+def shadow(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor on the meta device with the same shape, type and place in a storage of the same size."""
+    if tensor.is_meta or tensor.layout is not torch.strided:
+        return tensor
+    storage = torch.UntypedStorage(tensor.untyped_storage().nbytes(), device="meta")
+    empty = torch.empty(0, dtype=tensor.dtype, device="meta")
+    return empty.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 class _Base:
@@ -45,8 +53,8 @@ class _Step:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     item: int | None
-    source_value: torch.Tensor | Outline
-    value: torch.Tensor | Outline
+    source_value: torch.Tensor
+    value: torch.Tensor
 
 
 class Tracked:
@@ -59,7 +67,7 @@ class Tracked:
         self.version = self.base.version
         self.base.live.append(node)
 
-    def view(self, op: Any, args: Any, kwargs: Any, item: int | None, node: fx.Node, value: Any) -> Tracked:
+    def view(self, op: Any, args: Any, kwargs: Any, item: int | None, node: fx.Node, value: torch.Tensor) -> Tracked:
         """The entry of a view of this tensor; ``value`` is the view, or what its node keeps of it."""
         step = _Step(op, tuple(args[1:]), dict(kwargs), item, self.node.meta["val"], value)
         return Tracked(node, self.base, (*self.chain, step))
@@ -82,13 +90,14 @@ def _replay(recorder: Any, step: _Step, node: fx.Node) -> fx.Node:
     return computed(recorder, operator.getitem, (whole, step.item), {}, step.value)
 
 
-def computed(recorder: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], live: Any) -> fx.Node:
+def computed(
+    recorder: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], live: torch.Tensor | None
+) -> fx.Node:
     """Emit a node whose example value is computed from its operands' example values.
 
     The live tensor shares memory that may be written again; it only serves where the operator depends on memory layout.
     """
-    values, named = fx.node.map_arg((args, kwargs), lambda n: filled(n.meta["val"]))
-    live = filled(live)
+    values, named = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
     if any(t.is_meta for t in tensors_of((values, named, live))):
         values, named = map_tensors(lambda _, t: shadow(t), values), map_tensors(lambda _, t: shadow(t), named)
         live = None if live is None else shadow(live)
@@ -103,24 +112,14 @@ def computed(recorder: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str
         return recorder.emit(target, args, kwargs, run(*values, **named))
 
 
-def write(
-    recorder: Any, func: Any, args: Any, kwargs: Any, node_args: Any, node_kwargs: Any, blank: bool = False
-) -> Any:
-    """Run an in-place or ``out=`` operator, and record its functional form written to what it mutates.
-
-    With ``blank`` some operand holds no numbers, so nothing is written.
-    """
+def write(recorder: Any, func: Any, args: Any, kwargs: Any, node_args: Any, node_kwargs: Any) -> Any:
+    """Run an in-place or ``out=`` operator, and record its functional form written to what it mutates."""
     targets = written(func, args, kwargs)
-    tracked = [recorder._lookup(target) for target in targets]
-    before = {id(target): target.shape for target in targets}
-    for one in tracked:
-        one.base.freeze()
-    if blank and not (func.overloadpacket in _METADATA and _same_places(func, *args, **kwargs)):
-        out = _unwritten(recorder, func, args, kwargs, targets)
-    else:
-        out = func(*args, **kwargs)
+    for target in targets:
+        recorder._lookup(target).base.freeze()
+    out = func(*args, **kwargs)
     if func.overloadpacket in _METADATA:
-        return _retarget(recorder, func, tracked[0], args, node_args, node_kwargs, out)
+        return _retarget(recorder, func, args, node_args, node_kwargs, out)
     functional, drop = functional_of(func)
     plain_kwargs = {k: v for k, v in node_kwargs.items() if k not in drop}
     values = [t.detach() for t in targets]
@@ -132,11 +131,8 @@ def write(
     else:
         whole = recorder.emit(functional, node_args, plain_kwargs, None)
         nodes = [recorder.emit(operator.getitem, (whole, i), {}, v) for i, v in enumerate(values)]
-    for one, node, target in zip(tracked, nodes, targets, strict=True):
-        if target.shape == before[id(target)]:
-            assign(recorder, one, node)
-        else:
-            recorder._register(target, Tracked(node))  # ``out=`` has given it other memory
+    for target, node in zip(targets, nodes, strict=True):
+        assign(recorder, recorder._lookup(target), node, target)
     returned = out if isinstance(out, list | tuple) else [out]
     for value in returned:
         if isinstance(value, torch.Tensor) and not recorder.knows(value):
@@ -144,36 +140,13 @@ def write(
     return out
 
 
-_METADATA = {aten.transpose_, aten.t_, aten.unsqueeze_, aten.squeeze_, aten.swapaxes_, aten.swapdims_, aten.detach_,
-             aten.as_strided_}  # fmt: skip
+_METADATA = {aten.transpose_, aten.t_, aten.unsqueeze_, aten.squeeze_, aten.swapaxes_, aten.swapdims_, aten.detach_}
 
 
-def _unwritten(recorder: Any, func: Any, args: Any, kwargs: Any, targets: list[torch.Tensor]) -> Any:
-    """What an in-place operator returns, whose operands have no numbers: its target, if it would run."""
-    if (
-        func._schema.name.split("::")[1].startswith(("set_", "resize_", "as_strided_"))
-        or len(targets) != 1
-        or targets[0] is not args[0]
-    ):
-        raise recorder.give_up(f"{func} may move its target to other memory")
-    recorder.alike(func, args, kwargs)
-    return args[0]
-
-
-def _same_places(func: Any, x: torch.Tensor, *args: Any, **_: Any) -> bool:
-    """Whether a change of a tensor's form does not depend on its memory; strides along single positions may change."""
-    if func.overloadpacket is not aten.as_strided_:
-        return True
-    shape, stride, *offset = args
-    moved = any(n > 1 and s != t for n, s, t in zip(shape, stride, x.stride(), strict=False))
-    return list(shape) == list(x.shape) and not moved and (not offset or offset[0] in (None, x.storage_offset()))
-
-
-def _retarget(
-    recorder: Any, func: Any, before: Tracked, args: Any, node_args: Any, node_kwargs: Any, out: torch.Tensor
-) -> torch.Tensor:
+def _retarget(recorder: Any, func: Any, args: Any, node_args: Any, node_kwargs: Any, out: torch.Tensor) -> torch.Tensor:
     """An operator that changes a tensor's own shape: the object becomes a view of what it was."""
     functional, _ = functional_of(func)
+    before = recorder._lookup(args[0])
     node = recorder.emit(functional, node_args, node_kwargs, out)
     node.meta["val"] = recorder.example(node, node.meta["val"], own=True)
     recorder._register(
@@ -212,7 +185,7 @@ def functional_of(func: Any) -> tuple[Any, set[str]]:
     return (aten.zeros_like.default, set()) if name == "zero_" else (None, set())
 
 
-def assign(recorder: Any, tracked: Tracked, node: fx.Node) -> None:
+def assign(recorder: Any, tracked: Tracked, node: fx.Node, tensor: torch.Tensor) -> None:
     """Make ``node`` the present value of a tensor and of everything that shares its memory."""
     base = tracked.base
     sources: list[fx.Node] = []

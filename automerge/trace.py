@@ -9,22 +9,58 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections import OrderedDict
+import operator
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules import module as _nn_module
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils.weak import TensorWeakRef
 
+from automerge._aliases import Tracked, read, shadow, write
 from automerge._errors import TraceError
 from automerge._opaque import opaque_modules
-from automerge._outline import NeedsValues
-from automerge._recorder import Readers, Recorder, TraceInfo
-from automerge._tree_io import tensors_of
+from automerge._tree_io import map_tensors, tensors_of
 
-__all__ = ["TraceInfo", "normalise_args", "prepared", "record", "trace"]
+aten = torch.ops.aten
+_TORCH_DIR = os.path.dirname(torch.__file__)
+_HERE = os.path.dirname(__file__)
+
+Args = torch.Tensor | Sequence[Any]
+
+
+@dataclass
+class TraceInfo:
+    """What a trace knows beside its graph; found at ``graph_module.meta["trace"]``.
+
+    Attributes:
+        names: placeholder name -> state-dict name, for parameters and persistent buffers.
+        aliases: further state-dict names of tied tensors -> the first name.
+        inputs: placeholder name -> path of the tensor in ``(args, kwargs)``.
+        outputs: the number of output tensors.
+        data_dependent: where a python value was read from a tensor that depends on inputs or parameters.
+        reads: nodes whose values python read (``.item()``, ``.tolist()``, ``if tensor``); they must not change either.
+        rewritten: state-dict names that the forward pass writes to (they are put back).
+        unknown: places where a tensor of unknown provenance entered (treated as a constant).
+    """
+
+    names: dict[str, str] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+    outputs: int = 0
+    data_dependent: list[str] = field(default_factory=list)
+    reads: list[str] = field(default_factory=list)
+    rewritten: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
 
 
 def normalise_args(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -50,8 +86,7 @@ def trace(
         args: a tensor, or a tuple or list of positional inputs (they may nest).
         kwargs: keyword inputs.
         values: whether nodes keep their example values. Without, what depends on inputs or float parameters is kept as a
-            tensor on the meta device (shape, dtype, strides), and operators over float inputs and parameters are not
-            even computed, unless the model looks at one of their values: then it runs once more, on numbers.
+            tensor on the meta device (shape, dtype, strides), so that activations are freed as the model runs.
 
     Returns:
         A GraphModule. Its placeholders are the state-dict tensors (once per tied tensor) and then the input tensors; every
@@ -72,36 +107,16 @@ def trace(
         )
     positional, keywords = normalise_args(args, kwargs)
     _check_traceable(model, (positional, keywords))
-    blank = None if values else Recorder(model, values=False, compute=False)
-    if blank is not None:
-        graph = None
-        with contextlib.suppress(NeedsValues, Exception):  # an error of the model will show again, with numbers
-            graph = _run(model, positional, keywords, blank)
-        if graph is not None and not blank.leftovers():
-            return graph
-    left = blank.leftovers() if blank is not None else []
-    recorder = Recorder(model, values, foreign=left)
-    graph = _run(model, positional, keywords, recorder)
-    if blank is not None:
-        blank.spoil()
-    if recorder.met_foreign:
-        raise TraceError(
-            f"{type(model).__name__} keeps values of its forward pass outside of its modules (in a cache of a function or of "
-            "a plain object) and reads them again; run it on these inputs once before, so that the cache holds them"
-        )
-    return graph
-
-
-def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], recorder: Recorder) -> fx.GraphModule:
-    args, kwargs = recorder.add_inputs(args, kwargs)
+    recorder = _Recorder(model, values)
+    positional, keywords = recorder.add_inputs(positional, keywords)
     with prepared(model), recorder.watch_modules():
         try:
-            with torch.no_grad(), opaque_modules(recorder, model), recorder, Readers(recorder):
-                result = model(*args, **kwargs)
+            with torch.no_grad(), opaque_modules(recorder, model), recorder, _Readers(recorder):
+                result = model(*positional, **keywords)
         except TraceError:
             raise
         except Exception as error:
-            shapes = ", ".join(str(tuple(t.shape)) for t in tensors_of((args, kwargs))) or "no tensors"
+            shapes = ", ".join(str(tuple(t.shape)) for t in tensors_of((positional, keywords))) or "no tensors"
             text = f"{error}".strip().split("\n")[0][:300]
             raise TraceError(
                 f"{type(model).__name__} does not run on the example inputs ({shapes})"
@@ -133,32 +148,28 @@ def record(
 ) -> fx.GraphModule:
     """Record a function of tensors; its nodes all carry the given module path and source line.
 
-    A tensor on the meta device stands for any numbers; what depends on one has no values in the graph either.
+    A tensor on the meta device stands for any values: zeros take its place.
 
     Raises:
         TraceError: if no tensor comes out.
     """
-    try:
-        graph = _recorded(function, tensors, Recorder(nn.Module(), values=True, compute=False))
-    except NeedsValues:
-        graph = _recorded(function, tensors, Recorder(nn.Module(), values=True))
+    recorder = _Recorder(nn.Module(), values=True)
+    copies = []
+    for i, tensor in enumerate(tensors):
+        copies.append(_materialised(tensor))
+        recorder._placeholder(f"arg{i}", copies[-1], "input")
+    with torch.no_grad(), recorder:
+        result = function(*copies)
+    graph = recorder.finish(result)
     for node in graph.graph.nodes:
         node.meta.update(module=module, source=source)
     return graph
 
 
-def _recorded(function: Callable[..., Any], tensors: Sequence[torch.Tensor], recorder: Recorder) -> fx.GraphModule:
-    copies = []
-    for i, tensor in enumerate(tensors):
-        if not tensor.is_meta:
-            copies.append(tensor.detach().clone())
-        else:
-            made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-            copies.append(made.zero_() if recorder.compute else made)
-        recorder.add_operand(f"arg{i}", copies[-1], known=not tensor.is_meta)
-    with torch.no_grad(), recorder:
-        result = function(*copies)
-    return recorder.finish(result)
+def _materialised(tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.is_meta:
+        return tensor.detach().clone()
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).zero_()
 
 
 @contextlib.contextmanager
@@ -191,7 +202,7 @@ def _attention_kernels(model: nn.Module) -> list[SDPBackend]:
     return [SDPBackend.MATH]
 
 
-_CONTAINERS = (list, dict, set, OrderedDict)  # hooks that a model installs when it first runs are in the last
+_CONTAINERS = (list, dict, set)
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
@@ -214,3 +225,284 @@ def _put_back(module: nn.Module, attributes: dict[str, Any]) -> None:
                 held.update(value)
         elif held is not value:
             now[name] = value
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes every dispatched operator into an fx graph; in-place operators become functional ones."""
+
+    def __init__(self, model: nn.Module, values: bool) -> None:
+        super().__init__()
+        self.values = values
+        self.graph = fx.Graph()
+        self.root = nn.Module()
+        self.info = TraceInfo()
+        self.paths = {id(m): name for name, m in model.named_modules()}
+        self.stack: list[str] = []
+        # by identity and by place in memory; tensors die while the model runs, and both are given out again
+        self.tracked: dict[int, tuple[TensorWeakRef, Tracked, tuple[Any, ...] | None]] = {}
+        self.layouts: dict[tuple[Any, ...], tuple[StorageWeakRef, Tracked]] = {}
+        self.alive: list[torch.Tensor] = []
+        self.tainted: set[fx.Node] = set()
+        self.varying: set[fx.Node] = set()
+        self.states: list[tuple[torch.Tensor, fx.Node]] = []
+        self._add_state(model)
+
+    # ------------------------------------------------------------ placeholders
+    def _add_state(self, model: nn.Module) -> None:
+        persistent = set(model.state_dict(keep_vars=True))
+        tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        first: dict[tuple[Any, ...], str] = {}
+        for name, tensor in tensors:
+            if name not in persistent or not isinstance(tensor, torch.Tensor):
+                continue
+            key = (id(tensor),) if tensor.numel() == 0 else _layout(tensor)
+            if key in first:
+                self.info.aliases[name] = first[key]
+                if id(tensor) not in self.tracked:
+                    self._register(tensor, self.layouts[key][1])
+                continue
+            first[key] = name
+            node = self._placeholder(name, tensor, "state")
+            self.states.append((tensor, node))
+            self.info.names[node.name] = name
+
+    def restore(self) -> None:
+        """Put back parameters and buffers that the forward pass wrote to."""
+        for tensor, node in self.states:
+            before = node.meta["val"]
+            if tensor.numel() and before.data_ptr() != tensor.data_ptr() and before.shape == tensor.shape:
+                self.info.rewritten.append(node.meta["name"])
+                with torch.no_grad():
+                    tensor.detach().copy_(before)
+
+    def _placeholder(self, name: str, tensor: torch.Tensor, kind: str) -> fx.Node:
+        word = "".join(c if c.isalnum() else "_" for c in name).strip("_") or kind
+        node = self.graph.placeholder(word if word[0].isalpha() else f"{kind}_{word}")
+        node.meta.update(val=tensor.detach(), kind=kind, name=name, module="", source="")
+        self._register(tensor, Tracked(node))
+        self.alive.append(tensor)
+        self.tainted.add(node)
+        if kind == "input" or tensor.is_floating_point() or tensor.is_complex():
+            self.varying.add(node)
+        return node
+
+    def add_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Make a placeholder for every input tensor; returns inputs with fresh tensors, so that none is changed."""
+
+        def visit(path: str, tensor: torch.Tensor) -> torch.Tensor:
+            copy = tensor.detach().clone()
+            node = self._placeholder(path or "input", copy, "input")
+            self.info.inputs[node.name] = path
+            return copy
+
+        return map_tensors(visit, args, "args"), map_tensors(visit, kwargs, "kwargs")
+
+    # ------------------------------------------------------------ where we are
+    @contextlib.contextmanager
+    def watch_modules(self) -> Iterator[None]:
+        def enter(module: nn.Module, _: Any) -> None:
+            self.stack.append(self.paths.get(id(module), self.stack[-1] if self.stack else ""))
+
+        def leave(module: nn.Module, _: Any, __: Any) -> None:
+            if self.stack:
+                self.stack.pop()
+
+        handles = [
+            _nn_module.register_module_forward_pre_hook(enter),
+            _nn_module.register_module_forward_hook(leave, always_call=False),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def where(self) -> str:
+        return f" in module {self.stack[-1]!r}" if self.stack and self.stack[-1] else ""
+
+    # ------------------------------------------------------------ tensors and nodes
+    def _register(self, tensor: torch.Tensor, tracked: Tracked) -> None:
+        layout = None
+        if tensor.layout is torch.strided and tensor.numel():
+            layout = _layout(tensor)
+            self.layouts[layout] = (StorageWeakRef(tensor.untyped_storage()), tracked)
+        else:
+            self.alive.append(tensor)
+        self.tracked[id(tensor)] = (TensorWeakRef(tensor), tracked, layout)
+
+    def _lookup(self, tensor: torch.Tensor) -> Tracked:
+        known = self.tracked.get(id(tensor))
+        strided = tensor.layout is torch.strided and tensor.numel() > 0
+        layout = _layout(tensor) if strided else None
+        if known is not None and known[0]() is tensor and known[2] == layout:
+            return known[1]
+        # x.data and the like make tensors that no operator announced; x.data = y points x elsewhere
+        place = self.layouts.get(layout) if layout is not None else None
+        if place is not None and not place[0].expired():
+            return place[1]
+        found = Tracked(self._constant(tensor))
+        self._register(tensor, found)
+        return found
+
+    def knows(self, tensor: torch.Tensor) -> bool:
+        """Whether this very object was registered."""
+        known = self.tracked.get(id(tensor))
+        return known is not None and known[0]() is tensor
+
+    def _constant(self, tensor: torch.Tensor) -> fx.Node:
+        name = f"_constant_{len(self.info.unknown)}"
+        value = tensor.detach().clone()
+        self.root.register_buffer(name, value)
+        node = self.graph.get_attr(name)
+        node.meta.update(val=value, module=self.stack[-1] if self.stack else "", source=_source())
+        self.info.unknown.append(f"{name}{self.where()}")
+        return node
+
+    def emit(self, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)
+        sources = node.all_input_nodes
+        if any(n in self.tainted for n in sources):
+            self.tainted.add(node)
+        if any(n in self.varying for n in sources):
+            self.varying.add(node)
+        node.meta.update(val=self.example(node, value), module=self.stack[-1] if self.stack else "", source=_source())
+        return node
+
+    def example(self, node: fx.Node, value: Any, own: bool = False) -> Any:
+        """What a node keeps of its value: the value itself (a copy with ``own``), or its shape, type and strides."""
+        if not isinstance(value, torch.Tensor):
+            return type(value)(self.example(node, v) for v in value) if type(value) in (list, tuple) else value
+        if not self.values and node in self.varying:
+            return shadow(value)
+        return value.detach().clone() if own else value
+
+    # ------------------------------------------------------------ dispatch
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+
+        def to_node(_: str, tensor: torch.Tensor) -> fx.Node:
+            return self.node_of(tensor)
+
+        node_args, node_kwargs = map_tensors(to_node, tuple(args)), map_tensors(to_node, dict(kwargs))
+        if func in _READS:
+            for node in node_args:
+                self.note_read(node)
+            return func(*args, **kwargs)
+        if func._schema.is_mutable:
+            return write(self, func, args, kwargs, node_args, node_kwargs)
+        out = func(*args, **kwargs)
+        self.record(func, args, node_args, node_kwargs, out)
+        if func is aten.nonzero.default and node_args[0] in self.tainted:
+            self.info.data_dependent.append(f"{_source()}{self.where()}")
+        return out
+
+    def note_read(self, node: Any) -> None:
+        """Python sees a tensor's values: from here on the trace holds for those values only."""
+        if isinstance(node, fx.Node) and node in self.tainted:
+            self.info.data_dependent.append(f"{_source()}{self.where()}")
+            self.info.reads.append(node.name)
+
+    def record(self, func: Any, args: Any, node_args: Any, node_kwargs: Any, out: Any) -> fx.Node:
+        """Emit one functional operator and register its outputs, as views of their base where the schema says so."""
+        if isinstance(out, torch.Tensor):
+            node = self.emit(func, node_args, node_kwargs, out.detach())
+            self._track(func, args, node_args, node_kwargs, out, node, None)
+            return node
+        node = self.emit(func, node_args, node_kwargs, out)
+        if isinstance(out, list | tuple):
+            for i, value in enumerate(out):
+                if isinstance(value, torch.Tensor):
+                    item = self.emit(operator.getitem, (node, i), {}, value)
+                    self._track(func, args, node_args, node_kwargs, value, item, i)
+        return node
+
+    def _track(
+        self, func: Any, args: Any, node_args: Any, node_kwargs: Any, out: torch.Tensor, node: fx.Node, item: int | None
+    ) -> None:
+        base = None
+        if func._schema.returns and func._schema.returns[0].alias_info is not None and args:
+            source = args[0]
+            if isinstance(source, torch.Tensor):
+                if out is source:
+                    return
+                base = self._lookup(source)
+        held = node.meta["val"]
+        self._register(
+            out, Tracked(node) if base is None else base.view(func, node_args, node_kwargs, item, node, held)
+        )
+
+    def node_of(self, tensor: torch.Tensor) -> fx.Node:
+        """The node that holds a tensor's present value."""
+        return read(self, self._lookup(tensor))
+
+    def record_call(self, target: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Emit a call that is no operator, and register its output tensor or tuple of tensors."""
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            node = self.emit(target, args, kwargs, out)
+            if isinstance(out, torch.Tensor):
+                self._register(out, Tracked(node))
+            else:
+                for i, value in enumerate(out):
+                    self._register(value, Tracked(self.emit(operator.getitem, (node, i), {}, value)))
+
+    def finish(self, result: Any) -> fx.GraphModule:
+        outputs = tensors_of(result)
+        if not outputs:
+            raise TraceError("the model returned no tensor; automerge needs an output that it can compare")
+        with torch.no_grad():
+            nodes = tuple(self.node_of(t) for t in outputs)
+        self.graph.output(nodes)
+        self.info.outputs = len(nodes)
+        module = fx.GraphModule(self.root, self.graph)
+        module.meta["trace"] = self.info
+        return module
+
+
+_READS = (aten._local_scalar_dense.default, aten.item.default, aten.equal.default, aten.is_nonzero.default)
+
+
+class _Readers(TorchFunctionMode):
+    """Notes the ways in which python reads a whole tensor without any operator."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _WHOLE_READS and isinstance(args[0], torch.Tensor):
+            self.recorder.note_read(self.recorder.node_of(args[0]))
+        if func is torch.nn.functional.one_hot:
+            return _one_hot(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _one_hot(index: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
+    """`one_hot` without its look at the smallest and largest index when the number of classes is known."""
+    if num_classes <= 0:
+        return torch.ops.aten.one_hot(index, num_classes)
+    zeros = index.new_zeros((*index.shape, num_classes))
+    return zeros.scatter(-1, index.unsqueeze(-1), 1)
+
+
+_WHOLE_READS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}
+
+
+def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return (
+        tensor.data_ptr(),
+        tuple(tensor.shape),
+        tuple(tensor.stride()),
+        tensor.dtype,
+        tensor.is_neg(),
+        tensor.is_conj(),
+    )
+
+
+def _source() -> str:
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith((_TORCH_DIR, _HERE, "<")):
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
