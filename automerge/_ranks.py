@@ -17,10 +17,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Its functions name the group of all processes as a default argument when they are imported, which is what tracing does:
-# imported later, they would keep the group, and with it the threads of gloo, beyond `Group.close`.
-import torch.distributed.nn.functional
-
 from automerge._errors import AutomergeError, RankError
 
 
@@ -116,6 +112,10 @@ class Group(Ranks):
     """
 
     def __init__(self, seconds: float = 600.0) -> None:
+        # Its functions name the group of all processes as a default argument when they are imported, which is what tracing
+        # does: imported later, they would keep the group, and with it the threads of gloo, beyond `close`.
+        import torch.distributed.nn.functional  # noqa: F401
+
         with _noticing(self):
             self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             dist.init_process_group("gloo", timeout=timedelta(seconds=seconds))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,17 +16,33 @@ _FOLDS = frozenset(
 )
 
 
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """Where a piece was cut from; a value forgets it as soon as something else uses it."""
+
+    whole: Value
+    axis: int
+    index: np.ndarray
+    functions: tuple[str, ...]
+
+    def fits(self, other: _Piece) -> bool:
+        """Whether both are equally long, cut from one tensor along one axis, after the same functions."""
+        same = self.whole is other.whole and self.axis == other.axis and self.functions == other.functions
+        return same and self.index.size == other.index.size
+
+
 class FoldedValue(Value):
     """A fold of pieces, worked out when a rule first asks for it: until then further pieces may join.
 
     Args:
         engine: works it out.
         function: the operator.
-        parts: pieces of one tensor, cut along one axis, after the same functions.
+        pieces: disjoint pieces of one tensor that fit each other.
+        shape: of each of them.
     """
 
-    def __init__(self, engine: Engine, function: str, parts: Sequence[Value]) -> None:
-        self.engine, self.function, self.parts = engine, function, tuple(parts)
+    def __init__(self, engine: Engine, function: str, pieces: Sequence[_Piece], shape: tuple[int, ...]) -> None:
+        self.engine, self.function, self.pieces, self._shape = engine, function, tuple(pieces), shape
         self.data, self.origin, self.points, self.obligations = None, None, None, []
         self._made: Value | None = None
 
@@ -33,23 +50,18 @@ class FoldedValue(Value):
     def made(self) -> Value:
         """The reduction over which of the pieces a position is in."""
         if self._made is None:
-            origins = [v.origin for v in self.parts]
-            assert origins[0] is not None
-            whole, axis = origins[0][:2]
-            index = np.concatenate([o[2] for o in origins if o is not None])
-            taken = self.engine.take(whole.settle(), axis, index)
-            shape = taken.shape
-            apart = self.engine.reshape(
-                taken, (*shape[:axis], len(self.parts), -(-shape[axis] // len(self.parts)), *shape[axis + 1 :])
-            )
-            value = self.engine.reduce(apart, set(apart.axes[axis]))
+            whole, axis = self.pieces[0].whole, self.pieces[0].axis
+            taken = self.engine.take(whole.settle(), axis, np.concatenate([p.index for p in self.pieces]))
+            apart = (*self._shape[:axis], len(self.pieces), *self._shape[axis:])
+            value = self.engine.reshape(taken, apart)
+            value = self.engine.reduce(value, set(value.axes[axis]))
             self._made = value.with_axes(value.axes[:axis] + value.axes[axis + 1 :])
         return self._made
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The tensor's shape."""
-        return self.parts[0].shape
+        return self._shape
 
     @property
     def axes(self) -> tuple[tuple[int, ...], ...]:  # type: ignore[override]
@@ -93,17 +105,15 @@ def folded(engine: Engine, function: str, args: Sequence[Any], plain: bool) -> V
         return (
             first if first.origin is not None or isinstance(first, FoldedValue) else None
         )  # python's sum begins with 0
-    parts: list[Value] = []
+    pieces: list[_Piece] = []
     for value in args:
         if isinstance(value, FoldedValue) and value.function == function:
-            parts += value.parts
+            pieces += value.pieces
         elif isinstance(value, Value) and value.origin is not None:
-            parts.append(value)
+            pieces.append(_Piece(*value.origin))
         else:
             return None
-    origins = [v.origin for v in parts if v.origin is not None]
-    whole, axis, index, functions = origins[0]
-    alike = all(o[0] is whole and o[1] == axis and o[2].size == index.size and o[3] == functions for o in origins)
-    if not alike or np.unique(np.concatenate([o[2] for o in origins])).size != index.size * len(origins):
+    joined = np.concatenate([p.index for p in pieces])
+    if not all(p.fits(pieces[0]) for p in pieces) or np.unique(joined).size != joined.size:
         return None
-    return FoldedValue(engine, function, parts)
+    return FoldedValue(engine, function, pieces, first.shape)

@@ -1336,6 +1336,22 @@ def _partly(s: Any, x: torch.Tensor) -> torch.Tensor:
 add("PiecesSummedPartly", "4 2x4", (x,), _partly, a=lin(4, 12), out=lin(4, 2), own=lin(4, 2))
 
 
+def _read_again(which: int) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    """A piece that something else reads after the sum was taken and before the sum is used."""
+
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        pieces = s.a(x).relu().chunk(2, 1)
+        both = pieces[0] + pieces[1]
+        own = s.own(pieces[which])
+        return s.out(both.tanh()) + own
+
+    return forward
+
+
+for _which in (0, 1):
+    add(f"PiecesReadAgain{_which}", "4", (x,), _read_again(_which), a=lin(4, 8), out=lin(4, 2), own=lin(4, 2))
+
+
 def _radix(s: Any, x: torch.Tensor) -> torch.Tensor:
     """Split attention: two pieces from the two groups of a convolution, weighted and summed."""
     h = s.c(s.a(x).relu()).relu()

@@ -124,6 +124,33 @@ def split_joined(p, h):
     return torch.cat([b.relu(), a.tanh()] if p.draw([True, False]) else [a.relu(), b.relu()], -1)
 
 
+FOLDS = (torch.add, torch.mul, torch.maximum, torch.minimum, torch.logaddexp, torch.sub)
+
+
+@step
+def folded(p, h):
+    """Pieces folded in some order, of which one may be read on its own before or after the fold is."""
+    k = p.factor(h.shape[-1])
+    if k is None:
+        return None
+    pieces = list(p.draw(ACTIVATIONS)(h).chunk(k, -1))
+    if p.draw([True, False]):
+        pieces = [h[..., i::k].tanh() for i in range(k)]
+    fold, last = p.draw(FOLDS), p.draw(FOLDS)
+    out = pieces[p.draw(range(k))]
+    for i in range(p.draw(range(1, k + 1))):
+        out = (fold if i + 2 < k else last)(out, pieces[i])
+    alone = pieces[p.draw(range(k))]
+    own = p.draw(["none", "before", "after", "both"])
+    if own == "none":
+        return out
+    if own == "both":
+        return out + p.linear(alone, out.shape[-1]) + p.linear(out, out.shape[-1])
+    read = p.linear(alone, 4)
+    used = p.linear(out, 4)
+    return torch.cat([read, used] if own == "before" else [used, read], -1)
+
+
 @step
 def sliced(p, h):
     return h[..., p.draw(range(h.shape[-1] // 2)) :: p.draw([1, 2])]
