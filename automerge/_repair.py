@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from automerge._data import Batch, Batches, run_batch
+from automerge._lockstep import Held, replicas, run_together, several
 from automerge._moments import Moments
 from automerge._observe import Event, Key, Observer, View
 from automerge.symmetry import Symmetry
@@ -95,10 +96,17 @@ class Plan:
     skipped: Mapping[str, str]
     written: frozenset[str] = frozenset()
     """Buffers that the network itself writes to in a pass: what a repair runs must not reach its result."""
+    held: int = 0
+    """The most bytes of activations that the run of the batch held at a time."""
+
+    def place(self, event: Event) -> int | None:
+        """The number of the step that observes an event."""
+        return next((number for number, step in enumerate(self.steps) if step.sees(event)), None)
 
     def find(self, event: Event) -> Site | Norm | None:
         """The step that observes an event."""
-        return next((step for step in self.steps if step.sees(event)), None)
+        number = self.place(event)
+        return None if number is None else self.steps[number]
 
 
 # -------------------------------------------------------------------- planning
@@ -155,7 +163,7 @@ def make_plan(
     record = _Record()
     observer = Observer(tensors, record)
     before = {name: tensors[name].clone() for name, _ in model.named_buffers() if name in tensors}
-    with observer:
+    with Held() as held, observer:
         output = run_batch(model, tensors, batch)
     written = frozenset(name for name, value in before.items() if not torch.equal(value, tensors[name]))
     reasons = record.reasons
@@ -182,7 +190,7 @@ def make_plan(
         if key not in reasons:
             steps.append(site)
     skipped = {record.sites[k].name: r for k, r in reasons.items() if k in record.sites}
-    return Plan(tuple(steps), {**skipped, **_unseen(record, observer, tensors, names)}, written)
+    return Plan(tuple(steps), {**skipped, **_unseen(record, observer, tensors, names)}, written, held.peak)
 
 
 def _mark_shared(record: _Record, observer: Observer) -> None:
@@ -281,8 +289,9 @@ Correction = Callable[[Site | Norm, Moments], tuple[torch.Tensor, torch.Tensor] 
 def correct(model: nn.Module, tensors: Tensors, batches: Batches, plan: Plan, correction: Correction) -> None:
     """Correct the steps of a plan one after the other, each measured with everything before it already corrected.
 
-    One batch needs one forward pass: the running output is corrected along with the weights. With several batches,
-    every step runs the model up to itself on all of them.
+    The running output is corrected along with the weights, so that one pass over the data is enough: the runs of several
+    batches wait for each other at every step. Where they cannot be held at once (`automerge._lockstep`), every step runs
+    the model up to itself on all of them instead.
 
     Args:
         model: in eval mode, without gradients.
@@ -291,27 +300,35 @@ def correct(model: nn.Module, tensors: Tensors, batches: Batches, plan: Plan, co
         plan: the steps.
         correction: gets a step and its moments, writes the weights, and returns scale and shift of the output, or None.
     """
-    if _single(batches):
 
-        def listen(event: Event) -> None:
-            step = plan.find(event)
-            if step is not None:
-                moments = Moments()
-                moments.update(event.value, event.channel)
-                moments.check(f"{step.name} of the merged network")
-                change = correction(step, moments)
-                if change is not None:
-                    view = [1] * event.value.ndim
-                    view[event.channel] = -1
-                    scale, shift = (c.to(event.value.dtype).view(view) for c in change)
-                    event.value.mul_(scale).add_(shift)
+    def meet(step: Site | Norm, events: Sequence[Event]) -> None:
+        moments = Moments()
+        for event in events:
+            moments.update(event.value, event.channel)
+        moments.check(f"{step.name} of the merged network")
+        change = correction(step, moments)
+        for event in events if change is not None else ():
+            view = [1] * event.value.ndim
+            view[event.channel] = -1
+            scale, shift = (c.to(event.value.dtype).view(view) for c in change or ())
+            event.value.mul_(scale).add_(shift)
 
-        for batch in batches:
-            with Observer(tensors, listen):
-                run_batch(model, tensors, batch)
+    held = several(batches, plan.held)
+    copies = replicas(model, len(held)) if held is not None else None
+    if held is None or copies is None:
+        for step in plan.steps:
+            correction(step, measure_one(model, tensors, batches, step))
         return
-    for step in plan.steps:
-        correction(step, measure_one(model, tensors, batches, step))
+    met: set[int] = set()
+
+    def at(number: int, events: Sequence[Event]) -> None:
+        met.add(number)
+        meet(plan.steps[number], events)
+
+    run_together(copies, tensors, held, plan.place, at)
+    for number in range(len(plan.steps)):
+        if number not in met:
+            meet(plan.steps[number], [])
 
 
 def measure_one(model: nn.Module, tensors: Tensors, batches: Batches, step: Site | Norm) -> Moments:
@@ -330,12 +347,6 @@ def measure_one(model: nn.Module, tensors: Tensors, batches: Batches, step: Site
             pass
     moments.check(f"{step.name} of the merged network")
     return moments
-
-
-def _single(batches: Batches) -> bool:
-    iterator: Iterator[Batch] = iter(batches)
-    next(iterator)
-    return next(iterator, None) is None
 
 
 # -------------------------------------------------------------------- folding

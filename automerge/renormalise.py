@@ -146,8 +146,10 @@ class Repair(Renormaliser):
     corrected, and the correction is folded into weight and bias, or, without a bias, into the running mean of the
     BatchNorm that follows. Where there is neither, only the scale is corrected; dead
     channels are left alone; a weight that is used twice, or for something else as well, is skipped and reported.
-    Pixels, tokens and samples all count as samples. One batch costs one forward pass; with several batches every layer
-    runs the network up to itself, and memory stays that of one batch.
+    Pixels, tokens and samples all count as samples. The merged network is corrected in one pass over the data: the runs of
+    several batches wait for each other at every layer, which holds the activations of all of them. Where there are more
+    than 64 batches, or they would take more than a quarter of the memory, or the model cannot be copied, every layer runs
+    the network up to itself instead, in the memory of one batch.
 
     Attributes:
         shift: correct the means too; False keeps the merged network's own means (RESCALE).

@@ -252,8 +252,16 @@ def check_models(models: Sequence[Model], symmetry: Symmetry | None = None) -> l
             and the model.
         SymmetryError: if the symmetry is of another architecture.
     """
-    if isinstance(models, Mapping | nn.Module) or len(models) < 2:
-        raise MatchingError("matching needs at least 2 models; give a list of state dicts or modules")
+    if isinstance(models, Mapping | nn.Module) or not isinstance(models, Sequence) or len(models) < 2:
+        given = f"{len(models)}" if isinstance(models, list | tuple) else f"a {type(models).__name__}"
+        raise MatchingError(f"matching needs a list of at least 2 models (state dicts or modules), got {given}")
+    wrong = next((m for m in models if not isinstance(m, Mapping | nn.Module)), None)
+    if wrong is not None:
+        raise MatchingError(f"each model must be a state dict or a module, got a {type(wrong).__name__}")
+    if symmetry is not None and not isinstance(symmetry, Symmetry):
+        raise MatchingError(
+            f"expected the Symmetry of the models, got a {type(symmetry).__name__}; automerge.infer(model, inputs) makes it"
+        )
     values = [state_dict(m) for m in models]
     still = set(values[0]) - (
         {s.param for g in symmetry.sets for s in g.slots} if symmetry is not None else set(values[0])

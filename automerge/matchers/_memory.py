@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 
 import torch
 
 from automerge._errors import MatchingError
+from automerge._machine import physical_memory
 from automerge.blocks import Blocks
 
 
@@ -50,7 +50,7 @@ def check(needed: int, allowed: int | None, count: int, dtype: str, schedule: st
     Raises:
         MatchingError: with what to lower.
     """
-    limit = _physical() if allowed is None else allowed
+    limit = physical_memory() if allowed is None else allowed
     if limit is None or needed <= limit:
         return
     advice = ["fewer models"]
@@ -76,10 +76,3 @@ def readable(size: float) -> str:
             return f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} GiB"
-
-
-def _physical() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None

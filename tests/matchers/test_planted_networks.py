@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 
 from automerge import ActivationMatching, FrankWolfe, WeightMatching, infer, match
 from automerge.symmetry import Symmetry
+from automerge.testing import Network, networks
 from tests.inference import networks_hostile
 from tests.inference.networks import CASES
 from zoo.models import ZOO
@@ -71,6 +73,12 @@ def test_blocks_that_torch_would_lay_out_as_images() -> None:
 
     torch.manual_seed(0)
     recovered(Grouped(), torch.randn(2, 3, 8, 8), n=3)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(networks())
+def test_random_networks(network: Network) -> None:
+    recovered(network.model, network.args, n=3)
 
 
 @pytest.mark.parametrize("name", ZOO)
