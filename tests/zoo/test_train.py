@@ -150,6 +150,21 @@ def test_the_command_trains_each_seed(tmp_path: Path, capsys: pytest.CaptureFixt
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
+def test_epochs_are_shown_on_a_terminal_and_nowhere_else(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    with zoo_train.bar("net") as report:
+        train(factory, small(), RECIPE, seed=0, report=report)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes that for a terminal
+    with zoo_train.bar("net, seed 0") as report:
+        train(factory, small(), RECIPE, seed=0, report=report)
+    shown = capsys.readouterr().err
+    assert "net, seed 0" in shown
+    assert "3/3" in shown
+
+
 def test_tied_weights_are_written(tmp_path: Path) -> None:
     from automerge.io import load_state_dict, save_state_dict
 
