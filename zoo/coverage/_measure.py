@@ -17,6 +17,7 @@ from automerge.infer import infer_graph
 from automerge.symmetry import Generator, Symmetry
 from automerge.trace import trace
 from zoo.coverage._case import Case, catalogue, short
+from zoo.coverage._peak import Peak
 
 _MAPS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
 _NORMS: tuple[type[nn.Module], ...] = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -37,6 +38,8 @@ class Row:
         inputs: the shapes of the example inputs.
         cpu_seconds: processor seconds of trace and inference, on one thread.
         wall_seconds: wall time of the same, on a machine that may do other things.
+        memory: bytes that trace and inference held at their peak, beside the model; None where that cannot be measured.
+        model: bytes of parameters and buffers.
         groups: the number of generators.
         free: the share of parameter axes' positions that are free.
         pins: (reason, positions), the most frequent first.
@@ -57,6 +60,8 @@ class Row:
     inputs: list[list[int]] = field(default_factory=list)
     cpu_seconds: float = 0.0
     wall_seconds: float = 0.0
+    memory: int | None = None
+    model: int = 0
     groups: int = 0
     free: float = 0.0
     pins: list[tuple[str, int]] = field(default_factory=list)
@@ -120,6 +125,8 @@ def measure(library: str, name: str, elements: int = 2) -> Row:
         case = catalogue(library).build(name)
         row.title = case.title or name
         row.notes = [case.note] if case.note else []
+        tensors = (*case.model.parameters(), *case.model.buffers())
+        row.model = sum(t.numel() * t.element_size() for t in tensors)
         row.parameters = sum(p.numel() for p in case.model.parameters())
         row.inputs = [list(t.shape) for t in (*case.args, *case.kwargs.values()) if isinstance(t, torch.Tensor)]
         balance(case, ())
@@ -154,9 +161,11 @@ def _scaled(row: Row, case: Case, symmetry: Symmetry, elements: int) -> Row:
 
 
 def _infer(row: Row, case: Case) -> Symmetry:
-    wall, cpu = time.perf_counter(), time.process_time()
-    symmetry, _ = infer_graph(trace(case.model, case.args, case.kwargs))
-    row.cpu_seconds, row.wall_seconds = time.process_time() - cpu, time.perf_counter() - wall
+    with Peak() as peak:
+        wall, cpu = time.perf_counter(), time.process_time()
+        symmetry, _ = infer_graph(trace(case.model, case.args, case.kwargs, values=False))
+        row.cpu_seconds, row.wall_seconds = time.process_time() - cpu, time.perf_counter() - wall
+    row.memory = peak.bytes
     row.groups, row.free = len(symmetry.sets), symmetry.free_share
     counts: Counter[str] = Counter()
     for pin in symmetry.pins:

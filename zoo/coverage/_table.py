@@ -11,10 +11,8 @@ from zoo.coverage._case import NAMES
 from zoo.coverage._measure import TOLERANCE, Row
 
 _PACKAGES = ("automerge", "torch", "torchvision", "timm", "transformers", "numpy", "scipy")
-_HEAD = (
-    "| model | parameters (M) | seconds | groups | free | what pinned the rest | operators without a rule | verified |"
-)
-_RULE = "|:--|--:|--:|--:|--:|:--|:--|:--|"
+_HEAD = "| model | parameters (M) | seconds | MiB | groups | free | what pinned the rest | operators without a rule | verified |"
+_RULE = "|:--|--:|--:|--:|--:|--:|:--|:--|:--|"
 
 
 def verified(row: Row) -> bool:
@@ -57,11 +55,23 @@ def summary(rows: Sequence[Row]) -> list[str]:
     if answered:
         slowest = max(answered, key=lambda r: r.cpu_seconds)
         lines.append(f"- slowest: {slowest.cpu_seconds:.1f} s ({slowest.title})")
+        known = [r for r in answered if r.memory is not None]
+        if known:
+            most = max(known, key=lambda r: r.memory or 0)
+            above = sum((r.memory or 0) > 2 * r.model + 2**30 for r in known)
+            lines.append(
+                f"- most memory beside the model: {_mib(most.memory)} MiB ({most.title}); above two copies of the model and "
+                f"1 GiB: {above} of {len(known)}"
+            )
         lines.append(
             f"- blind, because the output hardly depends on the first layers: {sum(bool(r.blind) for r in good)}"
         )
         lines.append(f"- with operators that have no rule: {sum(bool(r.unruled) for r in answered)}")
     return lines
+
+
+def _mib(size: int | None) -> str:
+    return "" if size is None else f"{size / 2**20:.0f}"
 
 
 def _operators(row: Row) -> str:
@@ -78,14 +88,15 @@ def _cell(text: str, length: int = 160) -> str:
 def _line(row: Row) -> str:
     pins = "; ".join(f"{reason} ({count})" for reason, count in row.pins[:2])
     if row.status != "ok":
-        return f"| {row.title} | {row.parameters / 1e6:.1f} | | | | | | **{row.status}**: {_cell(row.message)} |"
+        return f"| {row.title} | {row.parameters / 1e6:.1f} | | | | | | | **{row.status}**: {_cell(row.message)} |"
     check = f"{row.error:.0e}" if verified(row) else f"**no**: {_cell(row.message)}"
     if verified(row) and row.blind:
         check += " (blind: the signal vanishes)"
     if verified(row) and not row.randomised:
         check += " (own weights)"
+    cost = f"{row.cpu_seconds:.2f} | {_mib(row.memory)}"
     return (
-        f"| {row.title} | {row.parameters / 1e6:.2f} | {row.cpu_seconds:.2f} | {row.groups} | {100 * row.free:.1f} % | "
+        f"| {row.title} | {row.parameters / 1e6:.2f} | {cost} | {row.groups} | {100 * row.free:.1f} % | "
         f"{_cell(pins)} | {_operators(row)} | {check} |"
     )
 
@@ -96,12 +107,12 @@ _INTRODUCTION = """\
 What inference answers on the models of torchvision, timm and transformers, with random weights. Written by
 `python -m zoo.coverage`; the same rows, with every operator and note, are in `coverage.json` beside this page.
 
-"Seconds" are processor seconds of one thread for tracing and inference together; verification is apart. "Free" is the share
-of positions on parameter axes (longer than one) that belong to at least one group. "What pinned the rest" names the two most
-frequent reasons, with how many positions each holds. "Verified" is the largest relative change of the float64 output under a
-random element of the whole group, on the example input and on a fresh one, with randomised weights and normalisation
-statistics; the same pass must hold at 1e-9. The base models of transformers return their residual stream, which pins it;
-the rows with a head leave it free.
+"Seconds" are processor seconds of one thread for tracing and inference together, "MiB" what they hold at their peak beside
+the model; verification is apart. "Free" is the share of positions on parameter axes (longer than one) that belong to at
+least one group. "What pinned the rest" names the two most frequent reasons, with how many positions each holds. "Verified"
+is the largest relative change of the float64 output under a random element of the whole group, on the example input and on
+a fresh one, with randomised weights and normalisation statistics; the same pass must hold at 1e-9. The base
+models of transformers return their residual stream, which pins it; the rows with a head leave it free.
 
 In a fresh network the signal may vanish on the way to the output, so that verification sees nothing. Each row therefore
 verifies a wrong group as well (one that moves a parameter of an early layer and leaves its partners); where that passes,
