@@ -21,7 +21,7 @@ from automerge._ranks import Group
 from automerge._verify import verify as verify_symmetry
 from automerge.infer import infer
 from automerge.io import read_checkpoint, save_state_dict
-from automerge.matchers import MATCHERS, FrankWolfe
+from automerge.matchers import MATCHERS, FrankWolfe, Matcher, Matching
 from automerge.merge import merge as merge_models
 from automerge.symmetry import Symmetry
 
@@ -92,6 +92,13 @@ def merge(options: argparse.Namespace) -> None:
     console = Console()
     _check_output(options.output, options.force)
     _check_merge(options)
+    if options.matching is not None:
+        _check_output(options.matching, options.force, "--matching")
+        if os.path.realpath(options.matching) == os.path.realpath(options.output):
+            raise UsageError(f"-o and --matching name the same file, {options.output}")
+    matcher: Matcher = MATCHERS[options.matcher]()
+    if options.resume is not None:
+        matcher = FrankWolfe(resume=Matching.load(options.resume))
     weights = None if options.weights is None else _weights(options.weights)
     specs = [parse_input(text) for text in options.input or ()]
     model = build_model(options.factory, options.seed)
@@ -104,14 +111,18 @@ def merge(options: argparse.Namespace) -> None:
             args,
             kwargs,
             architecture=model,
-            matcher=MATCHERS[options.matcher](),
+            matcher=matcher,
             weights=weights,
             data=data,
             repair=options.repair,
             coordinates="universe" if options.reference is None else options.reference,
             progress=follow(advance),
         )
+    if options.matching is not None:
+        result.matching.save(options.matching, options.force)
     if result.matching.stats.get("interrupted"):
+        if options.matching is not None:
+            console.show(f"the search was interrupted; go on with --resume {options.matching}")
         raise KeyboardInterrupt
     named = [
         {"file": file, **item} for file, item in zip(options.checkpoints, result.provenance["inputs"], strict=True)
@@ -136,9 +147,10 @@ def _merge_shared(options: argparse.Namespace) -> None:
             if ranks.rank == 0:
                 _check_output(options.output, options.force)
             _check_merge(options)
-            if options.matcher != "frank-wolfe" or options.data is not None:
+            if options.matcher != "frank-wolfe" or options.data is not None or options.matching or options.resume:
                 raise UsageError(
-                    "with several processes --matcher is frank-wolfe, and --data and its repair come after"
+                    "with several processes --matcher is frank-wolfe without --matching and --resume, and --data and its "
+                    "repair come after"
                 )
             if not options.input:
                 raise UsageError("with several processes give an example input with --input SHAPE")
@@ -175,10 +187,10 @@ def _merge_shared(options: argparse.Namespace) -> None:
         console.show(f"written to {options.output}")
 
 
-def _check_output(path: Path, force: bool) -> None:
+def _check_output(path: Path, force: bool, option: str = "-o") -> None:
     check_writable(path, force)
     if path.suffix.lower() != ".safetensors":
-        raise UsageError(f"-o {path}: automerge writes safetensors only; give a name that ends in .safetensors")
+        raise UsageError(f"{option} {path}: automerge writes safetensors only; give a name that ends in .safetensors")
 
 
 def _check_merge(options: argparse.Namespace) -> None:
@@ -192,6 +204,8 @@ def _check_merge(options: argparse.Namespace) -> None:
         raise UsageError(f"{twice} is given twice; --weights is the way to make one checkpoint count more than another")
     if options.reference is not None and not 0 <= options.reference < count:
         raise UsageError(f"--reference {options.reference}: give the number of a checkpoint, from 0 to {count - 1}")
+    if options.resume is not None and options.matcher != "frank-wolfe":
+        raise UsageError(f"--resume goes on with frank-wolfe, not with --matcher {options.matcher}")
     if options.data is None and options.repair not in ("auto", "none"):
         raise UsageError(f"--repair {options.repair} measures activations: give batches with --data FACTORY")
     if options.data is None and MATCHERS[options.matcher]().needs_data:

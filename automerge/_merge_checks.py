@@ -13,8 +13,9 @@ from automerge._data import Batches, device_of, evaluating, preserving, run_batc
 from automerge._errors import AutomergeError, CheckpointError, MatchingError
 from automerge._repair_report import Renormaliser
 from automerge.io import buffer_names, check_state_dict, tied_names, with_ties
-from automerge.matchers import Matcher
+from automerge.matchers import Matching
 from automerge.renormalise import batchnorm_names
+from automerge.symmetry import Symmetry
 
 Model = nn.Module | Mapping[str, torch.Tensor]
 _MODES = ("auto", "none", "reset", "repair", "both")
@@ -110,8 +111,29 @@ def choose_repair(repair: str | Renormaliser, network: nn.Module, data: Any) -> 
     return repair
 
 
+def check_matching(matching: Matching, symmetry: Symmetry | None, dicts: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    """A given matching is of so many models of this architecture.
+
+    Raises:
+        MatchingError: if it is not, or comes with another symmetry.
+    """
+    if not isinstance(matching, Matching):
+        raise MatchingError(f"matching= takes what automerge.match returns, got a {type(matching).__name__}")
+    if symmetry is not None and symmetry is not matching.symmetry:
+        raise MatchingError("a matching brings its own symmetry; leave symmetry= out")
+    if len(matching) != len(dicts):
+        raise MatchingError(f"the matching is of {len(matching)} models, and {len(dicts)} are to be merged")
+    for name, shape in matching.symmetry.shapes.items():
+        found = tuple(dicts[0][name].shape) if name in dicts[0] else None
+        if found != tuple(shape):
+            has = "not in these models" if found is None else f"of shape {found} here"
+            raise MatchingError(
+                f"the matching is of another architecture: its {name}, of shape {tuple(shape)}, is {has}; match again"
+            )
+
+
 def check_inseparable(
-    matcher: Matcher,
+    name: str,
     mode: str | Renormaliser,
     asked: str | Renormaliser,
     share: Sequence[float],
@@ -123,7 +145,6 @@ def check_inseparable(
     Raises:
         MatchingError: for what needs such networks: a repair towards them, other weights, a model's coordinates.
     """
-    name = type(matcher).__name__
     if asked == "auto" and mode not in ("none", "reset"):
         mode = "none"
     if mode not in ("none", "reset"):

@@ -158,6 +158,12 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
         default="frank-wolfe",
         help="how to align (default: %(default)s)",
     )
+    parser.add_argument(
+        "--matching", type=Path, metavar="FILE", help="keep the alignment here, also of a search that Ctrl-C ended"
+    )
+    parser.add_argument(
+        "--resume", type=Path, metavar="FILE", help="go on from an alignment of the same checkpoints that was kept"
+    )
     parser.add_argument("--data", metavar="FACTORY", help="package.module:callable that gives batches, for the repair")
     parser.add_argument(
         "--repair",

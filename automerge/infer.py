@@ -93,7 +93,7 @@ def infer_graph(graph: fx.GraphModule) -> tuple[Symmetry, Analysis]:
     dropped = 0
     for units in search(structure, assembler.wanted()):
         made = assembler.generator(units)
-        if made is None:
+        if made is None or _halved(made, analysis.unread):
             dropped += 1
         else:
             generators.append(made)
@@ -120,6 +120,20 @@ def infer_graph(graph: fx.GraphModule) -> tuple[Symmetry, Analysis]:
         },
     )
     return symmetry, analysis
+
+
+def _halved(generator: Generator, unread: dict[str, np.ndarray]) -> bool:
+    """Whether its units own several positions of an axis of which some are not read.
+
+    The axis is a product that other inputs read more of (a flattened table), and what they read belongs to the units, too.
+    """
+    for slot in generator.slots:
+        mask = unread.get(slot.param)
+        if mask is not None and slot.index.shape[1] > 1:
+            others = tuple(k for k in range(mask.ndim) if k != slot.axis)
+            if bool(mask.all(axis=others).any()):
+                return True
+    return False
 
 
 def _shapes(graph: fx.GraphModule) -> dict[str, tuple[int, ...]]:

@@ -28,6 +28,7 @@ from automerge._merge_checks import (
     check_coordinates,
     check_data,
     check_inseparable,
+    check_matching,
     check_models,
     check_weights,
     choose_repair,
@@ -131,6 +132,7 @@ def merge(
     weights: Sequence[float] | None = None,
     data: Any = None,
     symmetry: Symmetry | None = None,
+    matching: Matching | None = None,
     architecture: nn.Module | None = None,
     coordinates: Literal["universe"] | int = "universe",
     repair: RepairMode | Renormaliser = "auto",
@@ -155,6 +157,8 @@ def merge(
             DataLoader. A batch is a tensor, a list or tuple whose first ``len(args)`` items are the inputs, or a dict
             of keyword inputs. A one-shot generator is listed.
         symmetry: skip inference and use this one.
+        matching: skip inference and the search, and use this one of the same models in the same order, made by `match` or
+            loaded; ``matcher`` is then not asked.
         architecture: the module that the state dicts belong to; not changed.
         coordinates: ``"universe"``, or the number of the model whose order of neurons the result takes.
         repair: ``"none"``; ``"reset"`` BatchNorm statistics; ``"repair"`` activations (see `Repair`); ``"both"``:
@@ -165,8 +169,8 @@ def merge(
         progress: called by the matcher with a dict of numbers as the work goes on.
 
     Raises:
-        MatchingError: for fewer than two models, unsuitable weights, a model number out of range, or a matcher that needs
-            data without data.
+        MatchingError: for fewer than two models, unsuitable weights, a model number out of range, a matcher that needs
+            data without data, or a matching of other models.
         CheckpointError: for models whose keys, shapes or integer buffers differ, or that hold NaN or Inf.
         AutomergeError: for an unknown ``repair``, one that needs data, or empty data.
 
@@ -183,19 +187,24 @@ def merge(
     share = check_weights(weights, len(dicts))
     check_coordinates(coordinates, len(dicts))
     mode = choose_repair(repair, network, data)
-    if not matcher.separable:
-        mode = check_inseparable(matcher, mode, repair, share, coordinates, network)
+    if matching is not None:
+        check_matching(matching, symmetry, dicts)
+        symmetry = matching.symmetry
+    if not (matcher if matching is None else matching).separable:
+        name = type(matcher).__name__ if matching is None else matching.matcher.partition("(")[0]
+        mode = check_inseparable(name, mode, repair, share, coordinates, network)
     batches = None if data is None else check_data(network, data, args, kwargs)
-    if matcher.needs_data and batches is None:
+    if matcher.needs_data and batches is None and matching is None:
         raise MatchingError(f"{type(matcher).__name__} looks at activations: give batches, merge(..., data=batches)")
     clock.lap("check")
     if symmetry is None:
         symmetry = infer(_with_weights(network, dicts[0], given), args, kwargs, verify=verify)
     clock.lap("infer")
-    runnable: list[Model] = [*dicts]
-    if matcher.needs_data:
-        runnable[0] = _with_weights(network, dicts[0], given)
-    matching = match(runnable, symmetry, matcher, progress=progress, data=batches)
+    if matching is None:
+        runnable: list[Model] = [*dicts]
+        if matcher.needs_data:
+            runnable[0] = _with_weights(network, dicts[0], given)
+        matching = match(runnable, symmetry, matcher, progress=progress, data=batches)
     clock.lap("match")
     moved = [symmetry.apply(d, e) for d, e in zip(dicts, _elements(matching, coordinates), strict=True)]
     merged = average(moved, share, aliases={**symmetry.aliases, **tied_names(network.state_dict())})
@@ -215,7 +224,7 @@ def merge(
         merged,
         matching,
         symmetry,
-        _provenance(network, dicts, options, matcher),
+        _provenance(network, dicts, options, matching.matcher),
         clock.seconds(),
         report,
         (*notes, *symmetry.notes),
@@ -333,7 +342,7 @@ def _in_types(state: Mapping[str, torch.Tensor], types: Mapping[str, torch.dtype
 
 
 def _provenance(
-    network: nn.Module, dicts: Sequence[Mapping[str, torch.Tensor]], options: Mapping[str, Any], matcher: Matcher
+    network: nn.Module, dicts: Sequence[Mapping[str, torch.Tensor]], options: Mapping[str, Any], matcher: str
 ) -> dict[str, Any]:
     count = sum(p.numel() for p in network.parameters())
     inputs = [{"sha256": hash_state_dict(state), "parameters": count} for state in dicts]
@@ -347,7 +356,7 @@ def _provenance(
         "inputs": inputs,
         "versions": versions,
         "options": dict(options),
-        "matcher": repr(matcher),
+        "matcher": matcher,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import keyword
 import operator
 import os
 import sys
@@ -276,8 +277,10 @@ class _Recorder(TorchDispatchMode):
                     tensor.detach().copy_(before)
 
     def _placeholder(self, name: str, tensor: torch.Tensor, kind: str) -> fx.Node:
-        word = "".join(c if c.isalnum() else "_" for c in name).strip("_") or kind
-        node = self.graph.placeholder(word if word[0].isalpha() else f"{kind}_{word}")
+        word = "".join(c if c.isascii() and c.isalnum() else "_" for c in name).strip("_") or kind
+        usable = word[0].isalpha() and word != "self" and not keyword.iskeyword(word)
+        node = self.graph.placeholder(word if usable else f"{kind}_{word}")
+        node.target = node.name  # two names may make one word
         node.meta.update(val=tensor.detach(), kind=kind, name=name, module="", source="")
         self._register(tensor, Tracked(node))
         self.alive.append(tensor)
@@ -391,6 +394,8 @@ class _Recorder(TorchDispatchMode):
         if func._schema.is_mutable:
             return write(self, func, args, kwargs, node_args, node_kwargs)
         out = func(*args, **kwargs)
+        if func.overloadpacket in _UNFILLED and not out.is_meta:
+            out.zero_()  # what lies in memory by chance is no constant with distinct entries
         self.record(func, args, node_args, node_kwargs, out)
         if func is aten.nonzero.default and node_args[0] in self.tainted:
             self.info.data_dependent.append(f"{_source()}{self.where()}")
@@ -458,6 +463,14 @@ class _Recorder(TorchDispatchMode):
         return module
 
 
+_UNFILLED = (
+    aten.empty,
+    aten.empty_like,
+    aten.empty_strided,
+    aten.empty_permuted,
+    aten.new_empty,
+    aten.new_empty_strided,
+)
 _READS = (aten._local_scalar_dense.default, aten.item.default, aten.equal.default, aten.is_nonzero.default)
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from automerge import cli
 from automerge._factory import InputSpec, UsageError, draw_inputs, parse_input
 from automerge.io import hash_state_dict
+from automerge.matchers import Matching
 from tests import _factories
 
 F = "tests._factories:"
@@ -153,6 +154,46 @@ def test_merge_of_permuted_copies_gives_the_model_back(checkpoints: Sequence[Pat
     assert run("merge", F + "mlp", *checkpoints[:2], "-o", out, *SHAPE, "--reference", 0) == 0
     for name, value in load_file(out).items():
         torch.testing.assert_close(value, state[name], msg=name)
+
+
+def test_a_kept_alignment_is_gone_on_from(
+    checkpoints: Sequence[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, kept = tmp_path / "merged.safetensors", tmp_path / "kept.safetensors"
+    assert run("merge", F + "mlp", *checkpoints, "-o", out, *SHAPE, "--matching", kept) == 0
+    found = Matching.load(kept)
+    again = tmp_path / "again.safetensors"
+    assert run("merge", F + "mlp", *checkpoints, "-o", again, *SHAPE, "--resume", kept) == 0
+    assert load_file(again).keys() == load_file(out).keys()
+    assert len(found) == 3
+    command, new = ("merge", F + "mlp", *checkpoints, *SHAPE, "-o"), tmp_path / "x.safetensors"
+    assert "exists" in fails(capsys, *command, new, "--matching", kept)
+    assert "same file" in fails(capsys, *command, new, "--matching", new)
+    assert "frank-wolfe" in fails(capsys, *command, new, "--resume", kept, "--matcher", "merge-many")
+    fewer = ("merge", F + "mlp", *checkpoints[:2], *SHAPE, "-o", new)
+    assert "of 3 models" in fails(capsys, *fewer, "--resume", kept)
+    assert "not a matching" in fails(capsys, *command, new, "--resume", out)
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_an_interrupted_search_is_kept(
+    checkpoints: Sequence[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("automerge.matchers._search.Search._descend", interrupt)
+    out, kept = tmp_path / "merged.safetensors", tmp_path / "kept.safetensors"
+    assert run("merge", F + "mlp", *checkpoints, "-o", out, *SHAPE, "--matching", kept) == 130
+    assert not out.exists()
+    assert f"--resume {kept}" in capsys.readouterr().out
+    assert Matching.load(kept).stats["interrupted"]
+    monkeypatch.undo()
+    assert run("merge", F + "mlp", *checkpoints, "-o", out, *SHAPE, "--resume", kept) == 0
+    assert out.exists()
 
 
 def test_merge_reads_pt_files_and_takes_the_example_from_the_data(tmp_path: Path) -> None:

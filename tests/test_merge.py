@@ -19,8 +19,9 @@ from torch import nn
 
 from automerge._errors import AutomergeError, CheckpointError, MatchingError, OutputError
 from automerge.evaluate import evaluate
+from automerge.infer import infer
 from automerge.io import hash_state_dict, load_state_dict
-from automerge.matchers import FrankWolfe, Identity, Matcher, Matching
+from automerge.matchers import FrankWolfe, Identity, Matcher, Matching, ZipIt
 from automerge.merge import average, merge
 from automerge.symmetry import Generator, Slot, Symmetry
 
@@ -123,6 +124,36 @@ def test_average_is_the_rounded_exact_mean(count: int, seed: int, dtype: torch.d
     got = average([{"w": v} for v in values], share.tolist())["w"]
     assert got.dtype == dtype
     torch.testing.assert_close(got, exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-14)
+
+
+def test_a_given_matching_takes_the_place_of_the_search(tmp_path: Path) -> None:
+    models, x = [_mlp(k) for k in range(3)], torch.randn(5, 4)
+    whole = merge(models, x)
+    whole.matching.save(tmp_path / "m.safetensors")
+    again = merge(models, x, matching=Matching.load(tmp_path / "m.safetensors"), matcher=Identity())
+    assert all(torch.equal(whole.state_dict[k], v) for k, v in again.state_dict.items())
+    assert again.provenance["matcher"] == repr(FrankWolfe())
+    for bad, text in (
+        ({"matching": whole.matching, "symmetry": infer(models[0], x)}, "brings its own symmetry"),
+        ({"matching": whole.symmetry}, "got a Symmetry"),
+    ):
+        with pytest.raises(MatchingError, match=text):
+            merge(models, x, **bad)  # type: ignore[arg-type]
+    with pytest.raises(MatchingError, match="of 3 models, and 2"):
+        merge(models[:2], x, matching=whole.matching)
+    with pytest.raises(MatchingError, match="another architecture"):
+        merge([_mlp(k, 9) for k in range(3)], x, matching=whole.matching)
+
+
+def test_a_matching_that_merged_units_of_one_model_makes_only_its_average() -> None:
+    models, x = [_mlp(k) for k in range(2)], torch.randn(50, 4)
+    whole = merge(models, x, matcher=ZipIt(), data=[x], repair="none")
+    assert whole.matching.separable is not any(whole.matching.stats["within"].values())
+    again = merge(models, x, matching=whole.matching)
+    assert all(torch.equal(whole.state_dict[k], v) for k, v in again.state_dict.items())
+    if not whole.matching.separable:
+        with pytest.raises(MatchingError, match="ZipIt"):
+            merge(models, x, matching=whole.matching, weights=[1, 2])
 
 
 def test_buffers_are_merged_as_what_they_are() -> None:

@@ -89,6 +89,12 @@ class Matching:
     def __len__(self) -> int:
         return len(self.to_universe)
 
+    @property
+    def separable(self) -> bool:
+        """Whether each moved model is a network of its own; units of one model that were merged leave only an average."""
+        linear = [e for e in self.to_universe if isinstance(e, LinearElement)]
+        return all(matrix.invertible for element in linear for matrix in element.matrices.values())
+
     def between(self, a: int, b: int) -> Element:
         """The map from model a's coordinates to model b's, through the universe.
 

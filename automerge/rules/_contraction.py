@@ -53,14 +53,15 @@ def matmul(context: Context, a: Value, b: Value) -> Value:
 
 
 @rule("addmm", "baddbmm", "addmv", "addbmm", "_addmm_activation")
-def addmm(context: Context, c: Value, a: Value, b: Value, **_: Any) -> Value:
+def addmm(context: Context, c: Value, a: Value, b: Value, *, beta: Any = 1, **_: Any) -> Value:
+    added = [] if beta == 0 else [c]  # with zero the first operand is not read at all
     if len(b.axes) == 1:
-        return context.engine.elementwise([c, mv(context, a, b)])
+        return context.engine.elementwise([*added, mv(context, a, b)])
     product = batched(context.engine, a, b)
     if len(product.axes) > len(context.shape):
         product = context.engine.reduce(product, set(product.axes[0]))
         product = product.with_axes(product.axes[1:])
-    return context.engine.elementwise([c, product])
+    return context.engine.elementwise([*added, product])
 
 
 @rule("mv")
@@ -130,6 +131,16 @@ def inverse(context: Context, x: Value, *_: Any, **__: Any) -> tuple[Value, Valu
     both = engine.reduce(x, {*rows, *columns})  # every entry depends on all
     mixed = Value((*x.axes[:-2], columns, rows), x.size, list(x.factors), set(x.pinned), chosen=x.chosen)
     return engine.elementwise([mixed, both]), plain(tuple(context.out(1).shape))
+
+
+@rule("linalg_matrix_exp")
+def matrix_exp(context: Context, x: Value) -> Value:
+    """exp(P A P^-1) = P exp(A) P^-1, so rows and columns must move together."""
+    _matrix(x)
+    engine = context.engine
+    order = (*range(len(x.axes) - 2), len(x.axes) - 1, len(x.axes) - 2)
+    tied = engine.elementwise([x, copy_letters(x.with_axes(x.axes[k] for k in order))])
+    return engine.elementwise([tied, engine.reduce(tied, {*tied.axes[-2], *tied.axes[-1]})])
 
 
 @rule("_grouped_mm")

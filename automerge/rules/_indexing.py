@@ -158,6 +158,14 @@ def _masked(context: Context, x: Value, given: Sequence[tuple[int, Value]]) -> V
     return Value(out, rest.size | rows.size, rest.factors, rest.pinned | rows.pinned)
 
 
+@rule("masked_select")
+def masked_select(context: Context, x: Value, mask: Value) -> Value:
+    """The entries where a mask holds, in their order."""
+    for v in (x, mask):
+        context.engine.pin_all(v, "a data-dependent mask")
+    return plain(context.shape, pinned=True)
+
+
 def points_into(engine: Engine, x: Value, dim: int, index: Value) -> np.ndarray | None:
     """The labels of an axis, if the index tensor holds positions along exactly such an axis."""
     points = index.points

@@ -14,6 +14,8 @@ from automerge.rules._engine import Engine
 from automerge.rules._registry import Context, function_name, rule
 from automerge.rules._value import Factor, Value, drop_constant, new_letter, plain
 
+SELECTED = ("select",)  # first among the functions of a piece of length one whose axis is gone
+
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "flatten", "unflatten", "view_copy",
       carries=True)  # fmt: skip
@@ -23,7 +25,12 @@ def view(context: Context, x: Value, *_: Any, **__: Any) -> Value:
         and context.node.args[0].meta["val"].numel() != context.node.meta["val"].numel()
     ):
         raise Unruled("a view that changes the element size")
-    return context.engine.reshape(x, context.shape).carry(x)
+    out = context.engine.reshape(x, context.shape).carry(x)
+    if x.origin is not None and x.origin[2].size == 1 and x.origin[3][:1] != SELECTED:
+        axis = x.origin[1]
+        if context.shape == x.shape[:axis] + x.shape[axis + 1 :]:  # squeezed: what select would have given
+            out.origin = (*x.origin[:3], (*SELECTED, *x.origin[3]))
+    return out
 
 
 @rule("clone", "contiguous", "alias", "detach", "_to_copy", "to", "lift_fresh", "lift_fresh_copy", "positive", "dropout",
@@ -132,7 +139,10 @@ def slice_(context: Context, x: Value, dim: int = 0, start: Any = None, stop: An
 def select(context: Context, x: Value, dim: int, index: int) -> Value:
     dim %= len(x.axes)
     taken = context.engine.piece(x, dim, np.array([index % x.shape[dim]]))
-    return without_axis(taken, dim).carry(taken)
+    out = without_axis(taken, dim).carry(taken)
+    if taken is not x and taken.origin is not None:
+        out.origin = (*taken.origin[:3], SELECTED)
+    return out
 
 
 @rule("flip", carries=True)
@@ -180,19 +190,51 @@ def cat(context: Context, tensors: Sequence[Value], dim: int = 0) -> Value:
     if len(pairs) == 1:
         return pairs[0][0]
     dim %= len(pairs[0][0].axes)
-    origins = [v.origin for v, _ in pairs]
-    if all(o is not None and o[0] is origins[0][0] and o[1] == dim and o[3] == origins[0][3] for o in origins):  # type: ignore[index]
-        whole = origins[0][0]  # type: ignore[index]
-        return context.engine.take(whole.settle(), dim, np.concatenate([o[2] for o in origins]))  # type: ignore[index]
+    whole, axis, joined, functions = _pieces([v for v, _ in pairs])
+    if whole is not None and axis == dim and functions[:1] != SELECTED:
+        return context.engine.take(whole.settle(), dim, joined)
+    apart = _laid_out([v for v, _ in pairs], dim, context.engine)
+    if apart is not None:
+        return context.engine.reshape(apart, context.shape)
     for v, _ in pairs:
         v.settle()
     return context.engine.concatenate([v for v, _ in pairs], dim, [n for _, n in pairs])
 
 
-@rule("stack")
+@rule("stack", carries=True)
 def stack(context: Context, tensors: Sequence[Value], dim: int = 0) -> Value:
     dim %= len(tensors[0].axes) + 1
-    return context.engine.concatenate([with_axis(v, dim) for v in tensors], dim, context.node.args[0])
+    apart = _laid_out(tensors, dim, context.engine)
+    if apart is not None:
+        return apart
+    return context.engine.concatenate([with_axis(v.settle(), dim) for v in tensors], dim, context.node.args[0])
+
+
+def _pieces(values: Sequence[Value]) -> tuple[Value | None, int, np.ndarray, tuple[str, ...]]:
+    """The tensor that all were cut from along one axis, that axis, the positions, and the functions applied since."""
+    origins = [v.origin for v in values if v.origin is not None]
+    if len(origins) != len(values) or any(o[0] is not origins[0][0] or o[1] != origins[0][1] for o in origins):
+        return None, 0, np.empty(0, np.int64), ()
+    if any(o[3] != origins[0][3] for o in origins):
+        return None, 0, np.empty(0, np.int64), ()
+    return origins[0][0], origins[0][1], np.concatenate([o[2] for o in origins]), origins[0][3]
+
+
+def _laid_out(values: Sequence[Value], dim: int, engine: Engine) -> Value | None:
+    """Equal pieces of one tensor side by side along a further axis: the axis they were cut along, split and moved.
+
+    (Heads that are chunks of the features, joined along the batch.) None if they are no such pieces.
+    """
+    whole, axis, joined, _ = _pieces(values)
+    if whole is None or len(values) < 2 or any(v.shape != values[0].shape for v in values):
+        return None
+    if np.unique(joined).size != joined.size:
+        return None
+    shape = values[0].shape
+    taken = engine.take(whole.settle(), axis, joined)
+    apart = engine.reshape(taken, (*shape[:axis], len(values), *shape[axis:]))
+    order = [k for k in range(len(shape) + 1) if k != axis]
+    return permuted(apart, [*order[:dim], axis, *order[dim:]])
 
 
 def scattered(engine: Engine, x: Value, source: Value, dim: int, index: np.ndarray) -> Value:

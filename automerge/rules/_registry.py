@@ -58,6 +58,7 @@ def operator_name(target: Any) -> str:
 
 
 _CARRYING: set[str] = set()
+_UNTAGGED = (torch.ops.aten.complex.default, torch.ops.aten.polar.default)  # pointwise, and not tagged as such
 _MODULE_RULES: dict[type[nn.Module], Rule] = {}
 
 
@@ -112,8 +113,8 @@ def find_rule(target: Any) -> Rule | None:
     if isinstance(target, OpaqueModule):
         return _MODULE_RULES.get(type(target.module))
     found = _RULES.get(operator_name(target))
-    if found is None and isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
-        return pointwise
+    if found is None and isinstance(target, torch._ops.OpOverload):
+        return pointwise if torch.Tag.pointwise in target.tags or target in _UNTAGGED else None
     return found
 
 

@@ -359,6 +359,7 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     ),
     "_linalg_slogdet": lambda d: (lambda n: call(p(*d.pick((), (2,)), n, n), outs=[1]))(d.n()),
     "linalg_inv_ex": lambda d: (lambda n: call(p(*d.pick((), (2,)), n, n), outs=[0]))(d.n()),
+    "linalg_matrix_exp": lambda d: (lambda n: call(p(*d.pick((), (2,)), n, n)))(d.n()),
     "_cdist_forward": lambda d: (lambda a, b, k: call(p(a, k), p(b, k), d.pick(1.0, 2.0, 3.0), None))(
         d.n(), d.n(), d.n()
     ),

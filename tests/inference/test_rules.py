@@ -23,6 +23,7 @@ WITHOUT: dict[str, str] = {
     **dict.fromkeys(MEMORY.split(), "its values are whatever was in memory"),
     "_grouped_mm": "takes bfloat16 only, too coarse to compare",
     "_to_dense": "for sparse tensors",
+    "masked_select": "the shape of what comes out depends on values",
     "bincount": "takes integers, which parameters are not",
 }
 TWINS: dict[str, str] = {  # no kernel for float64 on this machine: the same rule as an operator that has one
