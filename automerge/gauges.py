@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from automerge._errors import InvarianceError
+from automerge._norm_folds import NormFinder, NormFold
 from automerge._verify import _difference, _Subject, fresh_inputs, randomised
 from automerge.symmetry import Generator, Slot, Symmetry
 from automerge.trace import normalise_args
@@ -74,18 +75,21 @@ class GaugeReport:
         idle: pieces of biases that change nothing and were set to zero.
         folds: biases that were folded into others and set to zero.
         error: the largest relative change of a float64 output among the models.
+        norms: BatchNorms that were folded into the layer before them.
     """
 
     scalings: tuple[Scaling, ...]
     idle: tuple[Slot, ...]
     folds: tuple[Fold, ...]
     error: float
+    norms: tuple[NormFold, ...] = ()
 
     def __str__(self) -> str:
         scaled = sum(s.up[0].index.shape[0] for s in self.scalings)
         return (
             f"{len(self.scalings)} sets of {scaled} units balanced, {len(self.idle)} idle biases set to zero, "
-            f"{len(self.folds)} biases folded; float64 outputs changed by at most {self.error:.1e} (relative)"
+            f"{len(self.folds)} biases and {len(self.norms)} BatchNorms folded; "
+            f"float64 outputs changed by at most {self.error:.1e} (relative)"
         )
 
 
@@ -98,6 +102,7 @@ def canonicalise(
     *,
     scales: bool = True,
     biases: bool = True,
+    norms: bool = False,
     seed: int = 0,
 ) -> tuple[list[StateDict], GaugeReport]:
     """Take models to canonical gauges; their functions stay.
@@ -110,6 +115,8 @@ def canonicalise(
         kwargs: example keyword inputs.
         scales: make the norms of each unit's incoming and outgoing weights equal.
         biases: set biases that do nothing to zero, and fold those that pass through.
+        norms: fold every BatchNorm into the linear map or convolution before it: its statistics become 0 and 1 and its
+            weight 1. The scales, which a network with BatchNorm is free to choose, then count in the matching.
         seed: of the weights and inputs on which candidates are tried.
 
     Returns:
@@ -133,11 +140,12 @@ def canonicalise(
         tuple(s for i, g in enumerate(symmetry.generators()) for s in [probe.scaling(i, g)] if s) if scales else ()
     )
     idle, folds = probe.biases() if biases else ((), ())
+    folded = probe.norms() if norms else ()
     out: list[StateDict] = []
     error = 0.0
     for number, state in enumerate(states):
         wide = {n: v.detach().double().clone() if v.is_floating_point() else v for n, v in state.items()}
-        _apply(wide, idle, folds, scalings, symmetry)
+        _apply(wide, idle, folds, scalings, folded, symmetry)
         for k in range(2):
             inputs = fresh_inputs(*given, seed=seed + 100 + k)
             before = {n: v.double() if v.is_floating_point() else v for n, v in state.items()}
@@ -149,7 +157,7 @@ def canonicalise(
                     "automerge, please report it, and match without gauges"
                 )
         out.append({n: v.to(state[n].dtype) for n, v in wide.items()})
-    return out, GaugeReport(scalings, idle, folds, error)
+    return out, GaugeReport(scalings, idle, folds, error, folded)
 
 
 # -------------------------------------------------------------------- finding
@@ -230,6 +238,19 @@ class _Probe:
                     folds.append(fold)
         return tuple(idle), tuple(folds)
 
+    def norms(self) -> tuple[NormFold, ...]:
+        """BatchNorms that the layer before them can take up."""
+        finder = NormFinder(self.subject.model, self.subject.tensors)
+        with finder.observer:
+            self.subject.outputs(self.base, *self.inputs[0])
+        found = []
+        for fold in finder.found.values():
+            state = {n: v.clone() for n, v in self.base.items()}
+            fold.apply(state)
+            if self._same(state):
+                found.append(fold)
+        return tuple(found)
+
     def _fold(self, generator: Generator, bias: Slot) -> Fold | None:
         for weight in generator.slots:
             shape = self.symmetry.shapes[weight.param]
@@ -291,9 +312,16 @@ def _carry(state: StateDict, fold: Fold) -> None:
 
 
 def _apply(
-    state: StateDict, idle: Sequence[Slot], folds: Sequence[Fold], scalings: Sequence[Scaling], symmetry: Symmetry
+    state: StateDict,
+    idle: Sequence[Slot],
+    folds: Sequence[Fold],
+    scalings: Sequence[Scaling],
+    norms: Sequence[NormFold],
+    symmetry: Symmetry,
 ) -> None:
     """All gauges on one float64 state dict, in place; balancing goes round until it changes nothing."""
+    for norm in norms:  # before balancing, which looks at the norms of weights, and again after it, which scales gamma
+        norm.apply(state)
     for _ in folds:  # what is folded into a bias may have to be folded on from there
         for fold in folds:
             _carry(state, fold)
@@ -309,6 +337,8 @@ def _apply(
             largest = max(largest, float(np.abs(np.log(factors)).max()))
         if largest < 1e-10:
             break
+    for norm in norms:
+        norm.apply(state)
     for alias, name in symmetry.aliases.items():
         if alias in state and name in state:
             state[alias] = state[name]

@@ -113,6 +113,68 @@ def test_batchnorm_scale_against_the_next_convolution() -> None:
     assert torch.equal(out["blocks.0.norm1.running_var"], own["blocks.0.norm1.running_var"])
 
 
+class Normed(nn.Module):
+    """BatchNorm after a map with a bias, without one, without gamma and beta, and where the map is read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.na = nn.Conv2d(1, 4, 3, bias=True), nn.BatchNorm2d(4)
+        self.b, self.nb = nn.Conv2d(4, 5, 3, bias=False), nn.BatchNorm2d(5)
+        self.c, self.nc = nn.Linear(5, 6, bias=False), nn.BatchNorm1d(6, affine=False, eps=1e-2)
+        self.d, self.nd = nn.Linear(6, 6), nn.BatchNorm1d(6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.nb(self.b(self.na(self.a(x)).relu())).relu().mean((2, 3))
+        y = self.d(self.nc(self.c(x)).relu())
+        return self.nd(y) + y
+
+
+def test_batchnorms_are_folded_on_request() -> None:
+    torch.manual_seed(0)
+    net = Normed()
+    for _ in range(3):
+        net(torch.randn(8, 1, 7, 7) + 1)
+    net.eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    x = torch.randn(6, 1, 7, 7)
+    own = {n: v.double() if v.is_floating_point() else v for n, v in state(net).items()}
+    symmetry = infer(net, x)
+    assert not canonicalise(net, x, [own], symmetry)[1].norms
+    (out,), report = canonicalise(net, x, [own], symmetry, scales=False, biases=False, norms=True)
+    assert [f.norm for f in report.norms] == ["na", "nb", "nc"]  # what reads the last map besides its norm would change
+    assert "3 BatchNorms folded" in str(report)
+    assert report.error < 1e-12
+    for norm, eps in (("na", 1e-5), ("nb", 1e-5), ("nc", 1e-2)):
+        assert torch.equal(out[f"{norm}.running_var"], torch.full_like(out[f"{norm}.running_var"], 1 - eps))
+        if norm != "nc":
+            assert torch.equal(out[f"{norm}.running_mean"], torch.zeros_like(out[f"{norm}.running_mean"]))
+            assert torch.equal(out[f"{norm}.weight"], torch.ones_like(out[f"{norm}.weight"]))
+    assert torch.equal(out["na.bias"], torch.zeros(4, dtype=torch.float64))
+    assert torch.equal(out["nd.running_var"], own["nd.running_var"])
+    net.double().load_state_dict(own)
+    before = net(x.double())
+    net.load_state_dict(out)
+    torch.testing.assert_close(net(x.double()), before, rtol=1e-10, atol=1e-12)
+
+
+def test_networks_that_differ_by_the_scales_that_batchnorm_takes_up_become_one() -> None:
+    torch.manual_seed(0)
+    net = ResNet(width=4).eval()
+    x = torch.randn(2, 1, 8, 8)
+    first = {n: v.double() if v.is_floating_point() else v for n, v in state(net).items()}
+    factors = torch.rand(4, dtype=torch.float64) + 0.5
+    second = {n: v.clone() for n, v in first.items()}
+    second["blocks.0.conv1.weight"] *= factors[:, None, None, None]
+    second["blocks.0.norm1.running_mean"] *= factors
+    second["blocks.0.norm1.running_var"] = (first["blocks.0.norm1.running_var"] + 1e-5) * factors**2 - 1e-5
+    (one, other), report = canonicalise(net, x, [first, second], infer(net, x), norms=True)
+    assert len(report.norms) == sum(n.endswith("running_mean") for n in first)
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, msg=name)
+
+
 def test_types_stay_and_inputs_are_not_changed() -> None:
     net = mlp().bfloat16()
     x = torch.randn(5, 4, dtype=torch.bfloat16)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from automerge.rules._combine import Combine
 from automerge.rules._value import Factor, Value, drop_constant, new_letter, plain, split_letter, spread
+
+MAX_BESIDE = 65_536
 
 
 class Engine(Combine):
@@ -118,11 +121,12 @@ class Engine(Combine):
             apart.append(v.with_axes((*others, *(v.axes[axis] if i == j else () for j in range(count)))))
         aligned, wide, size = self.align(apart)
         axes, own = wide[:n], wide[n:]
-        both = self.combine(aligned, wide, size)
         made = new_letter()
         inner = {c for a in own for c in a}
         total = sum(lengths)
-        rest = [f for f in both.factors if not inner & set(f.letters)]
+        aligned, beside = self._beside(aligned, made) if total == len(lengths) else (aligned, [])
+        both = self.combine(aligned, wide, size)
+        rest = [f for f in both.factors if not inner & set(f.letters)] + beside
         parts = [[f for f in both.factors if set(a) & set(f.letters)] for a in own]
         pinned = both.pinned - inner
         size_out = {c: n for c, n in both.size.items() if c not in inner} | {made: total}
@@ -135,6 +139,28 @@ class Engine(Combine):
         if joint is not None:
             rest.append(joint)
         return Value(axes_out, size_out, rest, pinned, chosen=both.chosen)
+
+    def _beside(self, values: Sequence[Value], made: int) -> tuple[list[Value], list[Factor]]:
+        """Factors that every operand of a stack has over the same letters with labels of its own, taken out and stacked.
+
+        Each operand keeps its order until something reads several of them alike: the last states of both directions of a
+        recurrence, weights of several members read in one batched product.
+        """
+        out, stacked = list(values), []
+        for f in values[0].factors:
+            mine = [[g for g in v.factors if set(g.letters) & set(f.letters)] for v in values]
+            if any(len(m) != 1 or set(m[0].letters) != set(f.letters) or not m[0].injective for m in mine):
+                continue
+            if any(set(f.letters) & v.pinned or v.chosen for v in values) or f.labels.size * len(values) > MAX_BESIDE:
+                continue
+            labels = [m[0].labels.transpose([m[0].letters.index(c) for c in f.letters]) for m in mine]
+            if all(np.array_equal(self.axes.root[labels[0]], self.axes.root[one]) for one in labels[1:]):
+                continue  # they move together already
+            made_one = [Factor((made, *f.letters), np.stack(labels))]
+            self._mark_coordinates(self.make_injective(made_one, 0), [made], "position in a concatenation")
+            stacked += made_one
+            out = [replace(v, factors=[g for g in v.factors if set(g.letters) != set(f.letters)]) for v in out]
+        return out, stacked
 
     def _all_fixed(self, labels: np.ndarray) -> bool:
         """Whether labels are distinct and none of them can move: then they say no more than the coordinate."""

@@ -1236,7 +1236,7 @@ add(
     out=lin(6, 2),
 )
 add("WriteThroughViews", "3x2", (x,), _write(_through_views), a=lin(4, 6), b=lin(4, 3), out=lin(6, 2))
-add("WriteWindows", "3x2", (x,), _write(_windows), a=lin(4, 6), out=lin(6, 2), missing="as_strided_scatter has no rule")
+add("WriteWindows", "3x2", (x,), _write(_windows), a=lin(4, 6), out=lin(6, 2))
 add("GramWithoutLoops", "6 3", (x,), _without_loops, a=lin(4, 6), w=par(6, 3), out=lin(6, 2))
 add(
     "GramDoubledLoops",
