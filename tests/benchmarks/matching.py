@@ -28,6 +28,7 @@ from automerge.objective import Objective
 from automerge.renormalise import reset_batchnorm
 from automerge.symmetry import Symmetry
 from tests._all_pairs import AllPairs
+from tests.benchmarks.peer import peer_table
 from zoo.data import digits
 from zoo.models.mlp import MLP
 from zoo.models.resnet import ResNet, build_layernorm
@@ -91,10 +92,10 @@ def iteration(objective: Objective, repeat: int = 4) -> dict[str, float]:
 
 
 def iterations_table() -> list[str]:
-    rows = ["| network, 3 models | million parameters | s | products s | ratio | gradient | assignment | step |"]
-    rows.append("|---|---|---|---|---|---|---|---|")
+    rows = ["| network, 3 models | million parameters | s | products s | ratio | gradient | assignment | step | peak |"]
+    rows.append("|---|---|---|---|---|---|---|---|---|")
     cases: list[tuple[str, Factory]] = [
-        (f"ResNet20, width x{w}", lambda w=w: ResNet(width=16 * w, depth=3, channels=3)) for w in (1, 2, 4)
+        (f"ResNet20, width x{w}", lambda w=w: ResNet(width=16 * w, depth=3, channels=3)) for w in (1, 2, 4, 8)
     ]
     cases += [("VGG16", build_vgg16)]
     cases += [(f"MLP, 3 layers of {n}", lambda n=n: MLP((64, n, n, n, 10))) for n in (128, 256, 512, 1024)]
@@ -105,8 +106,9 @@ def iterations_table() -> list[str]:
         parts, floor = iteration(objective), products(objective)
         total = sum(parts.values())
         size = sum(v.numel() for v in models[0].values()) / 1e6
+        held = peak(3, 16 * int(name.rpartition("x")[2])) if "ResNet" in name else "-"
         shares = " | ".join(f"{v / total:.0%}" for v in parts.values())
-        rows.append(f"| {name} | {size:.2f} | {total:.4f} | {floor:.4f} | {total / floor:.2f} | {shares} |")
+        rows.append(f"| {name} | {size:.2f} | {total:.4f} | {floor:.4f} | {total / floor:.2f} | {shares} | {held} |")
     return rows
 
 
@@ -128,7 +130,7 @@ def number_table() -> list[str]:
     return rows
 
 
-def peak(count: int) -> str:
+def peak(count: int, width: int = 32) -> str:
     """The growth of the resident memory of a process that matches so many (Linux; the high-water mark is reset first)."""
     if not Path("/proc/self/clear_refs").exists():
         return "-"
@@ -136,7 +138,7 @@ def peak(count: int) -> str:
         "import torch; torch.set_num_threads(1)\n"
         "from pathlib import Path\n"
         "from tests.benchmarks.matching import *\n"
-        f"s, models = problem(lambda: ResNet(width=32, depth=3, channels=3), {count}, (1, 3, 32, 32))\n"
+        f"s, models = problem(lambda: ResNet(width={width}, depth=3, channels=3), {count}, (1, 3, 32, 32))\n"
         "match(models[:2], s, FrankWolfe(max_iterations=0, reheats=0, polish=0))\n"
         "def kilobytes(key): return int(Path('/proc/self/status').read_text().split(key + ':')[1].split()[0])\n"
         "Path('/proc/self/clear_refs').write_text('5')\n"
@@ -185,13 +187,16 @@ def accuracy(factory: Factory, state: State_) -> float:
         return float((model.eval()(data.x_test).argmax(dim=1) == data.y_test).double().mean())
 
 
-def quality_table() -> list[str]:
+def quality_tables() -> tuple[list[str], list[str]]:
+    """What the matchers find, and the same for two models against the `rebasin` package."""
+    pairs: dict[str, tuple[Factory, Symmetry, list[State_]]] = {}
     gains: dict[str, list[float]] = {k: [] for k in CHOICES}
     accuracies: dict[str, list[float]] = {k: [] for k in [*CHOICES, "all pairs"]}
     seconds = dict.fromkeys([*CHOICES, "all pairs"], 0.0)
-    for factory, first in SETS.values():
+    for title, (factory, first) in SETS.items():
         models = [train(factory, digits(), Recipe(epochs=6), first + i).state_dict for i in range(3)]
         symmetry = infer(factory().eval(), torch.randn(2, 1, 8, 8), verify=False)
+        pairs[title] = factory, symmetry, models
         oracle = AllPairs(decompose(symmetry), models)
         start = float(oracle.value(oracle.identity()))
         begin = now()
@@ -227,7 +232,7 @@ def quality_table() -> list[str]:
         rows.append(
             f"| `{name}` | {mean:.1%}, {min(values):.1%} | {above} of {len(values)} | {merged:.2%} | {seconds[name]:.1f} |"
         )
-    return rows
+    return rows, peer_table(pairs)
 
 
 def main() -> None:
@@ -236,11 +241,13 @@ def main() -> None:
     torch.set_num_threads(1)
     out = parser.parse_args().out
     rev = f"torch {torch.__version__}, python {platform.python_version()}, {platform.machine()}"
+    quality, peers = quality_tables()
     text = TEXT.format(
         rev=rev,
         iterations="\n".join(iterations_table()),
         number="\n".join(number_table()),
-        quality="\n".join(quality_table()),
+        quality="\n".join(quality),
+        peers="\n".join(peers),
         sets=", ".join(SETS),
     )
     out.write_text(text, encoding="utf-8")
@@ -253,7 +260,8 @@ Written by `python -m tests.benchmarks.matching` ({rev}). Times are CPU seconds 
 ## One iteration
 
 All models move once. *Products* are the multiplications of the gradient alone, as plain `torch.mm` on operands of the same
-shapes; the ratio says what everything else costs. Random weights, a soft start.
+shapes; the ratio says what everything else costs. Random weights, a soft start. *Peak* is the
+growth of the process's memory in a whole match.
 
 {iterations}
 
@@ -271,6 +279,14 @@ The gain over the models as they are is set against that of the all-pairs loop f
 float64 and with up to 100 iterations. Merged accuracy is the mean over sets, BatchNorm statistics measured anew.
 
 {quality}
+
+## Two models, against another package
+
+The first two networks of every set. `rebasin` derives its permutations from the modules as well (its seconds include it).
+The share is the growth of the inner product of the weights, the best of the three being 100 %. A permutation must not
+change what the network computes. `pip install --no-deps rebasin torchview graphviz tqdm` adds it to a CPU build of torch.
+
+{peers}
 """
 
 if __name__ == "__main__":
