@@ -69,7 +69,7 @@ class FrankWolfe(Matcher):
 
     max_iterations: int = 100
     gap_tolerance: float = 1e-4
-    progress_tolerance: float = 1e-4
+    progress_tolerance: float = 3e-4
     start: str = "signature"
     softness: float = 0.9
     restarts: int = 0

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from automerge.rules._combine import Combine
+from automerge.rules._constants import Pattern, pattern, slice_classes
 from automerge.rules._value import Factor, Value, drop_constant, new_letter, plain, split_letter, spread
 
 MAX_BESIDE = 65_536
@@ -225,17 +226,15 @@ class Engine(Combine):
 
     def constant_structure(self, array: np.ndarray, axes: Sequence[tuple[int, ...]]) -> tuple[list[Factor], set[int]]:
         """The factors and pins of a constant whose axes have one letter each."""
-        if _exchangeable(array):
-            first, second = (a for a in axes if a)
-            rows, columns = self.axes.fresh((array.shape[-1],)), self.axes.fresh((array.shape[-1],))
-            self.axes.tie(rows, columns)
-            return [Factor(first, rows), Factor(second, columns)], set()
         factors: list[Factor] = []
         pinned: set[int] = set()
+        found = pattern(array)
+        if found is not None:
+            factors += self._patterned(found, array.shape, axes)
         for k, axis in enumerate(axes):
-            if not axis:
+            if not axis or (found is not None and k in found.axes):
                 continue
-            classes = _slice_classes(array, k)
+            classes = slice_classes(array, k)
             count = int(classes.max()) + 1
             if count == array.shape[k]:
                 pinned.add(axis[0])
@@ -245,27 +244,24 @@ class Engine(Combine):
                 factors.append(Factor(axis, labels))
         return factors, pinned
 
-
-def _exchangeable(array: np.ndarray) -> bool:
-    """Whether this is one number on the diagonal of a square and another off it."""
-    if array.ndim != 2 or array.shape[0] != array.shape[1] or array.shape[0] < 3:
-        return False
-    expected = np.full_like(array, array[0, 1])
-    np.fill_diagonal(expected, array[0, 0])
-    return array[0, 0] != array[0, 1] and np.array_equal(array, expected)
-
-
-def _slice_classes(array: np.ndarray, axis: int) -> np.ndarray:
-    """Number the distinct slices along an axis: equal slices get equal numbers."""
-    n = array.shape[axis]
-    rows = np.moveaxis(array, axis, 0).reshape(n, -1)
-    if rows.dtype.kind in "fc":
-        rows = rows + 0.0  # one zero
-    if bool((rows == rows[:1]).all()):
-        return np.zeros(n, np.int64)
-    rows = np.ascontiguousarray(rows)
-    numbers: dict[bytes, int] = {}
-    return np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in rows], np.int64)
+    def _patterned(self, found: Pattern, shape: Sequence[int], axes: Sequence[tuple[int, ...]]) -> list[Factor]:
+        """Two axes that are permuted together: a vertex for each entry leads to its row and its column."""
+        whole = [self.axes.fresh((shape[k],)) for k in found.axes]
+        ends = []
+        for labels, classes in zip(whole, found.classes, strict=True):
+            count = int(classes.max()) + 1
+            ends.append(labels if count == labels.size else self.axes.fresh((count,)))
+            if count < labels.size:
+                self.axes.edge(labels, ends[-1][classes])
+        rows, columns = ends[0][found.rows], ends[1][found.columns]
+        if found.one_to_one and rows.size == ends[0].size == ends[1].size:
+            self.axes.tie(rows, columns)
+        else:
+            entries = self.axes.fresh(rows.shape)
+            self.axes.mark(entries, found.kinds)
+            self.axes.edge(entries, rows)
+            self.axes.edge(entries, columns)
+        return [Factor(axes[k], labels) for k, labels in zip(found.axes, whole, strict=True)]
 
 
 def _with_room(owner: np.ndarray, count: int) -> np.ndarray:

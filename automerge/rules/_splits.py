@@ -42,7 +42,7 @@ class Splits(Letters):
                     for g in other if i != j else ():
                         extra = set(g.letters) - set(f.letters)
                         if f.letters[0] in g.letters and extra and self._outer(extra, f, g, values[j], other):
-                            for h in mine:
+                            for h in values[i].factors:  # those of pinned letters, too
                                 if extra & set(h.letters) and f.letters[0] not in h.letters:
                                     self.request_split(f, h, extra)
 
