@@ -140,6 +140,8 @@ def _check_traceable(model: nn.Module, inputs: Any) -> None:
             raise TraceError(
                 f"{name} is on the meta device and has no values; materialise the model first (to_empty, then load)"
             )
+        if tensor.is_nested:
+            raise TraceError(f"{name} is a nested tensor, {_NO_NESTED}")
         if tensor.layout is not torch.strided:
             raise TraceError(f"{name} is a sparse tensor ({tensor.layout}); pass a dense one (tensor.to_dense())")
 
@@ -394,6 +396,8 @@ class _Recorder(TorchDispatchMode):
         if func._schema.is_mutable:
             return write(self, func, args, kwargs, node_args, node_kwargs)
         out = func(*args, **kwargs)
+        if isinstance(out, torch.Tensor) and out.is_nested:
+            raise TraceError(f"the model makes a nested tensor{self.where()} ({_source()}), {_NO_NESTED}")
         if func.overloadpacket in _UNFILLED and not out.is_meta:
             out.zero_()  # what lies in memory by chance is no constant with distinct entries
         self.record(func, args, node_args, node_kwargs, out)
@@ -463,6 +467,7 @@ class _Recorder(TorchDispatchMode):
         return module
 
 
+_NO_NESTED = "which has no shape to follow; pad the sequences (torch.nested.to_padded_tensor) for inference"
 _UNFILLED = (
     aten.empty,
     aten.empty_like,

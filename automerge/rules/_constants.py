@@ -7,15 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_MAX_ENTRIES = 1_000_000
-_MAX_LINKS = 4_096
+_MAX_ENTRIES = 5_000_000
 
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
-    """Two axes of a constant that can be permuted together (an identity, blocks on a diagonal).
+    """Two axes of a constant that can be permuted together: an identity, a permutation, blocks on a diagonal.
 
-    Positions with equal slices are one class; the pattern is one of classes.
+    Positions with equal slices are one class; besides a background, every class has one entry at most.
 
     Attributes:
         axes: the two axes.
@@ -32,9 +31,9 @@ class Pattern:
     kinds: np.ndarray
 
     @property
-    def one_to_one(self) -> bool:
-        """Whether every row and every column has exactly one entry, all of a kind."""
-        return all(np.unique(a).size == a.size for a in (self.rows, self.columns)) and np.unique(self.kinds).size == 1
+    def of_a_kind(self) -> bool:
+        """Whether all entries have the same value."""
+        return bool((self.kinds == self.kinds[0]).all())
 
 
 def slice_classes(array: np.ndarray, axis: int) -> np.ndarray:
@@ -63,30 +62,17 @@ def pattern(array: np.ndarray) -> Pattern | None:
         kinds = _kinds(np.moveaxis(cells, (a, b), (0, 1)).reshape(n * m, -1)).reshape(n, m)
         background = int(np.bincount(kinds.reshape(-1)).argmax())
         rows, columns = np.nonzero(kinds != background)
-        if 0 < rows.size <= _MAX_LINKS and not _rigid(kinds):
-            return Pattern((a, b), (several[a], several[b]), rows, columns, kinds[rows, columns])
+        one_to_one = np.unique(rows).size == rows.size == np.unique(columns).size
+        found = kinds[rows, columns]
+        if one_to_one and np.unique(found).size < found.size:
+            return Pattern((a, b), (several[a], several[b]), rows, columns, found)
     return None
 
 
 def _kinds(cells: np.ndarray) -> np.ndarray:
+    """Number the distinct rows of a table."""
+    if cells.shape[1] == 1:
+        return np.unique(cells, return_inverse=True)[1].reshape(-1)
     cells = np.ascontiguousarray(cells + 0.0 if cells.dtype.kind in "fc" else cells)
     one = cells.view(np.dtype((np.void, cells.dtype.itemsize * cells.shape[1]))).reshape(-1)
     return np.unique(one, return_inverse=True)[1].reshape(-1)
-
-
-def _rigid(kinds: np.ndarray) -> bool:
-    """Whether colour refinement tells all rows and columns apart."""
-    rows, columns = np.zeros(kinds.shape[0], np.int64), np.zeros(kinds.shape[1], np.int64)
-    while True:
-        before = int(rows.max()) + int(columns.max())
-        rows = _refined(kinds, rows, columns)
-        columns = _refined(kinds.T, columns, rows)
-        if int(rows.max()) + 1 == rows.size or int(columns.max()) + 1 == columns.size:
-            return True
-        if int(rows.max()) + int(columns.max()) == before:
-            return False
-
-
-def _refined(kinds: np.ndarray, mine: np.ndarray, others: np.ndarray) -> np.ndarray:
-    table = np.sort(kinds * (int(others.max()) + 1) + others, axis=1)
-    return np.unique(np.column_stack([mine, table]), axis=0, return_inverse=True)[1].reshape(-1)

@@ -254,7 +254,7 @@ class Engine(Combine):
             if count < labels.size:
                 self.axes.edge(labels, ends[-1][classes])
         rows, columns = ends[0][found.rows], ends[1][found.columns]
-        if found.one_to_one and rows.size == ends[0].size == ends[1].size:
+        if found.of_a_kind and rows.size == ends[0].size == ends[1].size:
             self.axes.tie(rows, columns)
         else:
             entries = self.axes.fresh(rows.shape)

@@ -128,19 +128,41 @@ def _generic_index(context: Context, x: Value, given: Sequence[tuple[int, Value]
     axes = [k for k, _ in given]
     if axes != list(range(axes[0], axes[0] + len(axes))):
         raise Unruled("indices on separated axes")
-    for k in axes:
+    kept = whole_axes(x, given)
+    gone = [k for k in axes if k not in kept.values()]
+    for k in gone:
         x = engine.pin_letters(x, set(x.axes[k]), "looked up by data")
-    rest = engine.reduce(x, {c for k in axes for c in x.axes[k]})
-    where = engine.elementwise([copy_letters(v) for _, v in given])
+    rest = engine.reduce(x, {c for k in gone for c in x.axes[k]})
+    where = engine.elementwise([copy_letters(v) for k, v in given if k in gone])
+    rank = max(len(v.axes) for _, v in given)
     tail = len(rest.axes) - axes[-1] - 1
+    middle = (rest.axes[kept[d]] if d in kept else () for d in range(rank))
     shaped = Value(
-        (*rest.axes[: axes[0]], *((),) * len(where.axes), *rest.axes[axes[-1] + 1 :]),
+        (*rest.axes[: axes[0]], *middle, *rest.axes[axes[-1] + 1 :]),
         rest.size,
         rest.factors,
         rest.pinned,
     )
     wide = where.with_axes((*where.axes, *((),) * tail))
     return engine.elementwise([shaped, wide])
+
+
+def whole_axes(x: Value, given: Sequence[tuple[int, Value]]) -> dict[int, int]:
+    """Of several indices, those that only walk along their axis: dimension of the broadcast index -> axis of ``x``.
+
+    (``q[arange(batch)[:, None, None], arange(heads)[:, None], best]`` reads every head at places of its own.)
+    """
+    rank = max(len(v.axes) for _, v in given)
+    kept: dict[int, int] = {}
+    for k, v in given:
+        constant = constant_index(v)
+        long = [d for d, n in enumerate(v.shape) if n > 1]
+        if constant is None or len(long) != 1 or not np.array_equal(constant.reshape(-1), np.arange(x.shape[k])):
+            continue
+        dim = rank - len(v.axes) + long[0]
+        if dim not in kept and len(kept) + 1 < len(given):
+            kept[dim] = k
+    return kept
 
 
 def _masked(context: Context, x: Value, given: Sequence[tuple[int, Value]]) -> Value:

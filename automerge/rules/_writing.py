@@ -10,7 +10,7 @@ import torch
 
 from automerge.rules._axes import Unruled
 from automerge.rules._engine import Engine
-from automerge.rules._indexing import bare, constant_index, points_into, tie_axis
+from automerge.rules._indexing import bare, constant_index, points_into, tie_axis, whole_axes
 from automerge.rules._movement import expanded, gathered, scattered
 from automerge.rules._registry import Context, rule, values_in
 from automerge.rules._value import Value, copy_letters, plain
@@ -108,7 +108,7 @@ def _index_write(engine: Engine, name: str, x: Value, dim: int, others: Sequence
 def _index_put(context: Context, x: Value, indices: Sequence[Value | None], values: Value) -> Value:
     engine = context.engine
     axes = [k for k, v in enumerate(indices) if v is not None]
-    covered = [indices[k] for k in axes]
+    covered = [v for v in indices if v is not None]
     nodes = [n for n in context.node.args[1] if n is not None]
     if len(axes) == 1 and nodes[0].meta["val"].dtype is torch.bool and values.shape == ():
         mask = covered[0]
@@ -118,19 +118,27 @@ def _index_put(context: Context, x: Value, indices: Sequence[Value | None], valu
     if constant is not None and constant.ndim == 1 and np.unique(constant).size == constant.size:
         shape = [constant.size if k == axes[0] else m for k, m in enumerate(x.shape)]
         return scattered(engine, x, expanded(values, shape), axes[0], constant % x.shape[axes[0]])
-    simple = len(axes) == 1 and covered[0] is not None and len(covered[0].axes) == 1
-    if not simple:
+    masks = [n.meta["val"].dtype in (torch.bool, torch.uint8) for n in nodes]
+    first, span = axes[0], len(covered[0].axes) if masks == [True] else len(axes)
+    if (any(masks) and masks != [True]) or axes != list(range(first, first + len(axes))):
         for v in [*covered, values]:
-            if v is not None:
-                engine.pin_all(v, "written at given positions")
+            engine.pin_all(v, "written at given positions")
         return engine.pin_all(x, "written at given positions")
-    k = axes[0]
-    x = engine.pin_letters(x, set(x.axes[k]), "written at given positions")
-    engine.pin_all(covered[0], "written at given positions")  # type: ignore[arg-type]
-    values = values.with_axes(((),) * (len(x.axes) - len(values.axes)) + values.axes)
-    values = engine.pin_letters(values, set(values.axes[k]), "written at given positions")
-    out = engine.elementwise([x, engine.reduce(values, set(values.axes[k]))])
-    return engine.pin_letters(out, set(out.axes[k]), "written at given positions")
+    places = 1 if any(masks) else max(len(v.axes) for v in covered)
+    kept = {} if any(masks) else whole_axes(x, list(zip(axes, covered, strict=True)))
+    fixed = [k for k in range(first, first + span) if k not in kept.values()]
+    x = engine.pin_letters(x, {c for k in fixed for c in x.axes[k]}, "written at given positions")
+    for v in covered:
+        engine.pin_all(v, "written at given positions")
+    rank = len(x.axes) - span + places
+    values = values.with_axes(((),) * (rank - len(values.axes)) + values.axes)
+    given = {c for d in range(places) if d not in kept for c in values.axes[first + d]}
+    values = engine.reduce(engine.pin_letters(values, given, "written at given positions"), given)
+    middle: dict[int, tuple[int, ...]] = {k: values.axes[first + d] for d, k in kept.items()}
+    between = (middle.get(k, ()) for k in range(first, first + span))
+    values = values.with_axes((*values.axes[:first], *between, *values.axes[first + places :]))
+    out = engine.elementwise([x, values])
+    return engine.pin_letters(out, {c for k in fixed for c in out.axes[k]}, "written at given positions")
 
 
 @rule("masked_scatter")

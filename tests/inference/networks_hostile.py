@@ -1235,7 +1235,8 @@ add(
     a=lin(4, 6),
     out=lin(6, 2),
 )
-add("WriteThroughViews", "3x2", (x,), _write(_through_views), a=lin(4, 6), b=lin(4, 3), out=lin(6, 2))
+# the rows of a that are overwritten are free, too
+add("WriteThroughViews", "3x3", (x,), _write(_through_views), a=lin(4, 6), b=lin(4, 3), out=lin(6, 2))
 add("WriteWindows", "3x2", (x,), _write(_windows), a=lin(4, 6), out=lin(6, 2))
 add("GramWithoutLoops", "6 3", (x,), _without_loops, a=lin(4, 6), w=par(6, 3), out=lin(6, 2))
 add(
@@ -1388,4 +1389,249 @@ add(
     w=par(3, 3),
     b=lin(3, 3),
     out=lin(3, 2),
+)
+
+
+# ---------------------------------------------------------------- joins along another axis than the cut
+def _heads_on_batch(s: Any, x: torch.Tensor) -> torch.Tensor:
+    """Heads are chunks of the features, joined along the batch, and brought back."""
+    h = s.i(x)
+    q, k, v = (torch.cat(f(h).chunk(2, dim=2), dim=0) for f in (s.q, s.k, s.v))
+    return s.out(h + s.p(torch.cat(attend(q, k, v).chunk(2, dim=0), dim=2)))
+
+
+def _heads_stacked(s: Any, x: torch.Tensor) -> torch.Tensor:
+    h = s.i(x)
+    q, k, v = (torch.stack(f(h).split(3, -1), 1) for f in (s.q, s.k, s.v))
+    return s.out(h + s.p(torch.cat(attend(q, k, v).unbind(1), -1)))
+
+
+def _heads_squeezed(s: Any, x: torch.Tensor) -> torch.Tensor:
+    h = s.i(x)
+    q, k, v = (torch.stack(f(h).split(3, -1), 1) for f in (s.q, s.k, s.v))
+    return s.out(h + s.p(torch.cat([t.squeeze(1) for t in attend(q, k, v).split(1, 1)], -1)))
+
+
+def _heads_in_a_loop(s: Any, x: torch.Tensor) -> torch.Tensor:
+    h = s.i(x)
+    parts = [[f(h)[..., k : k + 3] for f in (s.q, s.k, s.v)] for k in (0, 3)]
+    return s.out(h + s.p(torch.cat([attend(*part) for part in parts], -1)))
+
+
+for _name, _sizes, _program in (
+    ("HeadsOnBatch", "6 2 3x4", _heads_on_batch),
+    ("HeadsStacked", "6 2 3x4", _heads_stacked),
+    ("HeadsSqueezed", "6 2 3x4", _heads_squeezed),
+    ("HeadsInALoop", "6 3x4", _heads_in_a_loop),  # every head has operators of its own
+):
+    add(_name, _sizes, (seq,), _program, i=lin(5, 6), q=lin(6, 6), k=lin(6, 6), v=lin(6, 6), p=lin(6, 6), out=lin(6, 2))
+
+for _name, _sizes, _change in (
+    ("SelectedMultiplied", "4 2x4", lambda a, b: a * b),
+    ("SelectedSubtracted", "4", lambda a, b: a - b),
+    ("SelectedReadAgain", "4", lambda a, b: (a + b).tanh() + a),
+    ("SelectedJoinedCrosswise", "8", lambda a, b: torch.cat([b.sin(), a.sin()], 1)),
+):
+    add(
+        _name,
+        _sizes,
+        (x,),
+        lambda s, x, f=_change: s.out(f(*s.a(x).view(2, 2, 4).unbind(1))),
+        a=lin(4, 8),
+        out=lin(8 if "Joined" in _name else 4, 2),
+    )
+
+
+# ---------------------------------------------------------------- stacks whose entries keep their own order
+def _last_states(s: Any, x: torch.Tensor) -> torch.Tensor:
+    h = s.r(x)[1]
+    return s.out(torch.cat((h[-2], h[-1]), 1))
+
+
+def _handed_over(s: Any, x: torch.Tensor) -> torch.Tensor:
+    return s.out(s.d(x.flip(1), s.e(x)[1])[0])
+
+
+def _members(s: Any, x: torch.Tensor) -> torch.Tensor:
+    w, b, v = (torch.stack([getattr(s, f"{part}{k}") for k in range(3)]) for part in "wbv")
+    return torch.baddbmm(b[:, None], x.expand(3, -1, -1), w).relu().bmm(v).mean(0)
+
+
+def _gru(layers: int, both: bool) -> Factory:
+    return lambda: nn.GRU(5, 6, layers, bidirectional=both, batch_first=True)
+
+
+add("LastStates", "6x2", (seq,), _last_states, r=_gru(1, True), out=lin(12, 2))
+add("LastStatesOfLayers", "6x4", (seq,), _last_states, r=_gru(2, True), out=lin(12, 2))
+add("StatesHandedOver", "6x2", (seq,), _handed_over, e=_gru(2, False), d=_gru(2, False), out=lin(6, 2))
+add(
+    "MembersStacked",
+    "6x3",
+    (x,),
+    _members,
+    **{f"w{k}": par(4, 6) for k in range(3)},
+    **{f"b{k}": par(6) for k in range(3)},
+    **{f"v{k}": par(6, 2) for k in range(3)},
+)
+# read alike by one layer: one order
+add(
+    "StackedAndMixed",
+    "6",
+    (x,),
+    lambda s, x: s.out(torch.stack([s.a(x), s.b(x)], 1)).sum(1).tanh(),
+    a=lin(4, 6),
+    b=lin(4, 6),
+    out=lin(6, 2),
+)
+add(
+    "StackedAndScaled",
+    "6x2",
+    (x,),
+    lambda s, x: s.out((torch.stack([s.a(x), s.b(x)], 1) * s.g).flatten(1)),
+    a=lin(4, 6),
+    b=lin(4, 6),
+    g=par(2, 6),
+    out=lin(12, 2),
+)
+
+
+# ---------------------------------------------------------------- patterns of constants
+def _dirac(s: Any, x: torch.Tensor) -> torch.Tensor:
+    h = s.a(x).relu()
+    kernel = nn.init.dirac_(torch.empty(6, 6, 3, 3, dtype=h.dtype)) * s.g.view(-1, 1, 1, 1)
+    return s.out(F.conv2d(h, s.w + kernel, padding=1).relu())
+
+
+_blocks = torch.kron(torch.eye(3), torch.ones(2, 2)).bool()
+add("DiracKernel", "6", (img,), _dirac, a=conv(3, 6), w=par(6, 6, 3, 3), g=par(6), out=conv(6, 2))
+# blocks, and the rows and columns of each block
+add(
+    "BlockMask",
+    "3 2x6",
+    (x,),
+    lambda s, x: s.out((s.a(x) @ (s.w * _blocks)).relu()),
+    a=lin(4, 6),
+    w=par(6, 6),
+    out=lin(6, 2),
+)
+add(
+    "PermutationMatrix",
+    "6",
+    (x,),
+    lambda s, x: s.out(s.a(x) @ torch.eye(6).to(x)[[3, 0, 1, 5, 2, 4]]),
+    a=lin(4, 6),
+    out=lin(6, 2),
+)
+add("IdentityOfTwo", "2", (x,), lambda s, x: s.out(s.a(x) @ torch.eye(2).to(x)), a=lin(4, 2), out=lin(2, 2))
+add(
+    "LowerTriangle",
+    "",
+    (x,),
+    lambda s, x: s.out(s.a(x) @ torch.ones(6, 6).tril().to(x)),
+    a=lin(4, 6),
+    out=lin(6, 2),
+)
+
+
+# ---------------------------------------------------------------- memory that nobody filled, operands that nobody reads
+def _beta_zero(s: Any, x: torch.Tensor) -> torch.Tensor:
+    h = s.i(x)
+    q, (k, v) = s.q(h).view(2, 28, 4), s.kv(h).split(4, -1)
+    noise = torch.full((2, 28, 7), float("nan"), dtype=h.dtype)
+    weight = torch.baddbmm(noise, q, k.mT, beta=0, alpha=0.5).view(2, 7, 4, 7).softmax(-1)
+    return s.out(h + s.p(torch.bmm(weight.view(2, 28, 7), v).view(2, 7, 16)))
+
+
+def _filled_later(s: Any, x: torch.Tensor) -> torch.Tensor:
+    steps = torch.empty(7, 2, 6, dtype=x.dtype)
+    for t in range(7):
+        steps[t] = s.a(x[:, t]).relu()
+    return s.out(steps.transpose(0, 1))
+
+
+add("BetaZero", "8 4x3", (seq,), _beta_zero, i=lin(5, 8), q=lin(8, 16), kv=lin(8, 8), p=lin(16, 8), out=lin(8, 2))
+add("FilledLater", "6", (seq,), _filled_later, a=lin(5, 6), out=lin(6, 2))
+
+# ---------------------------------------------------------------- complex numbers from two parts, functions of a matrix
+add(
+    "ComplexOfParts",
+    "6",
+    (x,),
+    lambda s, x: torch.complex(x @ s.r, x @ s.i).exp().real @ s.o,
+    r=par(4, 6),
+    i=par(4, 6),
+    o=par(6, 2),
+)
+add(
+    "PolarOfParts",
+    "6",
+    (x,),
+    lambda s, x: s.out(torch.polar(s.a(x).exp(), s.b(x)).imag),
+    a=lin(4, 6),
+    b=lin(4, 6),
+    out=lin(6, 2),
+)
+add(
+    "MatrixExponential",
+    "6",
+    (x,),
+    lambda s, x: s.out(s.a(x) @ torch.matrix_exp(s.w - s.w.T)),
+    a=lin(4, 6),
+    w=par(6, 6),
+    out=lin(6, 2),
+)
+
+# ---------------------------------------------------------------- names that are python's
+_words = ("lambda_", "del", "self", "self_", "None_", "in", "torch", "α²", "print", "int", "a_b", "layers.a")
+add(
+    "OddNames",
+    "6",
+    (x,),
+    lambda s, x: s.out(s.a(x) + sum(getattr(s, w.replace(".", "_")) for w in _words) + s.a_.b),
+    a=lin(4, 6),
+    out=lin(6, 2),
+    **{w.replace(".", "_"): par(6) for w in _words},
+    a_=lambda: nn.ParameterDict({"b": nn.Parameter(torch.randn(6))}),
+)
+
+
+# ---------------------------------------------------------------- writes at several indices: other axes stay free
+def _chosen_queries(s: Any, x: torch.Tensor) -> torch.Tensor:
+    """Informer: only the queries with the largest scores attend, all others get the mean."""
+    h = s.i(x)
+    q, k, v = (f(h).view(2, 7, 2, 3).transpose(1, 2) for f in (s.q, s.k, s.v))
+    top = (q @ k.mT).amax(-1).topk(3, sorted=False)[1]
+    at = torch.arange(2)[:, None, None], torch.arange(2)[None, :, None], top
+    context = v.mean(-2, keepdim=True).expand(-1, -1, 7, -1).clone()
+    context[at] = attend(q[at], k, v)
+    return s.out(h + s.p(context.transpose(1, 2).reshape(2, 7, 6)))
+
+
+def _masked_tokens(s: Any, x: torch.Tensor) -> torch.Tensor:
+    h = s.i(x)
+    mask = x.sum(-1) > 0
+    h[mask] = s.token.to(h) + s.j(x[mask])
+    return s.out(h)
+
+
+# where the queries of each head are written depends on the head, which is pinned; its dimensions are not
+add(
+    "WriteChosenQueries",
+    "6 3x4",
+    (seq,),
+    _chosen_queries,
+    **{n: lin(6, 6) for n in "qkvp"},
+    i=lin(5, 6),
+    out=lin(6, 2),
+)
+add("WriteMaskedTokens", "6", (seq,), _masked_tokens, i=lin(5, 6), j=lin(5, 6), token=par(6), out=lin(6, 2))
+add(
+    "ReadChosenQueries",
+    "2 3x2",
+    (seq,),
+    lambda s, x: (lambda q: s.out(q[torch.arange(2)[:, None], torch.arange(2)[None], q.sum(-1).argmax(-1)].flatten(1)))(
+        s.i(x).view(2, 7, 2, 3).transpose(1, 2)
+    ),
+    i=lin(5, 6),
+    out=lin(6, 2),
 )

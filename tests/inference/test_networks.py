@@ -151,6 +151,10 @@ def test_the_model_stays_as_it_was(name):
     assert all(torch.equal(before[n], after[n]) for n in before)
 
 
+def _ragged(_: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return torch.nested.to_padded_tensor(torch.nested.nested_tensor([x[0], x[1, :2]]), 0.0)
+
+
 @pytest.mark.parametrize(
     ("model", "args", "kwargs", "words"),
     [
@@ -161,9 +165,11 @@ def test_the_model_stays_as_it_was(name):
         (nn.Linear(4, 2), torch.ones(1, 4), [1], "kwargs must be a dict"),
         (networks_hostile.Program(lambda s, x: 3.0, {}), torch.ones(1), None, "returned no tensor"),
         (nn.LazyLinear(4), torch.ones(1, 4), None, "not initialised yet"),
+        (networks_hostile.Program(_ragged, {}), torch.ones(2, 4), None, "nested tensor.*pad the sequences"),
     ],
-    ids=["function", "class", "shape", "argument", "kwargs", "output", "lazy"],
+    ids=["function", "class", "shape", "argument", "kwargs", "output", "lazy", "nested"],
 )
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_clear_errors(model, args, kwargs, words):
     with pytest.raises(TraceError, match=words):
         infer(model, args, kwargs)

@@ -48,6 +48,14 @@ READS: dict[str, Callable[[Any, int], torch.Tensor]] = {
     "summed": lambda m, n: (m.places + m.shift.tanh())[:n],
     "joined": lambda m, n: torch.cat([m.first, m.places])[:n],
     "repeated": lambda m, n: m.places.repeat(2, 1, 1)[:, :n],
+    "gather": lambda m, n: m.places.gather(0, torch.arange(n)[:, None].expand(-1, 6)),
+    "take": lambda m, n: torch.take(m.places, torch.arange(n)[:, None] * 6 + torch.arange(6)),
+    "one hot": lambda m, n: nn.functional.one_hot(torch.arange(n), 9).to(m.places.dtype) @ m.places,
+    "mask": lambda m, n: m.places[torch.arange(9) < n],
+    "strided": lambda m, n: torch.as_strided(m.places, (n, 6), (6, 1)),
+    "narrow copy": lambda m, n: torch.narrow_copy(m.places, 0, 0, n),
+    "negative padding": lambda m, n: nn.functional.pad(m.places, (0, 0, 0, n - 9)),
+    "windows": lambda m, n: m.places.unfold(0, n, 1)[0].T,
     "twice": lambda m, n: m.places[:n] + m.places[1 : n + 1],
 }
 
@@ -71,6 +79,27 @@ def test_a_merge_of_short_inputs_holds_for_long_ones(how: str, length: int) -> N
     for seed in range(3):
         model.load_state_dict(symmetry.apply(model.state_dict(), symmetry.random_element(seed)))
         assert torch.allclose(model(longest), before, atol=1e-5)
+
+
+def test_a_flattened_table_read_in_part_stays() -> None:
+    """Units own positions that only longer inputs read; where these are cannot be known."""
+
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.head = nn.Embedding(7, 6), nn.Linear(6, 3)
+            self.inner = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 6))
+            self.places = nn.Parameter(torch.randn(54))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            n = x.shape[1]
+            places = torch.take(self.places, torch.arange(n)[:, None] * 6 + torch.arange(6))
+            return self.head(self.inner(self.tokens(x) + places))
+
+    torch.manual_seed(0)
+    model = Flat().eval()
+    assert [g.size for g in infer(model, torch.randint(7, (2, 4))).generators()] == [5, 6]
+    assert [g.size for g in infer(model, torch.randint(7, (2, 9))).generators()] == [5, 6, 6]
 
 
 def test_pieces_that_are_read_keep_orders_of_their_own() -> None:
