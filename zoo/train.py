@@ -13,7 +13,8 @@ import os
 import secrets
 import stat
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from automerge.io import load_state_dict, save_state_dict
@@ -324,16 +327,23 @@ def main(argv: list[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for seed in options.seed or [0]:
         path = options.out / f"{options.model}-{options.data}-seed{seed}.safetensors"
-        done = train(ZOO[options.model].factory, data, recipe, seed, path=path, device=device, report=_line(path.stem))
+        with bar(path.stem) as report:
+            done = train(ZOO[options.model].factory, data, recipe, seed, path=path, device=device, report=report)
         print(f"{path}: held-out accuracy {done.card['metrics']['test_accuracy']:.4f}")
     return 0
 
 
-def _line(name: str) -> Report | None:
-    """A line that counts epochs on a terminal; nothing elsewhere."""
-    if not sys.stderr.isatty():
-        return None
-    return lambda done, of: print(f"\r{name}: epoch {done}/{of}", end="\n" if done == of else "", file=sys.stderr)
+@contextmanager
+def bar(name: str) -> Iterator[Report | None]:
+    """Give what shows the epochs of one training: a bar on a terminal, nothing elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as shown:
+        task = shown.add_task(name, total=None)
+        yield lambda done, of: shown.update(task, completed=done, total=of)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from zoo.coverage._case import NAMES
 from zoo.coverage._measure import TOLERANCE, Row
 
 _PACKAGES = ("automerge", "torch", "torchvision", "timm", "transformers", "numpy", "scipy")
-_HEAD = "| model | parameters (M) | seconds | MiB | groups | free | what pinned the rest | operators without a rule | verified |"
+_COLUMNS = "model, parameters (M), seconds, MiB, groups, free, what pinned the rest, operators without a rule, verified"
+_HEAD = f"| {_COLUMNS.replace(', ', ' | ')} |"
 _RULE = "|:--|--:|--:|--:|--:|--:|:--|:--|:--|"
 
 

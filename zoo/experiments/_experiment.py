@@ -138,8 +138,9 @@ class Record:
         return list(dict.fromkeys(r[key] for r in self.where(**wanted) if r.get(key) is not None))
 
     def title(self, setting: str) -> str:
-        """A setting's title."""
-        return str(self.settings.get(setting, {}).get("title", setting))
+        """A setting's title, also where only parts of it were used."""
+        known = SETTINGS[setting].title if setting in SETTINGS else setting
+        return str(self.settings.get(setting, {}).get("title", known))
 
     def write(self, path: Path) -> None:
         """Write JSON with one line per row; in columns of texts a number stands for one of ``codes``."""

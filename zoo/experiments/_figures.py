@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from zoo.experiments._tables import mean
@@ -20,6 +21,9 @@ COLOURS = {
     "merge-many": "#d1495b",
     "merge-many, as published": "#e8a0a8",
     "weight-matching": "#c98b27",
+    "weight-matching, as published": "#ecd0a0",
+    "universe, random start": "#5b5ea6",
+    "universe, identity start": "#a5a7d4",
     "pairwise": "#3a7d44",
     "synchronised": "#7fb685",
     "cca": "#8e5ea2",
@@ -49,9 +53,18 @@ def panels(columns: int, rows: int = 1, width: float = 4.4, height: float = 3.4)
     return figure, [figure.add_subplot(rows, columns, k + 1) for k in range(rows * columns)]
 
 
+def tiles(count: int, width: float = 4.0, height: float = 3.2) -> tuple[Figure, list[Axes]]:
+    """A figure with axes in rows of three, or two rows of two; the last row is as long as it is."""
+    across = 2 if count == 4 else 3
+    figure, axes = panels(min(count, across), -(-count // across), width, height)
+    for spare in axes[count:]:
+        spare.remove()
+    return figure, axes[:count]
+
+
 def style(axes: Axes, title: str, x: str, y: str) -> None:
-    """Labels, a light grid, no box."""
-    axes.set_title(title, fontsize=9)
+    """Labels, a light grid, no box; a long title takes two lines."""
+    axes.set_title(fill(title, 46, break_on_hyphens=False), fontsize=9)
     axes.set_xlabel(x, fontsize=8)
     axes.set_ylabel(y, fontsize=8)
     axes.tick_params(labelsize=7)
@@ -104,9 +117,15 @@ def bars(
     axes.set_xticks(range(len(groups)), groups, fontsize=6.5)
 
 
-def legend(axes: Axes, columns: int = 1) -> None:
+def legend(axes: Axes) -> None:
     """The names, small and without a frame."""
-    axes.legend(fontsize=6.5, frameon=False, ncols=columns)
+    axes.legend(fontsize=6.5, frameon=False)
+
+
+def legend_below(figure: Figure, axes: Axes, columns: int = 6) -> None:
+    """The names of one of the axes, for all of them."""
+    names = axes.get_legend_handles_labels()
+    figure.legend(*names, fontsize=6.5, frameon=False, ncols=columns, loc="outside lower center")
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -16,7 +16,7 @@ from zoo.models.mlp import MLP
 from zoo.models.resnet import ChannelNorm, ResNet
 from zoo.models.vgg import VGG
 from zoo.models.vit import ViT
-from zoo.train import Recipe, Trained, train
+from zoo.train import Recipe, Trained, bar, train
 
 _VGG = (16, 16, "M", 32, 32, "M", 64, 64, "M")
 _KIND = Recipe(epochs=12, rate=1e-2, decay=1e-1)
@@ -49,11 +49,12 @@ class Setting:
         """Two epochs, for a test that everything runs; its networks get a folder of their own."""
         return replace(self, name=f"{self.name}~short", recipe=replace(self.recipe, epochs=2))
 
-    def network(self, seed: int, runs: Path, report: Callable[[int, int], None] | None = None) -> Trained:
+    def network(self, seed: int, runs: Path) -> Trained:
         """One network, trained or read from the cache, where it belongs if its card is the same."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         path = runs / self.name / f"seed{seed:03d}.safetensors"
-        return train(self.factory, self.dataset, self.recipe, seed, path=path, report=report, device=device)
+        with bar(f"training {self.name}, seed {seed}") as report:
+            return train(self.factory, self.dataset, self.recipe, seed, path=path, report=report, device=device)
 
 
 @lru_cache(maxsize=8)

@@ -72,7 +72,7 @@ def _work(lab: Lab, setting: str, seeds: list[int]) -> Iterator[Row]:
 
 def _units(lab: Lab) -> Iterator[Unit]:
     small = ("digits-mlp", "digits-resnet")
-    more = ("digits-resnet-layernorm", "digits-vit", "mnist-mlp", "fashion-resnet")
+    more = ("digits-resnet-layernorm", "digits-vit", "mnist-mlp", "fashion-resnet", "fashion-vgg")
     for setting in (*small, *more) if lab.profile.full else small:
         n = min(5, lab.profile.most)
         for number, seeds in enumerate(disjoint(lab.profile.sets, n, n)):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from zoo.experiments._bench import Bench, State, batches
 from zoo.experiments._experiment import Experiment, Lab, Record, Row, Unit, disjoint, span
-from zoo.experiments._figures import curve, legend, panels, style
+from zoo.experiments._figures import curve, legend_below, panels, style
 from zoo.experiments._tables import Mean, grid, mean, table
 from zoo.experiments.many import MATCHERS
 
@@ -133,7 +133,7 @@ def _draw(record: Record) -> Figure:
             line = ":" if who == "single models" else "-"
             curve(ax, [r for r in rows if r["who"] == who], "severity", who, number=j, line=line)
         style(ax, f"{setting}: {name}", "severity", "accuracy (%)")
-    legend(axes[0])
+    legend_below(figure, axes[0])
     return figure
 
 

@@ -10,7 +10,7 @@ import automerge
 from automerge import Element, FrankWolfe, Identity, MergeMany, PairwiseFrankWolfe, WeightMatching
 from zoo.experiments._bench import Bench, State
 from zoo.experiments._experiment import Experiment, Lab, Record, Row, Unit, disjoint, span
-from zoo.experiments._figures import bars, legend, panels, style
+from zoo.experiments._figures import bars, legend_below, style, tiles
 from zoo.experiments._tables import Mean, grid, mean
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def _distance(a: State, b: State) -> float:
 
 def _units(lab: Lab) -> Iterator[Unit]:
     small = ("digits-mlp", "digits-resnet")
-    more = ("digits-vit", "mnist-mlp", "fashion-resnet")
+    more = ("digits-vit", "mnist-mlp", "fashion-resnet", "fashion-vgg")
     for setting in (*small, *more) if lab.profile.full else small:
         for length in (n for n in _LENGTHS if n <= lab.profile.most):
             stride = 5 if lab.profile.full else lab.profile.most
@@ -71,7 +71,7 @@ def _units(lab: Lab) -> Iterator[Unit]:
 def _draw(record: Record) -> Figure:
     settings = record.values("setting")
     lengths = record.values("n")
-    figure, axes = panels(len(settings), width=3.4, height=3.0)
+    figure, axes = tiles(len(settings))
     for ax, setting in zip(axes, settings, strict=True):
         cells = {}
         for name in record.values("matcher"):
@@ -79,7 +79,7 @@ def _draw(record: Record) -> Figure:
             cells[name] = [(m.value, m.deviation) for m in found]
         bars(ax, [str(n) for n in lengths], cells)
         style(ax, record.title(setting), "networks in the cycle", "positions displaced (%)")
-    legend(axes[-1])
+    legend_below(figure, axes[0])
     return figure
 
 

@@ -48,7 +48,8 @@ def _work(lab: Lab, setting: str, number: int, seeds: list[int]) -> Iterator[Row
 
 def _units(lab: Lab) -> Iterator[Unit]:
     small = ("digits-mlp", "digits-resnet")
-    for setting in (*small, "mnist-mlp", "digits-vit") if lab.profile.full else small:
+    more = ("mnist-mlp", "digits-vit", "fashion-resnet", "fashion-vgg")
+    for setting in (*small, *more) if lab.profile.full else small:
         for number, seeds in enumerate(disjoint(lab.profile.sets, 3, 3)):
             key = {"setting": setting, "n": 3, "set": number, "seeds": span(seeds)}
             yield Unit(key, partial(_work, lab, setting, number, seeds))

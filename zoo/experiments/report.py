@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from zoo.experiments._experiment import Record
-from zoo.experiments._tables import Difference, difference, mean, table
+from zoo.experiments._failures import Records, failures
+from zoo.experiments._tables import Difference, difference, mean
 from zoo.experiments.many import standing
+from zoo.experiments.stability import spread
 from zoo.train import write_atomically
 
-Records = Mapping[str, Record]
 HOLDS, OPEN, AGAINST, NONE = "settled: it holds here", "not settled", "contradicted here", "not run"
-HEADS = {"own": "their own heads", "mean": "one head for all labels"}
 FLAT = 0.02
 """How many points (as a share) an accuracy may fall and be called flat."""
 
@@ -53,32 +53,36 @@ def _verdict(gap: Difference) -> str:
     return {"ahead": HOLDS, "behind": AGAINST}.get(gap.verdict, OPEN)
 
 
+def _worst(gaps: Iterable[Difference]) -> str:
+    return min((_verdict(g) for g in gaps), key=(AGAINST, OPEN, HOLDS).index)
+
+
 def _against(record: Record, ours: str, theirs: str, **wanted: object) -> Difference:
     left, right = (record.where(matcher=m, repair="repair", **wanted) for m in (ours, theirs))
     return difference(left, right)
 
 
-def _ahead_of(ours: str, *others: str, kind: str = "") -> Callable[[Record], Answer]:
+def _ahead_of(ours: str, *others: str, kind: str = "", n: int | None = None) -> Callable[[Record], Answer]:
     """Whether one matcher is ahead of others after REPAIR; the verdict is the worst of them.
 
     Args:
         ours: the matcher.
         others: what it is set against.
         kind: a part of the names of the settings that are looked at.
+        n: how many networks are merged; any number.
     """
 
     def answer(record: Record) -> Answer:
-        settings = [s for s in record.values("setting") if kind in s]
-        gaps = {other: _against(record, ours, other, setting=settings) for other in others}
-        order = (AGAINST, OPEN, HOLDS)
-        worst = min((_verdict(g) for g in gaps.values()), key=order.index)
+        chosen = {} if n is None else {"n": n}
+        settings = [s for s in record.values("setting", **chosen) if kind in s]
+        gaps = {other: _against(record, ours, other, setting=settings, **chosen) for other in others}
         parts = []
         for other, gap in gaps.items():
-            means = [_against(record, ours, other, setting=s).value for s in settings]
+            means = [_against(record, ours, other, setting=s, **chosen).value for s in settings]
             ahead, known = sum(v > 0 for v in means), sum(not math.isnan(v) for v in means)
             parts.append(f"against `{other}` {gap}, in the mean ahead in {ahead} of {known} settings")
         text = "; ".join(parts)
-        return Answer(worst, text + " (N averaged within a set)")
+        return Answer(_worst(gaps.values()), text + (" (N averaged within a set)" if n is None else f" (N = {n})"))
 
     return answer
 
@@ -131,6 +135,7 @@ def _holds_up(record: Record) -> Answer:
         counts = record.values("n", setting=setting)
         if len(counts) < 3:
             continue
+        cells = []
         for theirs in ("weight-matching", "universe"):
             falls = {}
             for matcher in ("cca", theirs):
@@ -143,9 +148,9 @@ def _holds_up(record: Record) -> Answer:
                 falls[matcher] = [{"setting": setting, "set": k, "fall": many[k] - few[k]} for k in many if k in few]
             gap = difference(falls["cca"], falls[theirs], "fall")
             verdicts.append(_verdict(gap))
-            what = f"the change from N = {counts[0]} to {counts[-1]} of `cca` against that of `{theirs}`"
-            parts.append(f"{record.title(setting)}: {what} {gap}")
-    return Answer(_all(verdicts), "; ".join(parts))
+            cells.append(f"against that of `{theirs}` {gap}")
+        parts.append(f"{record.title(setting)}, from N = {counts[0]} to {counts[-1]}: {', '.join(cells)}")
+    return Answer(_all(verdicts), "the change of `cca` with N; " + "; ".join(parts))
 
 
 def _cycles(record: Record) -> Answer:
@@ -174,6 +179,20 @@ def _basin(record: Record) -> Answer:
         f"{gap.sets} sets); {left.plain(2)} are left in the mean over settings"
     )
     return Answer(_verdict(gap), text)
+
+
+def _steadier(*others: str) -> Callable[[Record], Answer]:
+    """Whether the universe's accuracy differs less between repetitions than others'; the verdict is the worst of them."""
+
+    def answer(record: Record) -> Answer:
+        ours = spread(record, "universe")
+        gaps = {other: difference(spread(record, other), ours, "deviation") for other in others}
+        own = 100 * mean(ours, "deviation").value
+        parts = [f"`{other}` against it {gap}" for other, gap in gaps.items()]
+        text = f"the accuracy of `universe` deviates by {own:.2f} points over repetitions; " + "; ".join(parts)
+        return Answer(_worst(gaps.values()), text)
+
+    return answer
 
 
 def _flattered(record: Record) -> Answer:
@@ -224,6 +243,19 @@ CLAIMS = (
         "The universe with REPAIR is ahead of the other matchers by weights, repaired alike.",
         "many",
         _ahead_of("universe", "merge-many", "weight-matching", "pairwise", "synchronised"),
+    ),
+    Claim(
+        "here",
+        "Two networks: Frank-Wolfe in the universe is ahead of weight matching (Git Re-Basin), repaired alike.",
+        "many",
+        _ahead_of("universe", "weight-matching", n=2),
+    ),
+    Claim(
+        "here",
+        "The universe's merge depends less on the order of the units and on the seed than those of MergeMany and weight "
+        "matching (by coordinate descent).",
+        "stability",
+        _steadier("merge-many", "weight-matching"),
     ),
     Claim(
         "here",
@@ -283,7 +315,7 @@ def report(records: Records) -> str:
     ]
     if "many" in records:
         table_of = standing(records["many"], last=True)
-        parts += ["## The universe against the permutation baselines\n", table_of, _failures(records)]
+        parts += ["## The universe against the permutation baselines\n", table_of, failures(records)]
     parts.append("## Pages\n\n" + "\n".join(f"- [{name}]({name}.md)" for name in records) + "\n")
     parts.append("```bash\npython -m zoo.experiments report\n```\n")
     return "\n".join(parts)
@@ -299,75 +331,6 @@ def _source(name: str, record: Record | None) -> str:
         f" [Figure and tables]({name}.md); {len(record.rows):,} measurements on {sets} sets of networks in "
         f"{len(record.values('setting'))} settings; `python -m zoo.experiments {name}{size}`"
     )
-
-
-def _failures(records: Records) -> str:
-    many = records["many"]
-    lines = []
-    for setting in many.values("setting"):
-        n = max(many.values("n", setting=setting))
-        single = mean(many.where(setting=setting, n=n, matcher="single models"))
-        rows = [r for r in many.where(setting=setting, n=n) if r["matcher"] not in ("single models", "ensemble")]
-        keys = {(r["matcher"], r["repair"]) for r in rows if r["repair"] != "repair (unaligned)"}
-        scores = {k: mean([r for r in rows if (r["matcher"], r["repair"]) == k]) for k in keys}
-        universe = scores["universe", "repair"]
-        best = max(sorted(scores), key=lambda k: scores[k].value)
-        lost = 100 * (single.value - scores[best].value)
-        if lost > 5:
-            lines.append(
-                [
-                    f"{many.title(setting)}, N = {n}",
-                    single.percent(),
-                    universe.percent(),
-                    f"{scores[best].percent()} ({best[0]}, {best[1]})",
-                    f"{lost:.1f}",
-                ]
-            )
-    head = ["setting", "single models", "universe, repaired", "best of everything", "points lost"]
-    text = "## When merging fails\n\nEven the best merge (picked after the fact) loses more than five points in:\n\n"
-    parts = [text + (table(head, lines) if lines else "None.\n")]
-    parts += [*_bare(many), *_other(records)]
-    return "\n".join(parts)
-
-
-def _bare(many: Record) -> list[str]:
-    out = []
-    for setting in many.values("setting"):
-        n = max(many.values("n", setting=setting))
-        bare = mean(many.where(setting=setting, n=n, matcher="universe", repair="none"))
-        after = mean(many.where(setting=setting, n=n, matcher="universe", repair="repair"))
-        if bare.value < after.value - 0.1:
-            out.append(
-                f"- {many.title(setting)}, N = {n}: without a repair the universe merge is at {bare.percent()} %, "
-                f"with one at {after.percent()} %."
-            )
-    return ["More than ten points depend on the repair alone in:\n", *out, ""] if out else []
-
-
-def _other(records: Records) -> list[str]:
-    out = []
-    if "tasks" in records:
-        record = records["tasks"]
-        for setting in record.values("setting"):
-            single = mean(record.where(setting=setting, matcher="single models"))
-            keys = sorted({(r["matcher"], r["heads"]) for r in record.where(setting=setting, repair="repair")})
-            found = {k: mean(record.where(setting=setting, matcher=k[0], heads=k[1], repair="repair")) for k in keys}
-            for heads in ("own", "mean"):
-                mine = {k: v for k, v in found.items() if k[1] == heads}
-                if mine:
-                    best = max(mine, key=lambda k: mine[k].value)
-                    out.append(
-                        f"- {record.title(setting)}: each network alone on its task {single.percent()} %, the best "
-                        f"merge with {'their own heads' if heads == 'own' else 'one head for all labels'} "
-                        f"{mine[best].percent()} % ({best[0]})."
-                    )
-    parts = ["Networks that have learnt different things ([tasks](tasks.md)):\n", *out, ""] if out else []
-    refused = [r for r in records["widths"].rows if r["matcher"] == "refused"] if "widths" in records else []
-    if refused:
-        parts += ["Networks of other widths ([widths](widths.md)) are refused where padding would change them:\n"]
-        parts += [f"- `{r['narrow']}` in `{r['setting']}`: {r['reason']}." for r in refused]
-        parts += [""]
-    return parts
 
 
 def write(out: Path, names: tuple[str, ...]) -> Path:

@@ -12,7 +12,7 @@ import torch
 from zoo.data import Dataset, load
 from zoo.experiments._bench import Bench, State
 from zoo.experiments._experiment import Experiment, Lab, Record, Row, Unit, disjoint, span
-from zoo.experiments._figures import curve, legend, panels, style
+from zoo.experiments._figures import curve, legend_below, style, tiles
 from zoo.experiments._settings import SETTINGS
 from zoo.experiments._tables import grid
 from zoo.experiments.many import MATCHERS
@@ -80,14 +80,14 @@ def _units(lab: Lab) -> Iterator[Unit]:
 
 def _draw(record: Record) -> Figure:
     settings = record.values("setting")
-    figure, axes = panels(len(settings), width=3.6, height=3.2)
-    colours = {"single model": "single models", "fresh": "pairwise"}
+    figure, axes = tiles(len(settings))
+    colours = {"single model": "single models"}
     for ax, setting in zip(axes, settings, strict=True):
-        for k, name in enumerate(n for n in record.values("start") if n not in ("ensemble", "fresh")):
+        for k, name in enumerate(n for n in record.values("start") if n != "ensemble"):
             rows = record.where(setting=setting, start=name)
             curve(ax, rows, "epochs", colours.get(name, name), number=k)
         style(ax, record.title(setting), "epochs of fine-tuning", "accuracy (%)")
-    legend(axes[0])
+    legend_below(figure, axes[0])
     return figure
 
 

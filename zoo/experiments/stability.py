@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import combinations
-from statistics import fmean, stdev
+from statistics import stdev
 from typing import TYPE_CHECKING, Any
 
 from automerge import ActivationMatching, Element, FrankWolfe, MergeMany, PairwiseFrankWolfe, WeightMatching
 from zoo.experiments._experiment import Experiment, Lab, Record, Row, Unit, disjoint, span
-from zoo.experiments._figures import colour, panels, style
+from zoo.experiments._figures import colour, legend_below, style, tiles
 from zoo.experiments._tables import mean, table
 
 if TYPE_CHECKING:
@@ -58,36 +58,38 @@ def _work(lab: Lab, setting: str, seeds: list[int]) -> Iterator[Row]:
 
 def _units(lab: Lab) -> Iterator[Unit]:
     small = ("digits-mlp", "digits-resnet")
-    for setting in (*small, "digits-vit", "mnist-mlp") if lab.profile.full else small:
+    more = ("digits-vit", "mnist-mlp", "fashion-resnet", "fashion-vgg")
+    for setting in (*small, *more) if lab.profile.full else small:
         n = 3
         for number, seeds in enumerate(disjoint(lab.profile.sets, n, n)):
             key = {"setting": setting, "n": n, "set": number, "seeds": span(seeds)}
             yield Unit(key, partial(_work, lab, setting, seeds))
 
 
-def spread(record: Record, setting: str, matcher: str) -> list[float]:
-    """The deviation of the accuracy over repetitions, one number per set."""
-    out = []
-    for number in record.values("set"):
-        rows = record.where(setting=setting, matcher=matcher, set=number)
-        values = [r["accuracy"] for r in rows if "accuracy" in r]
-        if len(values) > 1:
-            out.append(stdev(values))
+def spread(record: Record, matcher: str, settings: list[str] | None = None) -> list[Row]:
+    """The deviation of the accuracy over repetitions, one row per setting and set."""
+    out: list[Row] = []
+    for setting in record.values("setting") if settings is None else settings:
+        for number in record.values("set", setting=setting):
+            rows = record.where(setting=setting, matcher=matcher, set=number)
+            values = [r["accuracy"] for r in rows if "accuracy" in r]
+            if len(values) > 1:
+                out.append({"setting": setting, "set": number, "deviation": stdev(values)})
     return out
 
 
 def _draw(record: Record) -> Figure:
     settings = record.values("setting")
-    figure, axes = panels(len(settings), width=3.6, height=3.2)
-    for k, (ax, setting) in enumerate(zip(axes, settings, strict=True)):
+    figure, axes = tiles(len(settings))
+    for ax, setting in zip(axes, settings, strict=True):
         for j, name in enumerate(_MATCHERS):
             same = mean(record.where(setting=setting, matcher=name), "same")
-            deviation = spread(record, setting, name)
-            if same.sets and deviation:
-                at = (100 * same.value, 100 * fmean(deviation))
-                ax.plot(*at, "o", color=colour(name, j), markersize=5, label=name if k == 0 else None)
+            deviation = mean(spread(record, name, [setting]), "deviation")
+            if same.sets and deviation.sets:
+                at = (100 * same.value, 100 * deviation.value)
+                ax.plot(*at, "o", color=colour(name, j), markersize=5, label=name)
         style(ax, record.title(setting), "positions mapped alike (%)", "deviation of accuracy (points)")
-    figure.legend(fontsize=6.5, frameon=False, ncols=5, loc="outside lower center")
+    legend_below(figure, axes[0])
     return figure
 
 
@@ -97,8 +99,8 @@ def _body(record: Record) -> str:
         lines = []
         for name in record.values("matcher"):
             rows = record.where(setting=setting, matcher=name)
-            deviation = spread(record, setting, name)
-            cell = f"{100 * fmean(deviation):.2f}" if deviation else "–"
+            deviation = mean(spread(record, name, [setting]), "deviation")
+            cell = f"{100 * deviation.value:.2f}" if deviation.sets else "–"
             lines.append([name, mean(rows, "same").percent(), mean(rows).percent(), cell])
         parts.append(f"## {record.title(setting)}\n")
         head = [

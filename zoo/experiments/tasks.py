@@ -13,7 +13,7 @@ from automerge import ActivationMatching, FrankWolfe, Identity, Matcher, MergeMa
 from zoo.data import Dataset
 from zoo.experiments._bench import Aligned, Bench, State, batches
 from zoo.experiments._experiment import Experiment, Lab, Record, Row, Unit
-from zoo.experiments._figures import bars, legend, panels, style
+from zoo.experiments._figures import bars, legend_below, style, tiles
 from zoo.experiments._settings import SETTINGS, Setting, dataset
 from zoo.experiments._tables import grid, mean
 
@@ -107,7 +107,7 @@ def _units(lab: Lab) -> Iterator[Unit]:
 
 def _draw(record: Record) -> Figure:
     settings = record.values("setting")
-    figure, axes = panels(len(settings), width=3.6, height=3.0)
+    figure, axes = tiles(len(settings))
     names = ["single models", *_MATCHERS]
     for ax, setting in zip(axes, settings, strict=True):
         cells: dict[str, list[tuple[float, float]]] = {"own heads": [], "mean of the heads, all labels": []}
@@ -119,7 +119,7 @@ def _draw(record: Record) -> Figure:
                 cells[label].append((found.value if found.sets else 0.0, found.deviation))
         bars(ax, [n.replace(" ", "\n") for n in names], cells)
         style(ax, record.title(setting), "", "accuracy after REPAIR (%)")
-    legend(axes[0])
+    legend_below(figure, axes[0])
     return figure
 
 

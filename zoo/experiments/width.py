@@ -24,9 +24,9 @@ _COUNT = 3
 def _plan(lab: Lab) -> list[tuple[str, float, Setting]]:
     """Family, width, setting."""
     mlp: tuple[int, ...] = (16, 32, 64, 128, 256) if lab.profile.full else (32, 64, 128)
-    resnet: tuple[float, ...] = (0.25, 0.5, 1, 2) if lab.profile.full else (0.5, 1)
+    resnet: tuple[float, ...] = (0.25, 0.5, 1, 2, 4) if lab.profile.full else (0.5, 1)
     if lab.profile.full and torch.cuda.is_available():
-        resnet = (*resnet, 4, 8)
+        resnet = (*resnet, 8)
     found: list[tuple[str, float, Setting]] = [("MLP", w, mlp_of_width(w)) for w in mlp]
     return [*found, *(("ResNet8", w, resnet_of_width(w)) for w in resnet)]
 
