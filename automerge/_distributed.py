@@ -6,6 +6,7 @@ Every process reads its share of the checkpoints (`Ranks.shares`), the matcher's
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +16,9 @@ import torch
 from torch import nn
 
 from automerge._errors import MatchingError
+from automerge._fixed import equal_buffers, infer_common
 from automerge._merge_checks import merge_integers
 from automerge._ranks import Ranks
-from automerge.infer import infer
 from automerge.io import StateDict, hash_state_dict, read_checkpoint, tied_names
 from automerge.matchers import FrankWolfe, Matching, Progress
 from automerge.symmetry import Symmetry
@@ -82,7 +83,7 @@ def merge_share(
             states.append(read_checkpoint(paths[m], network))
     hashes = [h for share in ranks.gather([hash_state_dict(s) for s in states]) for h in share]
     seconds["read"] = time.perf_counter() - begin
-    symmetry = _symmetry(ranks, network, args, kwargs)
+    symmetry = _symmetry(ranks, network, states, args, kwargs)
     seconds["infer"] = time.perf_counter() - begin - seconds["read"]
     matching = matcher.match_share(states, symmetry, progress, ranks)
     seconds["match"] = matching.stats["seconds"]["total"]
@@ -92,12 +93,19 @@ def merge_share(
     return Shared(merged, matching, hashes, seconds)
 
 
-def _symmetry(ranks: Ranks, network: nn.Module, args: Any, kwargs: Mapping[str, Any] | None) -> Symmetry:
-    """Process 0 infers, and tells the others."""
+def _symmetry(
+    ranks: Ranks, network: nn.Module, states: Sequence[StateDict], args: Any, kwargs: Mapping[str, Any] | None
+) -> Symmetry:
+    """Process 0 infers, and tells the others; buffers that are the same in all models stay."""
     text: str | None = None
+    mine = {name: hash_state_dict({name: states[0][name]}) for name in sorted(equal_buffers(network, states))}
+    everywhere = ranks.gather(mine)
     with ranks.together():
         if ranks.rank == 0:
-            text = infer(network, args, kwargs).to_json()
+            shared = {n for n, value in mine.items() if all(other.get(n) == value for other in everywhere)}
+            own = copy.deepcopy(network)
+            own.load_state_dict(states[0])
+            text = infer_common(own, shared, args, kwargs).to_json()
     return Symmetry.from_json(next(t for t in ranks.gather(text) if t is not None))
 
 

@@ -22,12 +22,12 @@ from automerge._compare_data import DataSets, about, as_items
 from automerge._comparison import Comparison, Row, Score
 from automerge._data import Batch, Batches, evaluating, logits_of, run_batch
 from automerge._errors import AutomergeError
+from automerge._fixed import equal_buffers, infer_common
 from automerge._merge_checks import Model, check_models, check_weights
 from automerge._repair_report import Renormaliser
 from automerge.datafree import GaussianRepair, RowNorms
 from automerge.evaluate import Network, Source, barrier, class_axis, evaluate, predictions
 from automerge.fitting import LeastSquares
-from automerge.infer import infer
 from automerge.io import tied_names
 from automerge.landscape import plane
 from automerge.matchers import MATCHERS, Matcher, match
@@ -120,7 +120,7 @@ def compare(
     if symmetry is None:
         own = deepcopy(network)
         own.load_state_dict(dict(dicts[0]))
-        symmetry = infer(own, args, kwargs)
+        symmetry = infer_common(own, equal_buffers(network, dicts), args, kwargs)
     work.symmetry = symmetry
     rows = work.run()
     models_scores = tuple(work.score((network, d), "report") for d in dicts)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 from torch import fx, nn
 
 from automerge._assemble import Assembler
-from automerge._errors import UnknownOperatorError
+from automerge._errors import TraceError, UnknownOperatorError
 from automerge._search import search
 from automerge._structure import Structure
 from automerge._verify import check_replay
 from automerge._verify import verify as check_symmetry
+from automerge.io import buffer_names
 from automerge.rules import Analysis, analyse, is_state
 from automerge.symmetry import Generator, Symmetry
 from automerge.trace import TraceInfo, trace
@@ -29,6 +30,7 @@ def infer(
     *,
     verify: bool = True,
     strict: bool = False,
+    constants: Collection[str] = (),
 ) -> Symmetry:
     """Derive which axes of which parameters may be permuted together.
 
@@ -38,12 +40,14 @@ def infer(
         kwargs: keyword inputs.
         verify: check the answer with random group elements in float64 before returning it.
         strict: raise on an operator without a rule instead of pinning what it touches.
+        constants: state-dict names of buffers that stay as they are, such as masks that belong to the architecture. `merge`
+            takes those that are the same in all its models.
 
     Returns:
         The `Symmetry`; ``print`` it for a report.
 
     Raises:
-        TraceError: if the model does not run on the inputs.
+        TraceError: if the model does not run on the inputs, or has no buffer of such a name.
         UnknownOperatorError: with ``strict``, at the first operator without a rule.
         InvarianceError: if verification finds that a group is no symmetry (a defect of a rule; please report it).
 
@@ -54,7 +58,8 @@ def infer(
         [8]
     """
     start = time.perf_counter()
-    graph = trace(model, args, kwargs, values=False)
+    _check_constants(model, constants)
+    graph = trace(model, args, kwargs, values=False, constants=constants)
     traced = time.perf_counter()
     symmetry, _ = infer_graph(graph)
     if strict and symmetry.unruled:
@@ -70,6 +75,16 @@ def infer(
         symmetry.stats.update(verify_seconds=time.perf_counter() - done, verified=outcome.error)  # type: ignore[attr-defined]
         object.__setattr__(symmetry, "notes", (*symmetry.notes, *(n for n in notes if n)))
     return symmetry
+
+
+def _check_constants(model: nn.Module, constants: Collection[str]) -> None:
+    if isinstance(constants, str):
+        raise TraceError(f"constants={constants!r}: give a list of names")
+    buffers = buffer_names(model) if isinstance(model, nn.Module) and constants else set()
+    unknown = next((name for name in constants if name not in buffers), None)
+    if unknown is not None:
+        some = ", ".join(sorted(buffers)[:5]) or "none"
+        raise TraceError(f"constants: the model has no buffer {unknown!r}; it has {some}")
 
 
 def infer_graph(graph: fx.GraphModule) -> tuple[Symmetry, Analysis]:

@@ -23,6 +23,7 @@ from torch import nn
 
 from automerge._data import Batches, device_of
 from automerge._errors import MatchingError
+from automerge._fixed import equal_buffers, infer_common, moved_buffers
 from automerge._merge_checks import (
     Model,
     check_coordinates,
@@ -37,7 +38,6 @@ from automerge._merge_checks import (
 from automerge._repair_report import Renormaliser, RepairReport
 from automerge._version import __version__
 from automerge.groups import Element
-from automerge.infer import infer
 from automerge.io import buffer_names, check_state_dict, hash_state_dict, save_state_dict, tied_names
 from automerge.matchers import FrankWolfe, Matcher, Matching, Progress, match
 from automerge.renormalise import Repair, batchnorm_names, reset_batchnorm
@@ -141,7 +141,8 @@ def merge(
 ) -> MergeResult:
     """Merge N >= 2 networks of one architecture into one.
 
-    Floating-point entries are averaged in float64 and cast back to the dtype of the first model. BatchNorm's running
+    Floating-point entries are averaged in float64 and cast back to the dtype of the first model. A float buffer that is the
+    same in all models, such as a mask, is a constant of the architecture and stays; the groups respect it. BatchNorm's running
     means and running variances are averaged like weights: the plain weighted mean of the variances, which is what naive
     averaging does too; it is not the merged network's own variance, so give ``data`` to measure that. Integer and
     boolean entries must be equal, except ``num_batches_tracked``, of which the largest is taken. Tied tensors stay
@@ -198,7 +199,13 @@ def merge(
         raise MatchingError(f"{type(matcher).__name__} looks at activations: give batches, merge(..., data=batches)")
     clock.lap("check")
     if symmetry is None:
-        symmetry = infer(_with_weights(network, dicts[0], given), args, kwargs, verify=verify)
+        own = _with_weights(network, dicts[0], given)
+        symmetry = infer_common(own, equal_buffers(network, dicts), args, kwargs, verify=verify)
+    elif apart := moved_buffers(symmetry, equal_buffers(network, dicts), dicts[0]):
+        notes.append(
+            f"the symmetry that was given moves {apart[0]}, which is the same in all models; "
+            f"infer(..., constants={apart[:3]}) keeps it"
+        )
     clock.lap("infer")
     if matching is None:
         runnable: list[Model] = [*dicts]

@@ -13,7 +13,7 @@ import keyword
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,7 +76,12 @@ def normalise_args(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[A
 
 
 def trace(
-    model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None, *, values: bool = True
+    model: nn.Module,
+    args: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    values: bool = True,
+    constants: Collection[str] = (),
 ) -> fx.GraphModule:
     """Record one forward pass as a graph of ATen operators.
 
@@ -88,6 +93,7 @@ def trace(
         kwargs: keyword inputs.
         values: whether nodes keep their example values. Without, what depends on inputs or float parameters is kept as a
             tensor on the meta device (shape, dtype, strides), so that activations are freed as the model runs.
+        constants: names of buffers that are no parameters: they enter the graph as constants, with their values.
 
     Returns:
         A GraphModule. Its placeholders are the state-dict tensors (once per tied tensor) and then the input tensors; every
@@ -108,7 +114,7 @@ def trace(
         )
     positional, keywords = normalise_args(args, kwargs)
     _check_traceable(model, (positional, keywords))
-    recorder = _Recorder(model, values)
+    recorder = _Recorder(model, values, constants)
     positional, keywords = recorder.add_inputs(positional, keywords)
     with prepared(model), recorder.watch_modules():
         try:
@@ -233,7 +239,7 @@ def _put_back(module: nn.Module, attributes: dict[str, Any]) -> None:
 class _Recorder(TorchDispatchMode):
     """Writes every dispatched operator into an fx graph; in-place operators become functional ones."""
 
-    def __init__(self, model: nn.Module, values: bool) -> None:
+    def __init__(self, model: nn.Module, values: bool, constants: Collection[str] = ()) -> None:
         super().__init__()
         self.values = values
         self.graph = fx.Graph()
@@ -248,15 +254,19 @@ class _Recorder(TorchDispatchMode):
         self.tainted: set[fx.Node] = set()
         self.varying: set[fx.Node] = set()
         self.states: list[tuple[torch.Tensor, fx.Node]] = []
-        self._add_state(model)
+        self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._add_state(model, constants)
 
     # ------------------------------------------------------------ placeholders
-    def _add_state(self, model: nn.Module) -> None:
+    def _add_state(self, model: nn.Module, constants: Collection[str]) -> None:
         persistent = set(model.state_dict(keep_vars=True))
         tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         first: dict[tuple[Any, ...], str] = {}
         for name, tensor in tensors:
             if name not in persistent or not isinstance(tensor, torch.Tensor):
+                continue
+            if name in constants:
+                self.kept.append((tensor, tensor.detach().clone()))
                 continue
             key = (id(tensor),) if tensor.numel() == 0 else _layout(tensor)
             if key in first:
@@ -277,6 +287,9 @@ class _Recorder(TorchDispatchMode):
                 self.info.rewritten.append(node.meta["name"])
                 with torch.no_grad():
                     tensor.detach().copy_(before)
+        for tensor, value in self.kept:
+            with torch.no_grad():
+                tensor.detach().copy_(value)
 
     def _placeholder(self, name: str, tensor: torch.Tensor, kind: str) -> fx.Node:
         word = "".join(c if c.isascii() and c.isalnum() else "_" for c in name).strip("_") or kind

@@ -201,7 +201,7 @@ def test_data_are_refused_before_the_long_work(monkeypatch: pytest.MonkeyPatch) 
     def long(*args: object, **kwargs: object) -> None:
         raise AssertionError("inference began")
 
-    monkeypatch.setattr(module, "infer", long)
+    monkeypatch.setattr(module, "infer_common", long)
     (x, y), _ = data
     bad: dict[str, Any] = {"data": [(x[:, :3], y)], "select": [(x, y + 5)], "report": [(x, y.double())]}
     for name, wrong in bad.items():
@@ -222,7 +222,7 @@ def test_pictures_that_fail_leave_the_table(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(found.rows) == 2
     assert "the pictures could not be drawn: no ink" in found.notes
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setattr(module, "infer", fail)
+    monkeypatch.setattr(module, "infer_common", fail)
     with pytest.raises(AutomergeError, match=r"pip install 'automerge\[plot\]'"):
         compare(nets, data[0][0], data, **one)
 

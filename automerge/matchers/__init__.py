@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
+
 from automerge.matchers._activations import ActivationMatching
-from automerge.matchers._base import Matcher, Matching, Model, Progress, check_models
+from automerge.matchers._base import Matcher, Matching, Model, Progress, check_models, state_dict
 from automerge.matchers._cca import CCA
 from automerge.matchers._frank_wolfe import FrankWolfe
 from automerge.matchers._identity import Identity
@@ -87,4 +90,23 @@ def match(
         >>> match([model, model], s).between(0, 1).is_identity()
         True
     """
-    return (matcher or FrankWolfe()).match(models, symmetry, progress=progress, data=data)
+    found = (matcher or FrankWolfe()).match(models, symmetry, progress=progress, data=data)
+    apart = _apart(found, [state_dict(m) for m in models])
+    if not apart:
+        return found
+    note = f"the same in all models, and moved apart by these maps: {', '.join(apart[:3])}; if these are no parameters but "
+    note += f"constants, give them to infer(..., constants={apart[:3]})"
+    return replace(found, stats={**found.stats, "notes": [*found.stats.get("notes", ()), note]})
+
+
+def _apart(found: Matching, states: Sequence[Mapping[str, torch.Tensor]]) -> list[str]:
+    """Tensors that are the same in all models, and not after the maps; statistics do not count."""
+    names = {slot.param for g in found.symmetry.generators() for slot in g.slots} - found.symmetry.statistics
+    out = []
+    for name in sorted(names):
+        first = states[0][name]
+        if all(torch.equal(s[name].to(first.device), first) for s in states[1:]):
+            moved = [e.apply_to(name, first) for e in found.to_universe]
+            if not all(torch.equal(m, moved[0]) for m in moved[1:]):
+                out.append(name)
+    return out

@@ -1,0 +1,71 @@
+"""Buffers that all models share: constants of the architecture, which no alignment may move apart.
+
+A group of one network moves its masks and tables along with its weights. Between networks that hold the same mask (the
+ordering of an autoregressive network, say) such a move is none: their average would hold parts of several masks. What
+differs between the models (a pruning mask, the state of a spectral norm) belongs to each of them and moves with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from automerge._verify import trial_elements
+from automerge.infer import infer
+from automerge.io import buffer_names
+from automerge.symmetry import Symmetry
+
+
+def equal_buffers(network: nn.Module, states: Sequence[Mapping[str, torch.Tensor]]) -> set[str]:
+    """State-dict names of the float buffers that are the same in all models."""
+    first = states[0]
+    return {
+        name
+        for name in buffer_names(network)
+        if name in first
+        and (first[name].is_floating_point() or first[name].is_complex())
+        and all(name in s and torch.equal(s[name].to(first[name]), first[name]) for s in states[1:])
+    }
+
+
+def moved_buffers(symmetry: Symmetry, names: Collection[str], state: Mapping[str, torch.Tensor]) -> list[str]:
+    """Those of some buffers that the group changes; statistics of a normalisation do not count."""
+    touched = {slot.param for g in symmetry.generators() for slot in g.slots} - symmetry.statistics
+    wanted = [n for n in sorted(names) if symmetry.aliases.get(n, n) in touched]
+    elements = list(trial_elements(symmetry, 2, 0)) if wanted else []
+    return [
+        n
+        for n in wanted
+        if any(not torch.equal(e.apply_to(symmetry.aliases.get(n, n), state[n]), state[n]) for e in elements)
+    ]
+
+
+def infer_common(
+    model: nn.Module,
+    shared: Collection[str],
+    args: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    verify: bool = True,
+) -> Symmetry:
+    """The symmetry of several models: what they share stays.
+
+    Args:
+        model: one of them.
+        shared: names of its buffers that are the same in all.
+        args: example inputs.
+        kwargs: example keyword inputs.
+        verify: as for `automerge.infer`.
+    """
+    symmetry = infer(model, args, kwargs, verify=verify)
+    fixed = moved_buffers(symmetry, shared, model.state_dict())
+    if not fixed:
+        return symmetry
+    again = infer(model, args, kwargs, verify=verify, constants=fixed)
+    some = ", ".join(fixed[:3]) + (f" and {len(fixed) - 3} more" if len(fixed) > 3 else "")
+    note = f"the same in all models, and so kept as constants with the order of what they tell apart: {some}"
+    object.__setattr__(again, "notes", (*again.notes, note))
+    return again
