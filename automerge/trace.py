@@ -33,8 +33,8 @@ from automerge._opaque import opaque_modules
 from automerge._tree_io import map_tensors, tensors_of
 
 aten = torch.ops.aten
-_TORCH_DIR = os.path.dirname(torch.__file__)
-_HERE = os.path.dirname(__file__)
+_TORCH_DIR = os.path.dirname(torch.__file__) + os.sep  # torchvision's files are a model's own
+_HERE = os.path.dirname(__file__) + os.sep
 
 Args = torch.Tensor | Sequence[Any]
 

@@ -21,6 +21,13 @@ def catalogue(library):
         return importlib.import_module(f"zoo.coverage._{library}")
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_operators_are_placed_in_the_library_s_own_files():
+    case = catalogue("torchvision").build("resnet18")
+    sources = [n.meta["source"] for n in trace(case.model, case.args).graph.nodes if n.op == "call_function"]
+    assert all("torchvision" in source for source in sources)
+
+
 def answered(library, name):
     case = catalogue(library).build(name)
     symmetry, _ = infer_graph(trace(case.model, case.args, case.kwargs))
