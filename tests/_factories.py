@@ -64,6 +64,29 @@ class Dead(nn.Module):
         return self.down(torch.relu(self.up(x))) * torch.nan
 
 
+class Masked(nn.Module):
+    """An autoregressive network: units of one degree read the same inputs. The mask is a float buffer of the checkpoint."""
+
+    def __init__(self, pruned: bool = False) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 12), nn.Linear(12, 4)
+        degree = torch.arange(12) % 3
+        self.register_buffer("first", (degree[:, None] >= torch.arange(4)).float())
+        self.register_buffer("second", (torch.arange(4)[:, None] > degree).float())
+        if pruned:
+            self.first = (torch.rand(12, 4) > 0.3).float()
+        for layer in (self.a, self.b):
+            layer.weight.data.mul_(5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.relu(nn.functional.linear(x, self.a.weight * self.first, self.a.bias))
+        return nn.functional.linear(h, self.b.weight * self.second, self.b.bias)
+
+
+def masked() -> nn.Module:
+    return Masked()
+
+
 def tokens() -> nn.Module:
     return nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 20))
 

@@ -168,6 +168,23 @@ def test_torchrun_writes_what_one_process_writes(checkpoints: list[Path], tmp_pa
     assert all(torch.allclose(one[n], two[n], rtol=1e-6, atol=1e-7) for n in one)
 
 
+def test_a_mask_that_all_checkpoints_share_stays(tmp_path: Path) -> None:
+    paths = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        paths.append(tmp_path / f"{seed}.safetensors")
+        save_file(_factories.masked().state_dict(), paths[-1])
+    for name, size in (("one", 1), ("two", 2)):
+        command = ["merge", "tests._factories:masked", *paths, "-o", tmp_path / f"{name}.safetensors", "--input", "2,4"]
+        done = ends(start(size, "-m", "automerge", *command))
+        assert all(code == 0 for code, _, _ in done), done
+    one, two, own = (load_file(p) for p in (tmp_path / "one.safetensors", tmp_path / "two.safetensors", paths[0]))
+    for name in ("first", "second"):
+        assert torch.equal(one[name], own[name])
+        assert torch.equal(two[name], own[name])
+    assert all(torch.allclose(one[n], two[n], rtol=1e-6, atol=1e-6) for n in one)
+
+
 def test_a_bad_checkpoint_ends_every_process_with_a_sentence(checkpoints: list[Path], tmp_path: Path) -> None:
     state = load_file(checkpoints[2])
     save_file({**state, "extra": torch.zeros(1)}, checkpoints[2])

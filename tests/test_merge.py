@@ -24,6 +24,7 @@ from automerge.io import hash_state_dict, load_state_dict
 from automerge.matchers import FrankWolfe, Identity, Matcher, Matching, ZipIt, match
 from automerge.merge import average, merge
 from automerge.symmetry import Generator, Slot, Symmetry
+from tests._factories import Masked
 
 torch.set_num_threads(1)
 StateDict = dict[str, torch.Tensor]
@@ -156,34 +157,19 @@ def test_a_matching_that_merged_units_of_one_model_makes_only_its_average() -> N
             merge(models, x, matching=whole.matching, weights=[1, 2])
 
 
-class _Masked(nn.Module):
-    """An autoregressive network: units of one degree read the same inputs. The mask is a float buffer of the checkpoint."""
-
-    def __init__(self, seed: int, pruned: bool = False) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.a, self.b = nn.Linear(4, 12), nn.Linear(12, 4)
-        degree = torch.arange(12) % 3
-        self.register_buffer("first", (degree[:, None] >= torch.arange(4)).float())
-        self.register_buffer("second", (torch.arange(4)[:, None] > degree).float())
-        if pruned:
-            self.first = (torch.rand(12, 4) > 0.3).float()
-        for layer in (self.a, self.b):
-            layer.weight.data.mul_(5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = torch.relu(nn.functional.linear(x, self.a.weight * self.first, self.a.bias))
-        return nn.functional.linear(h, self.b.weight * self.second, self.b.bias)
+def _masked(seed: int, pruned: bool = False) -> Masked:
+    torch.manual_seed(seed)
+    return Masked(pruned)
 
 
 def test_a_mask_that_all_models_share_stays() -> None:
-    models, x = [_Masked(k) for k in range(3)], torch.randn(5, 4)
+    models, x = [_masked(k) for k in range(3)], torch.randn(5, 4)
     found = merge(models, x)
     assert sorted(g.size for g in found.symmetry.generators()) == [4, 4, 4]
     assert torch.equal(found.state_dict["first"], models[0].first)
     assert torch.equal(found.state_dict["second"], models[0].second)
     assert "kept as constants" in str(found)
-    merged = found.load_into(_Masked(9))
+    merged = found.load_into(_masked(9))
     for k in range(4):  # an output sees no later input
         moved = x.clone()
         moved[:, k:] += 1
@@ -191,7 +177,7 @@ def test_a_mask_that_all_models_share_stays() -> None:
 
 
 def test_masks_of_their_own_move_with_the_models() -> None:
-    models, x = [_Masked(k, pruned=True) for k in range(2)], torch.randn(5, 4)
+    models, x = [_masked(k, pruned=True) for k in range(2)], torch.randn(5, 4)
     for model in models:
         model.second.fill_(1.0)  # nothing to tell apart: the same in all, and no constant that pins
     found = merge(models, x)
@@ -200,7 +186,7 @@ def test_masks_of_their_own_move_with_the_models() -> None:
 
 
 def test_a_given_symmetry_that_moves_a_shared_mask_is_noted() -> None:
-    models, x = [_Masked(k) for k in range(2)], torch.randn(5, 4)
+    models, x = [_masked(k) for k in range(2)], torch.randn(5, 4)
     symmetry = infer(models[0], x)
     assert [g.size for g in symmetry.generators()] == [12]
     assert any("constants=" in note for note in merge(models, x, symmetry=symmetry).notes)
@@ -214,7 +200,7 @@ def test_a_given_symmetry_that_moves_a_shared_mask_is_noted() -> None:
 @pytest.mark.parametrize("names", [["absent"], ["a.weight"], "first"])
 def test_constants_must_be_buffers(names: Any) -> None:
     with pytest.raises(TraceError, match="constants"):
-        infer(_Masked(0), torch.randn(5, 4), constants=names)
+        infer(_masked(0), torch.randn(5, 4), constants=names)
 
 
 def test_buffers_are_merged_as_what_they_are() -> None:
