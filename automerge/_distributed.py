@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from automerge._errors import MatchingError
-from automerge._fixed import equal_buffers, infer_common
+from automerge._fixed import infer_common, shared_constants
 from automerge._merge_checks import merge_integers
 from automerge._ranks import Ranks
 from automerge.io import StateDict, hash_state_dict, read_checkpoint, tied_names
@@ -98,7 +98,7 @@ def _symmetry(
 ) -> Symmetry:
     """Process 0 infers, and tells the others; buffers that are the same in all models stay."""
     text: str | None = None
-    mine = {name: hash_state_dict({name: states[0][name]}) for name in sorted(equal_buffers(network, states))}
+    mine = {name: hash_state_dict({name: states[0][name]}) for name in sorted(shared_constants(network, states))}
     everywhere = ranks.gather(mine)
     with ranks.together():
         if ranks.rank == 0:

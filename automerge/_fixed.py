@@ -1,8 +1,9 @@
-"""Buffers that all models share: constants of the architecture, which no alignment may move apart.
+"""Tensors that all models share and none learned: constants of the architecture, which no alignment may move apart.
 
-A group of one network moves its masks and tables along with its weights. Between networks that hold the same mask (the
-ordering of an autoregressive network, say) such a move is none: their average would hold parts of several masks. What
-differs between the models (a pruning mask, the state of a spectral norm) belongs to each of them and moves with it.
+These are float buffers and parameters that take no gradient. A group of one network moves its masks and tables along with
+its weights. Between networks that hold the same mask (the ordering of an autoregressive network, say) such a move is none:
+their average would hold parts of several masks. What differs between the models (a pruning mask, the state of a spectral
+norm) belongs to each of them and moves with it.
 """
 
 from __future__ import annotations
@@ -19,20 +20,21 @@ from automerge.io import buffer_names
 from automerge.symmetry import Symmetry
 
 
-def equal_buffers(network: nn.Module, states: Sequence[Mapping[str, torch.Tensor]]) -> set[str]:
-    """State-dict names of the float buffers that are the same in all models."""
+def shared_constants(network: nn.Module, states: Sequence[Mapping[str, torch.Tensor]]) -> set[str]:
+    """State-dict names of the float buffers, and of the parameters without gradient, that are the same in all models."""
     first = states[0]
+    frozen = {n for n, p in network.named_parameters(remove_duplicate=False) if not p.requires_grad}
     return {
         name
-        for name in buffer_names(network)
+        for name in buffer_names(network) | frozen
         if name in first
         and (first[name].is_floating_point() or first[name].is_complex())
         and all(name in s and torch.equal(s[name].to(first[name]), first[name]) for s in states[1:])
     }
 
 
-def moved_buffers(symmetry: Symmetry, names: Collection[str], state: Mapping[str, torch.Tensor]) -> list[str]:
-    """Those of some buffers that the group changes; statistics of a normalisation do not count."""
+def moved_constants(symmetry: Symmetry, names: Collection[str], state: Mapping[str, torch.Tensor]) -> list[str]:
+    """Those of some tensors that the group changes; statistics of a normalisation do not count."""
     touched = {slot.param for g in symmetry.generators() for slot in g.slots} - symmetry.statistics
     wanted = [n for n in sorted(names) if symmetry.aliases.get(n, n) in touched]
     elements = list(trial_elements(symmetry, 2, 0)) if wanted else []
@@ -55,13 +57,13 @@ def infer_common(
 
     Args:
         model: one of them.
-        shared: names of its buffers that are the same in all.
+        shared: names of the constants that are the same in all.
         args: example inputs.
         kwargs: example keyword inputs.
         verify: as for `automerge.infer`.
     """
     symmetry = infer(model, args, kwargs, verify=verify)
-    fixed = moved_buffers(symmetry, shared, model.state_dict())
+    fixed = moved_constants(symmetry, shared, model.state_dict())
     if not fixed:
         return symmetry
     again = infer(model, args, kwargs, verify=verify, constants=fixed)

@@ -22,7 +22,7 @@ from automerge._compare_data import DataSets, about, as_items
 from automerge._comparison import Comparison, Row, Score
 from automerge._data import Batch, Batches, evaluating, logits_of, run_batch
 from automerge._errors import AutomergeError
-from automerge._fixed import equal_buffers, infer_common
+from automerge._fixed import infer_common, shared_constants
 from automerge._merge_checks import Model, check_models, check_weights
 from automerge._repair_report import Renormaliser
 from automerge.datafree import GaussianRepair, RowNorms
@@ -120,7 +120,7 @@ def compare(
     if symmetry is None:
         own = deepcopy(network)
         own.load_state_dict(dict(dicts[0]))
-        symmetry = infer_common(own, equal_buffers(network, dicts), args, kwargs)
+        symmetry = infer_common(own, shared_constants(network, dicts), args, kwargs)
     work.symmetry = symmetry
     rows = work.run()
     models_scores = tuple(work.score((network, d), "report") for d in dicts)

@@ -15,7 +15,6 @@ from automerge._search import search
 from automerge._structure import Structure
 from automerge._verify import check_replay
 from automerge._verify import verify as check_symmetry
-from automerge.io import buffer_names
 from automerge.rules import Analysis, analyse, is_state
 from automerge.symmetry import Generator, Symmetry
 from automerge.trace import TraceInfo, trace
@@ -40,14 +39,14 @@ def infer(
         kwargs: keyword inputs.
         verify: check the answer with random group elements in float64 before returning it.
         strict: raise on an operator without a rule instead of pinning what it touches.
-        constants: state-dict names of buffers that stay as they are, such as masks that belong to the architecture. `merge`
-            takes those that are the same in all its models.
+        constants: state-dict names of what stays as it is, such as masks that belong to the architecture. `merge` takes
+            the buffers and the parameters without gradient that are the same in all its models.
 
     Returns:
         The `Symmetry`; ``print`` it for a report.
 
     Raises:
-        TraceError: if the model does not run on the inputs, or has no buffer of such a name.
+        TraceError: if the model does not run on the inputs, or has no tensor of such a name.
         UnknownOperatorError: with ``strict``, at the first operator without a rule.
         InvarianceError: if verification finds that a group is no symmetry (a defect of a rule; please report it).
 
@@ -80,11 +79,11 @@ def infer(
 def _check_constants(model: nn.Module, constants: Collection[str]) -> None:
     if isinstance(constants, str):
         raise TraceError(f"constants={constants!r}: give a list of names")
-    buffers = buffer_names(model) if isinstance(model, nn.Module) and constants else set()
-    unknown = next((name for name in constants if name not in buffers), None)
+    known = model.state_dict(keep_vars=True) if isinstance(model, nn.Module) and constants else {}
+    unknown = next((name for name in constants if name not in known), None)
     if unknown is not None:
-        some = ", ".join(sorted(buffers)[:5]) or "none"
-        raise TraceError(f"constants: the model has no buffer {unknown!r}; it has {some}")
+        some = ", ".join(list(known)[:5]) or "none"
+        raise TraceError(f"constants: the model's state dict has no {unknown!r}; it has {some}, ...")
 
 
 def infer_graph(graph: fx.GraphModule) -> tuple[Symmetry, Analysis]:

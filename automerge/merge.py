@@ -23,7 +23,7 @@ from torch import nn
 
 from automerge._data import Batches, device_of
 from automerge._errors import MatchingError
-from automerge._fixed import equal_buffers, infer_common, moved_buffers
+from automerge._fixed import infer_common, moved_constants, shared_constants
 from automerge._merge_checks import (
     Model,
     check_coordinates,
@@ -141,8 +141,9 @@ def merge(
 ) -> MergeResult:
     """Merge N >= 2 networks of one architecture into one.
 
-    Floating-point entries are averaged in float64 and cast back to the dtype of the first model. A float buffer that is the
-    same in all models, such as a mask, is a constant of the architecture and stays; the groups respect it. BatchNorm's running
+    Floating-point entries are averaged in float64 and cast back to the dtype of the first model. A float buffer, or a
+    parameter that takes no gradient, that is the same in all models (a mask, a table of positions) is a constant of the
+    architecture and stays; the groups respect it. BatchNorm's running
     means and running variances are averaged like weights: the plain weighted mean of the variances, which is what naive
     averaging does too; it is not the merged network's own variance, so give ``data`` to measure that. Integer and
     boolean entries must be equal, except ``num_batches_tracked``, of which the largest is taken. Tied tensors stay
@@ -200,8 +201,8 @@ def merge(
     clock.lap("check")
     if symmetry is None:
         own = _with_weights(network, dicts[0], given)
-        symmetry = infer_common(own, equal_buffers(network, dicts), args, kwargs, verify=verify)
-    elif apart := moved_buffers(symmetry, equal_buffers(network, dicts), dicts[0]):
+        symmetry = infer_common(own, shared_constants(network, dicts), args, kwargs, verify=verify)
+    elif apart := moved_constants(symmetry, shared_constants(network, dicts), dicts[0]):
         notes.append(
             f"the symmetry that was given moves {apart[0]}, which is the same in all models; "
             f"infer(..., constants={apart[:3]}) keeps it"

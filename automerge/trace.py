@@ -93,7 +93,7 @@ def trace(
         kwargs: keyword inputs.
         values: whether nodes keep their example values. Without, what depends on inputs or float parameters is kept as a
             tensor on the meta device (shape, dtype, strides), so that activations are freed as the model runs.
-        constants: names of buffers that are no parameters: they enter the graph as constants, with their values.
+        constants: state-dict names of what is no parameter: it enters the graph as a constant, with its values.
 
     Returns:
         A GraphModule. Its placeholders are the state-dict tensors (once per tied tensor) and then the input tensors; every

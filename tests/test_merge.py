@@ -197,8 +197,40 @@ def test_a_given_symmetry_that_moves_a_shared_mask_is_noted() -> None:
     assert kept.shapes.keys() == models[0].state_dict().keys() - {"first", "second"}
 
 
-@pytest.mark.parametrize("names", [["absent"], ["a.weight"], "first"])
-def test_constants_must_be_buffers(names: Any) -> None:
+class _Positions(nn.Module):
+    """A table of positions that takes no gradient, on a residual stream."""
+
+    def __init__(self, seed: int, frozen: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.into, self.up, self.down, self.out = nn.Linear(4, 8), nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 3)
+        self.table = nn.Parameter(torch.sin(torch.arange(40.0)).view(1, 5, 8), requires_grad=not frozen)
+        for layer in (self.into, self.up, self.down, self.out):
+            layer.weight.data.mul_(5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.into(x) + self.table
+        return self.out((h + self.down(torch.relu(self.up(h)))).mean(1))
+
+
+def test_a_table_without_gradient_that_all_models_share_stays() -> None:
+    x = torch.randn(2, 5, 4)
+    models = [_Positions(k) for k in range(3)]
+    found = merge(models, x)
+    assert [g.size for g in found.symmetry.generators()] == [12]
+    assert torch.equal(found.state_dict["table"], models[0].table)
+    assert "kept as constants" in str(found)
+    learned = merge([_Positions(k, frozen=False) for k in range(3)], x)
+    assert sorted(g.size for g in learned.symmetry.generators()) == [8, 12]
+    moved = [found.symmetry.apply(m.state_dict(), found.symmetry.random_element(k)) for k, m in enumerate(models)]
+    for model, state in zip(models, moved, strict=True):
+        before = model.double()(x.double())
+        model.load_state_dict(state)
+        torch.testing.assert_close(model(x.double()), before)
+
+
+@pytest.mark.parametrize("names", [["absent"], ["a.weight", "a"], "first"])
+def test_constants_must_be_in_the_state_dict(names: Any) -> None:
     with pytest.raises(TraceError, match="constants"):
         infer(_masked(0), torch.randn(5, 4), constants=names)
 
