@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -205,3 +206,13 @@ def span(seeds: Sequence[int]) -> str:
         '5-7'
     """
     return f"{seeds[0]}-{seeds[-1]}" if len(seeds) > 1 else str(seeds[0])
+
+
+def each_set(
+    lab: Lab, settings: Iterable[str], count: int, work: Callable[[Lab, str, list[int]], Iterable[Row]]
+) -> Iterator[Unit]:
+    """A unit for every disjoint set of ``count`` networks of every setting."""
+    for setting in settings:
+        for number, seeds in enumerate(disjoint(lab.profile.sets, count, count)):
+            key = {"setting": setting, "n": count, "set": number, "seeds": span(seeds)}
+            yield Unit(key, partial(work, lab, setting, seeds))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +10,7 @@ import torch
 import automerge
 from automerge import FrankWolfe, Matcher, MergeMany, PairwiseFrankWolfe, Synchronised
 from zoo.experiments._bench import Bench
-from zoo.experiments._experiment import Experiment, Lab, Record, Row, Unit, disjoint, span
+from zoo.experiments._experiment import Experiment, Lab, Record, Row, Unit, each_set
 from zoo.experiments._figures import panels, style
 from zoo.experiments._tables import Mean, difference, mean, table
 
@@ -73,11 +72,8 @@ def _work(lab: Lab, setting: str, seeds: list[int]) -> Iterator[Row]:
 def _units(lab: Lab) -> Iterator[Unit]:
     small = ("digits-mlp", "digits-resnet")
     more = ("digits-resnet-layernorm", "digits-vit", "mnist-mlp", "fashion-resnet", "fashion-vgg")
-    for setting in (*small, *more) if lab.profile.full else small:
-        n = min(5, lab.profile.most)
-        for number, seeds in enumerate(disjoint(lab.profile.sets, n, n)):
-            key = {"setting": setting, "n": n, "set": number, "seeds": span(seeds)}
-            yield Unit(key, partial(_work, lab, setting, seeds))
+    settings = (*small, *more) if lab.profile.full else small
+    yield from each_set(lab, settings, min(5, lab.profile.most), _work)
 
 
 def _relative(record: Record, setting: str, variant: str) -> Mean:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from zoo.experiments._bench import Bench, State, batches
-from zoo.experiments._experiment import Experiment, Lab, Record, Row, Unit, disjoint, span
+from zoo.experiments._experiment import Experiment, Lab, Record, Row, Unit, each_set
 from zoo.experiments._figures import curve, legend_below, panels, style
 from zoo.experiments._tables import Mean, grid, mean, table
 from zoo.experiments.many import MATCHERS
@@ -116,11 +116,8 @@ def _work(lab: Lab, setting: str, seeds: list[int]) -> Iterator[Row]:
 
 def _units(lab: Lab) -> Iterator[Unit]:
     small = ("digits-mlp", "digits-resnet")
-    for setting in (*small, "fashion-mlp", "fashion-resnet") if lab.profile.full else small:
-        n = min(5, lab.profile.most)
-        for number, seeds in enumerate(disjoint(lab.profile.sets, n, n)):
-            key = {"setting": setting, "n": n, "set": number, "seeds": span(seeds)}
-            yield Unit(key, partial(_work, lab, setting, seeds))
+    settings = (*small, "fashion-mlp", "fashion-resnet") if lab.profile.full else small
+    yield from each_set(lab, settings, min(5, lab.profile.most), _work)
 
 
 def _draw(record: Record) -> Figure:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from zoo.data import Dataset, load
 from zoo.experiments._bench import Bench, State
-from zoo.experiments._experiment import Experiment, Lab, Record, Row, Unit, disjoint, span
+from zoo.experiments._experiment import Experiment, Lab, Record, Row, Unit, each_set
 from zoo.experiments._figures import curve, legend_below, style, tiles
 from zoo.experiments._settings import SETTINGS
 from zoo.experiments._tables import grid
@@ -71,11 +70,8 @@ def _untrained(bench: Bench, seed: int) -> State:
 
 def _units(lab: Lab) -> Iterator[Unit]:
     small = ("digits-mlp", "digits-resnet")
-    for setting in (*small, "fashion-mlp", "fashion-resnet") if lab.profile.full else small:
-        n = min(5, lab.profile.most)
-        for number, seeds in enumerate(disjoint(lab.profile.sets, n, n)):
-            key = {"setting": setting, "n": n, "set": number, "seeds": span(seeds)}
-            yield Unit(key, partial(_work, lab, setting, seeds))
+    settings = (*small, "fashion-mlp", "fashion-resnet") if lab.profile.full else small
+    yield from each_set(lab, settings, min(5, lab.profile.most), _work)
 
 
 def _draw(record: Record) -> Figure:

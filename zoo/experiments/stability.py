@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from itertools import combinations
 from statistics import stdev
 from typing import TYPE_CHECKING, Any
 
 from automerge import ActivationMatching, Element, FrankWolfe, MergeMany, PairwiseFrankWolfe, WeightMatching
-from zoo.experiments._experiment import Experiment, Lab, Record, Row, Unit, disjoint, span
+from zoo.experiments._experiment import Experiment, Lab, Record, Row, Unit, each_set
 from zoo.experiments._figures import colour, legend_below, style, tiles
 from zoo.experiments._tables import mean, table
 
@@ -59,11 +58,8 @@ def _work(lab: Lab, setting: str, seeds: list[int]) -> Iterator[Row]:
 def _units(lab: Lab) -> Iterator[Unit]:
     small = ("digits-mlp", "digits-resnet")
     more = ("digits-vit", "mnist-mlp", "fashion-resnet", "fashion-vgg")
-    for setting in (*small, *more) if lab.profile.full else small:
-        n = 3
-        for number, seeds in enumerate(disjoint(lab.profile.sets, n, n)):
-            key = {"setting": setting, "n": n, "set": number, "seeds": span(seeds)}
-            yield Unit(key, partial(_work, lab, setting, seeds))
+    settings = (*small, *more) if lab.profile.full else small
+    yield from each_set(lab, settings, 3, _work)
 
 
 def spread(record: Record, matcher: str, settings: list[str] | None = None) -> list[Row]:
