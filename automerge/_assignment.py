@@ -33,11 +33,11 @@ def assign(gain: np.ndarray) -> np.ndarray:
     n = gain.shape[0]
     if n <= 1:
         return np.zeros(n, dtype=np.int64)
-    cost = gain.max(axis=1, keepdims=True) - np.asarray(gain, dtype=np.float64)
+    cost = np.subtract(gain.max(axis=1, keepdims=True), gain, dtype=np.float64)
     solver = lapx_solver() if n >= _SMALL else None
     if solver is not None:
         return np.asarray(solver(cost, return_cost=False)[1], dtype=np.int64)
-    cost -= cost.min(axis=0, keepdims=True)
+    cost -= cost.min(axis=0)
     return linear_sum_assignment(cost)[1].astype(np.int64)
 
 

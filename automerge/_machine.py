@@ -3,6 +3,29 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def in_threads(function: Callable[[T], R], items: Sequence[T], worth: bool = True) -> list[R]:
+    """A function of every item, in as many threads as torch uses; for work that lets go of the interpreter's lock.
+
+    Args:
+        function: of one item.
+        items: independent of each other.
+        worth: whether the work is large enough for threads; else one after the other.
+    """
+    workers = min(torch.get_num_threads(), len(items))
+    if workers < 2 or not worth:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(function, items))
 
 
 def physical_memory() -> int | None:

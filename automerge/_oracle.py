@@ -41,6 +41,10 @@ def maximise(structure: Structure, root: int, gains: Mapping[Path, np.ndarray]) 
 def _role(structure: Structure, r: int, gains: Gains, outer: Path) -> tuple[float, Perms]:
     """The best element of the subtree of one role; every space in ``gains`` contains it, and comes first there."""
     n = structure.roles[r].size
+    if len(gains) == 1 and all(len(q) == 1 for q in gains):
+        (gain,) = gains.values()
+        p = assign(gain)
+        return float(gain[np.arange(n), p].sum(dtype=np.float64)), {r: p}
     value = np.zeros((n, n))
     inner: Gains = {}
     for q, gain in gains.items():

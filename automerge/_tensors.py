@@ -41,6 +41,14 @@ def gather_one(tensor: torch.Tensor, dim: int, sigma: torch.Tensor, out: torch.T
     return out
 
 
+def take(tensor: torch.Tensor, axis: int, positions: torch.Tensor) -> torch.Tensor:
+    """Some positions along one axis; the last one is read from a matrix, as in `gather_one`."""
+    if axis == tensor.ndim - 1 and axis > 1:
+        matrix = tensor.reshape(-1, tensor.shape[-1]).index_select(1, positions)
+        return matrix.reshape(*tensor.shape[:-1], -1)
+    return tensor.index_select(axis, positions)
+
+
 def act(tensor: torch.Tensor, dim: int, matrix: torch.Tensor) -> torch.Tensor:
     """Along ``dim``: ``out[m, .., i, ..] = sum_j matrix[m, i, j] tensor[m, .., j, ..]``; matrices ``(N, n, n)``."""
     front = tensor.movedim(dim, 1)
@@ -49,7 +57,7 @@ def act(tensor: torch.Tensor, dim: int, matrix: torch.Tensor) -> torch.Tensor:
 
 
 def contract(left: torch.Tensor, right: torch.Tensor, dim: int) -> torch.Tensor:
-    """``G[m, i, j] = <left at i, right at j>`` over all axes but ``dim``; ``(N, n, n)``."""
+    """``G[m, i, j] = <left at i, right at j>`` over all axes but ``dim``, along which they may differ in length."""
     a, b = _factors(left, right, dim)
     return torch.bmm(a, b)
 
@@ -67,12 +75,12 @@ def add_contraction(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, 
 
 def _factors(left: torch.Tensor, right: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Two stacks of matrices whose products are the contraction; views, if the axis is the first or the last one."""
-    count, n = left.shape[0], left.shape[dim]
+    count, n, k = left.shape[0], left.shape[dim], right.shape[dim]
     if dim == left.ndim - 1 and dim != 1:
-        return left.reshape(count, -1, n).mT, right.reshape(count, -1, n)
+        return left.reshape(count, -1, n).mT, right.reshape(count, -1, k)
     if dim != 1:
         left, right = left.movedim(dim, 1), right.movedim(dim, 1)
-    return left.reshape(count, n, -1), right.reshape(count, n, -1).mT
+    return left.reshape(count, n, -1), right.reshape(count, k, -1).mT
 
 
 def dot(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -69,3 +69,17 @@ def test_lapx_is_used_where_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.array_equal(assign(gain), linear_sum_assignment(gain, maximize=True)[1])
     assign(gain[:10, :10])
     assert calls == [(70, 70)]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_package_itself_finds_the_same_optimum(dtype: type) -> None:
+    lap = pytest.importorskip("lap", reason="lapx is not installed")
+    if _assignment.lapx_solver() is None:
+        pytest.skip(f"{lap.__name__} is another package of that name")
+    for n in (64, 301):
+        gain = np.random.default_rng(n).normal(size=(n, n)).astype(dtype)
+        found = assign(gain)
+        assert sorted(found) == list(range(n))
+        _, columns = linear_sum_assignment(gain, maximize=True)
+        rows = np.arange(n)
+        assert gain[rows, found].sum(dtype=float) == pytest.approx(gain[rows, columns].sum(dtype=float), rel=1e-12)

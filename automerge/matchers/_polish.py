@@ -9,17 +9,24 @@ weight matching (arXiv 2209.04836, Alg. 1) for N models against the sum of the o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 
+from automerge._machine import in_threads
 from automerge._oracle import maximise
-from automerge._tensors import contract, dot
+from automerge._tensors import dot
 from automerge._tree import Perms
 from automerge.matchers._exchange import exchange_gains
-from automerge.matchers._starts import induced
+from automerge.matchers._gains import Gains
+from automerge.matchers._starts import THREADED, induced
 from automerge.objective import Bundle, Objective
+
+Place = tuple[int, int]
+"""A model and a tree."""
+Linear = dict[int, np.ndarray]
+"""Per space the gains ``(n, n)``: new position, old position."""
 
 
 class Polisher:
@@ -29,7 +36,6 @@ class Polisher:
         objective: the problem.
         elements: one per model that is here; changed in place.
         fixed: which of them do not move.
-        check: called before every move; may raise to stop (the elements are then valid and the best so far).
     """
 
     def __init__(
@@ -37,10 +43,10 @@ class Polisher:
         objective: Objective,
         elements: list[Perms],
         fixed: frozenset[int] = frozenset(),
-        check: Callable[[], None] | None = None,
     ) -> None:
-        self.objective, self.elements, self.fixed, self.check = objective, elements, fixed, check
+        self.objective, self.elements, self.fixed = objective, elements, fixed
         self.sigma = induced(objective, elements)
+        self.gains = Gains(objective, self.sigma)
         self.moved = [objective.moved(b, self.sigma, slice(None)) for b in range(len(objective.bundles))]
         self.total = [objective.ranks.sum(x.sum(dim=0)) for x in self.moved]
         spaces = objective.blocks.spaces
@@ -62,51 +68,95 @@ class Polisher:
         total = 0.0
         places = [(m, r) for m in range(self.objective.world) for r in self.trees]
         for _ in range(max_sweeps):
-            gain = 0.0
-            for i in rng.permutation(len(places)):
-                if self.check is not None:
-                    self.check()
-                gain += self._visit(*places[i])
+            order = [places[i] for i in rng.permutation(len(places))]
+            gain = sum(self._visit(wave) for wave in self._waves(order))
             total += gain
             if gain <= 1e-9 * self.scale:
                 break
         return total
 
-    def _visit(self, number: int, root: int) -> float:
-        """`move` or else `exchange` a model by its number everywhere; returns the gain, on every process."""
+    def _waves(self, order: Sequence[Place]) -> Iterator[list[Place]]:
+        """Visits that follow each other and have no bundle in common: each finds the same, whichever comes first."""
+        most = 2 * torch.get_num_threads() if self.objective.ranks.size == 1 else 1
+        wave: list[Place] = []
+        touched: set[int] = set()
+        for place in order:
+            own = set(self.bundles[place[1]])
+            if len(wave) == most or own & touched:
+                yield wave
+                wave, touched = [], set()
+            wave.append(place)
+            touched |= own
+        if wave:
+            yield wave
+
+    def _visit(self, wave: Sequence[Place]) -> float:
+        """`move` or else `exchange` models by their numbers everywhere; returns the gain, on every process.
+
+        The assignments are solved side by side.
+        """
         ranks, mine = self.objective.ranks, self.objective.mine
-        m, owner = number - mine.start, self.objective.owners[number]
-        gain = 0.0
-        if number in mine and m not in self.fixed:
-            gain = self.move(m, root) or self.exchange(m, root)
-        if ranks.size > 1:
-            (gain,) = ranks.tell((gain,), owner)
-            for b in self.bundles[root] if gain > 0 else ():
-                ranks.broadcast(self.total[b], owner)
-                self.clock += number not in mine
-                self.changed[b] = self.clock
-        return gain
+        asked = {
+            (n - mine.start, r): self._ask(n - mine.start, r)
+            for n, r in wave
+            if n in mine and n - mine.start not in self.fixed
+        }
+        solved = self._solve({place: gains for place, gains in asked.items() if gains is not None})
+        total = 0.0
+        for number, root in wave:
+            place, owner = (number - mine.start, root), self.objective.owners[number]
+            gain = self._take(*place, *solved[place]) if place in solved else 0.0
+            if place in asked and gain == 0.0:
+                gain = self.exchange(*place)
+            if ranks.size > 1:
+                (gain,) = ranks.tell((gain,), owner)
+                for b in self.bundles[root] if gain > 0 else ():
+                    ranks.broadcast(self.total[b], owner)
+                    self.clock += number not in mine
+                    self.changed[b] = self.clock
+            total += gain
+        return total
 
     def move(self, m: int, root: int) -> float:
         """Move one model by one tree to its optimum, if that gains; returns the gain."""
-        if all(self.changed[b] <= self.seen.get((m, root), -1) for b in self.bundles[root]):
-            return 0.0
+        gains = self._ask(m, root)
+        return 0.0 if gains is None else self._take(m, root, *self._solve({(m, root): gains})[m, root])
+
+    def _ask(self, m: int, root: int) -> Linear | None:
+        """The linear gains of one model and tree; None if nothing has changed since they were last asked for."""
+        if not self.trees[root] or all(self.changed[b] <= self.seen.get((m, root), -1) for b in self.bundles[root]):
+            return None
         self.seen[m, root] = self.clock
-        if not self.trees[root]:
-            return 0.0
-        rest = {b: self.total[b] - self.moved[b][m] for b in self.bundles[root]}
-        gains = self._gains(m, root, rest)
+        return self.gains.of(m, root, self._rest(m, root))
+
+    def _rest(self, m: int, root: int) -> dict[int, torch.Tensor]:
+        """Per bundle of a tree what the other models sum to."""
+        return {b: self.total[b] - self.moved[b][m] for b in self.bundles[root]}
+
+    def _solve(self, asked: Mapping[Place, Linear]) -> dict[Place, tuple[Linear, Perms]]:
+        """The best element for each of some linear gains."""
         blocks = self.objective.blocks
-        _, perms = maximise(blocks.structure, root, {blocks.spaces[k].roles: g for k, g in gains.items()})
+
+        def solve(place: Place) -> Perms:
+            return maximise(blocks.structure, place[1], {blocks.spaces[k].roles: g for k, g in asked[place].items()})[1]
+
+        worth = any(len(g) >= THREADED for gains in asked.values() for g in gains.values())
+        return {p: (asked[p], perms) for p, perms in zip(asked, in_threads(solve, list(asked), worth), strict=True)}
+
+    def _take(self, m: int, root: int, gains: Linear, perms: Perms) -> float:
+        """Take the best element of some gains, if it gains; returns the gain."""
+        blocks = self.objective.blocks
         sigma = {k: blocks.structure.induced(perms, blocks.spaces[k].roles) for k in self.trees[root]}
         after: dict[int, torch.Tensor] | None = None
         if root in self.quadratic:
+            rest = self._rest(m, root)
             after = self._after(m, sigma, rest)
             gain = sum(dot(rest[b], after[b]) - dot(rest[b], self.moved[b][m]) for b in rest)
         else:
             gain = sum(self._gain(m, k, sigma[k], g) for k, g in gains.items())
         if gain <= self._threshold:
             return 0.0
+        rest = self._rest(m, root)
         self._accept(m, perms, sigma, rest, after or self._after(m, sigma, rest))
         return gain
 
@@ -122,7 +172,7 @@ class Polisher:
             return 0.0
         total, space = 0.0, self.trees[root][0]
         for _ in range(self.sigma[space].shape[1]):
-            rest = {b: self.total[b] - self.moved[b][m] for b in self.bundles[root]}
+            rest = self._rest(m, root)
             table = exchange_gains(
                 (rest[b][None], self.moved[b][m : m + 1], x.along(space)) for b, x in self.bundles_of(root)
             )
@@ -153,19 +203,6 @@ class Polisher:
         for k, new in sigma.items():
             mine[k] = torch.from_numpy(new)[None].to(self.objective.device)
         return {b: self.objective.moved(b, mine, slice(m, m + 1))[0] for b in rest}
-
-    def _gains(self, m: int, root: int, rest: dict[int, torch.Tensor]) -> dict[int, np.ndarray]:
-        """The linear gains of one model's spaces in one tree."""
-        mine = [s[m : m + 1] for s in self.sigma]
-        out: dict[int, np.ndarray] = {}
-        for b, d in rest.items():
-            bundle = self.objective.bundles[b]
-            for k, (space, dim) in enumerate(zip(bundle.spaces, bundle.dims, strict=True)):
-                if space in self.trees[root]:
-                    other = self.objective.moved(b, mine, slice(m, m + 1), skip=k)
-                    part = contract(d[None], other, dim)[0].cpu().numpy()
-                    out[space] = out[space] + part if space in out else part
-        return out
 
     def _accept(
         self,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
 from automerge._errors import MatchingError
+from automerge._machine import in_threads
 from automerge._oracle import maximise
 from automerge._tree import Path, Perms
 from automerge.blocks import Blocks
@@ -17,7 +17,7 @@ from automerge.groups import Element
 from automerge.objective import Objective
 from automerge.symmetry import Symmetry
 
-_THREADED = 256
+THREADED = 256  # units from which an assignment is worth a thread
 
 
 def vertices(objective: Objective, gains: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[Perms]]:
@@ -44,12 +44,7 @@ def vertices(objective: Objective, gains: Sequence[torch.Tensor]) -> tuple[list[
         mine = {s.roles: g[m] for s, g in zip(blocks.spaces, host, strict=True) if s.root == root}
         return maximise(blocks.structure, root, mine)[1]
 
-    workers = torch.get_num_threads()
-    if workers > 1 and len(places) > 1 and max(g.shape[1] for g in host) >= _THREADED:
-        with ThreadPoolExecutor(workers) as pool:
-            solved = list(pool.map(solve, places))
-    else:
-        solved = [solve(place) for place in places]
+    solved = in_threads(solve, places, max(g.shape[1] for g in host) >= THREADED)
     elements: list[Perms] = [{} for _ in range(host[0].shape[0])]
     for (m, _), perms in zip(places, solved, strict=True):
         elements[m].update(perms)
