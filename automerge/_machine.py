@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,3 +35,27 @@ def physical_memory() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
         return None
+
+
+def release_at_once(size: int = 1 << 17) -> None:
+    """Let memory of tensors above some bytes go back to the system when they are freed; glibc keeps up to 32 MiB each.
+
+    For the whole process, and only with glibc; elsewhere nothing happens.
+    """
+    try:
+        ctypes.CDLL(None).mallopt(-3, size)  # M_MMAP_THRESHOLD
+    except (AttributeError, OSError, TypeError):
+        return
+
+
+def readable(size: float) -> str:
+    """Bytes for people.
+
+    >>> readable(3 * 2**30)
+    '3.0 GiB'
+    """
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

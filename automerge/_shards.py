@@ -1,14 +1,16 @@
-"""Checkpoints in several safetensors files, listed by an index as Hugging Face writes it."""
+"""Checkpoints in several safetensors files, listed by an index as Hugging Face reads and writes it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
 from automerge._errors import CheckpointError
+from automerge._files import check_writable, replacement
 
 SUFFIX = ".safetensors.index.json"
 
@@ -46,3 +48,67 @@ def read_shards(index: Path, read: Callable[[Path], Mapping[str, torch.Tensor]])
             )
         found |= own
     return {name: found[name] for name in places}
+
+
+def check_shards(index: Path, count: int, force: bool) -> list[Path]:
+    """The files of so many shards beside an index; raises `OutputError` if one of them or the index cannot be written."""
+    stem = index.name.removesuffix(SUFFIX)
+    files = [index.with_name(f"{stem}-{k:05d}-of-{count:05d}.safetensors") for k in range(1, count + 1)]
+    for file in (index, *files):
+        check_writable(file, force)
+    return files
+
+
+def split_shards(sizes: Mapping[str, int], together: Mapping[str, str], limit: int) -> list[list[str]]:
+    """Names by shard, in order, of at most so many bytes each; a tensor that is larger has one to itself.
+
+    Args:
+        sizes: bytes by name.
+        together: names that go into the shard of another name.
+        limit: bytes.
+
+    Examples:
+        >>> split_shards({"a": 3, "b": 3, "c": 9, "d": 1}, {"d": "a"}, 7)
+        [['a', 'd', 'b'], ['c']]
+    """
+    groups: dict[str, list[str]] = {}
+    for name in sizes:
+        groups.setdefault(together.get(name, name), []).append(name)
+    shards: list[list[str]] = []
+    room = -1
+    for names in groups.values():
+        own = sum(sizes[n] for n in names)
+        if own > room:
+            shards.append([])
+            room = limit
+        shards[-1] += names
+        room -= own
+    return shards
+
+
+def write_shards(
+    index: Path,
+    shards: Sequence[Sequence[str]],
+    sizes: Mapping[str, int],
+    metadata: Mapping[str, str],
+    force: bool,
+    write: Callable[[Path, Sequence[str]], None],
+) -> None:
+    """Write shards and then their index; each takes its name when all of them are on the disk.
+
+    Args:
+        index: the path of the index.
+        shards: the names in each.
+        sizes: bytes by name.
+        metadata: text for the index, beside the size.
+        force: replace existing files.
+        write: writes the tensors of some names to a file.
+    """
+    files = check_shards(index, len(shards), force)
+    listed = {name: file.name for file, names in zip(files, shards, strict=True) for name in names}
+    with ExitStack() as stack:
+        last = stack.enter_context(replacement(index))  # left last: an index never names what is not there
+        for file, names in zip(files, shards, strict=True):
+            write(stack.enter_context(replacement(file)), names)
+        text = {"metadata": {"total_size": sum(sizes.values()), **metadata}, "weight_map": listed}
+        last.write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")

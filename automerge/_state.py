@@ -62,7 +62,7 @@ class State:
             held = {0: bundle.weights}
             for s in range(1, bundle.full + 1):
                 k = s.bit_length() - 1
-                held[s] = act(held[s & ~(1 << k)], bundle.dims[k], plan[bundle.spaces[k]])
+                held[s] = objective.store.keep(act(held[s & ~(1 << k)], bundle.dims[k], plan[bundle.spaces[k]]))
             parts.append(held)
         self._hold(objective, list(plan), parts)
 
@@ -95,7 +95,7 @@ class State:
         plan = []
         for permutation in sigma:
             matrix = matrices(permutation, objective.dtype).mul_((1 - shares)[:, None, None])
-            plan.append(matrix.add_(shares[:, None, None] / permutation.shape[1]))
+            plan.append(objective.store.keep(matrix.add_(shares[:, None, None] / permutation.shape[1])))
         parts = []
         for bundle in objective.bundles:
             held = {0: bundle.weights}
@@ -106,6 +106,7 @@ class State:
                 held[s] = gather(before, bundle.dims[k], sigma[bundle.spaces[k]])
                 if share > 0:
                     held[s] = held[s].mul_(1 - mix).add_(before.mean(dim=bundle.dims[k], keepdim=True) * mix)
+                held[s] = objective.store.keep(held[s])
             parts.append(held)
         state = cls.__new__(cls)
         state._hold(objective, plan, parts)
@@ -115,7 +116,8 @@ class State:
         """Take the sums over models anew."""
         ranks = self.objective.ranks
         self.total = [
-            ranks.sum(add_up(held[b.full]).clone()) for b, held in zip(self.objective.bundles, self.parts, strict=True)
+            self.objective.store.keep(ranks.sum(add_up(held[b.full]).clone()))
+            for b, held in zip(self.objective.bundles, self.parts, strict=True)
         ]
         self._rest_of = -1
 
@@ -134,10 +136,7 @@ class State:
         """df/dP for every space of some models: ``(models, n, n)``."""
         chosen = self._chosen(models)
         objective = self.objective
-        out = [
-            torch.zeros(len(chosen), s.size, s.size, dtype=objective.dtype, device=objective.device)
-            for s in objective.blocks.spaces
-        ]
+        out = [objective.empty(len(chosen), s.size, s.size).zero_() for s in objective.blocks.spaces]
         if len(chosen) == 1:
             self._take_rest(chosen[0])
         for b, (bundle, held) in enumerate(zip(objective.bundles, self.parts, strict=True)):
@@ -181,7 +180,7 @@ class State:
                 k = (u & -u).bit_length() - 1
                 for s in _supersets(u, bundle.full):
                     before = mixed[s & ~(1 << k), u & ~(1 << k)]
-                    mixed[s, u] = gather(before, bundle.dims[k], sigma[bundle.spaces[k]])
+                    mixed[s, u] = self.objective.store.keep(gather(before, bundle.dims[k], sigma[bundle.spaces[k]]))
             parts.append(mixed)
             coefficients = poly.polyadd(
                 coefficients, _along(bundle, mixed, total, self.objective.ranks if together else ALONE)
@@ -222,7 +221,7 @@ class State:
         """Keep one model's weights moved by the vertex along the last axis."""
         bundle = self.objective.bundles[b]
         if self._ahead[b].numel() == 0:
-            self._ahead[b] = torch.empty_like(bundle.weights[:1], memory_format=torch.contiguous_format)
+            self._ahead[b] = self.objective.empty(*bundle.weights[:1].shape)
         gather_one(bundle.weights[m : m + 1], bundle.dims[-1], sigma[bundle.spaces[-1]], self._ahead[b])
 
     def _vertex_along(self, b: int, u: int, sigma: Sigmas, m: int) -> torch.Tensor:
@@ -307,7 +306,7 @@ class State:
             return
         for b, (bundle, held) in enumerate(zip(self.objective.bundles, self.parts, strict=True)):
             if self._rest[b].numel() == 0:
-                self._rest[b] = torch.empty_like(bundle.weights[:1], memory_format=torch.contiguous_format)
+                self._rest[b] = self.objective.empty(*bundle.weights[:1].shape)
             torch.sub(self.total[b], held[bundle.full][m], out=self._rest[b][0])
         self._rest_of = m
 

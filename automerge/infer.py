@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from automerge._assemble import Assembler
 from automerge._errors import TraceError, UnknownOperatorError
+from automerge._machine import physical_memory, readable
 from automerge._search import search
 from automerge._structure import Structure
 from automerge._verify import check_replay
@@ -68,12 +69,24 @@ def infer(
         )
     done = time.perf_counter()
     symmetry.stats.update(trace_seconds=traced - start, infer_seconds=done - traced)  # type: ignore[attr-defined]
-    if verify:
+    large = _too_large(model) if verify else None
+    if large:
+        object.__setattr__(symmetry, "notes", (*symmetry.notes, large))
+    elif verify:
         outcome = check_symmetry(model, args, symmetry, kwargs)
         notes = [check_replay(model, args, kwargs, graph), None if outcome.reacted else str(outcome)]
         symmetry.stats.update(verify_seconds=time.perf_counter() - done, verified=outcome.error)  # type: ignore[attr-defined]
         object.__setattr__(symmetry, "notes", (*symmetry.notes, *(n for n in notes if n)))
     return symmetry
+
+
+def _too_large(model: nn.Module) -> str | None:
+    """Why a model is not verified: what that takes is more than the machine has."""
+    needed = 16 * sum(t.numel() for t in (*model.parameters(), *model.buffers()))
+    have = physical_memory()
+    if have is None or needed <= have:
+        return None
+    return f"not verified: two copies of the model in float64 take {readable(needed)}, and the machine has {readable(have)}"
 
 
 def _check_constants(model: nn.Module, constants: Collection[str]) -> None:

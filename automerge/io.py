@@ -24,7 +24,7 @@ from torch import nn
 from automerge._errors import CheckpointError, OutputError
 from automerge._files import check_writable, replacement, status_of
 from automerge._shards import SUFFIX as SHARDS
-from automerge._shards import read_shards
+from automerge._shards import read_shards, split_shards, write_shards
 
 StateDict = dict[str, torch.Tensor]
 
@@ -32,6 +32,7 @@ _TORCH_SUFFIXES = (".pt", ".pth")
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
 _TIED = "automerge.tied"
+SHARD_BYTES = 5 * 10**9  # as Hugging Face
 _RESAVE = "re-save the weights with safetensors.torch.save_file(model.state_dict(), 'name.safetensors')"
 
 
@@ -303,9 +304,11 @@ def tied_names(state_dict: Mapping[str, torch.Tensor]) -> dict[str, str]:
     first: dict[tuple[object, ...], str] = {}
     out: dict[str, str] = {}
     for name, value in state_dict.items():
-        if value.layout != torch.strided or value.device.type == "meta" or value.numel() == 0:
+        if value.layout != torch.strided or value.numel() == 0:
             continue
-        key = (value.device, value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
+        # tensors without values have no address, but a storage
+        place = (value.untyped_storage()._cdata, value.storage_offset()) if value.is_meta else value.data_ptr()
+        key = (value.device, place, value.dtype, tuple(value.shape), value.stride())
         if key in first:
             out[name] = first[key]
         else:
@@ -340,34 +343,48 @@ def save_state_dict(
     state_dict: Mapping[str, torch.Tensor],
     metadata: Mapping[str, str] | None = None,
     force: bool = False,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a state dict as safetensors, all at once or not at all.
+
+    A name that ends in ``.safetensors.index.json`` is an index, with the tensors in shards ``NAME-00001-of-0000N.safetensors``
+    beside it, as Hugging Face reads them; one of them at a time is copied in memory.
 
     Tied names are all written, so that any reader finds every key, and are recorded in the metadata for
     `load_state_dict`; tensors that share storage or are not contiguous are copied.
 
     Args:
-        path: the file, with the suffix ``.safetensors``.
+        path: the file, with the suffix ``.safetensors``, or ``.safetensors.index.json``.
         state_dict: name -> tensor, on any device.
         metadata: text to keep in the header.
         force: replace an existing file.
+        shard_bytes: the largest size of a shard; a tensor that is larger has one to itself.
 
     Raises:
         OutputError: if the path exists (without ``force``), cannot be written, has another suffix, or a tensor is of a
             kind that safetensors cannot hold.
     """
     file = Path(path)
-    if file.suffix.lower() != ".safetensors":
+    sharded = file.name.endswith(SHARDS)
+    if file.suffix.lower() != ".safetensors" and not sharded:
         raise OutputError(f"{file}: automerge writes safetensors only; give a name that ends in .safetensors")
     check_writable(file, force)
     header = {str(k): str(v) for k, v in (metadata or {}).items()}
-    header["format"] = "pt"
     tied = tied_names(state_dict)
-    if tied:
-        header[_TIED] = json.dumps(tied)
+
+    def write(target: Path, names: Collection[str], header: Mapping[str, str]) -> None:
+        own = {alias: name for alias, name in tied.items() if alias in names}
+        ties = {_TIED: json.dumps(own)} if own else {}
+        save_file(_owned({n: state_dict[n] for n in names}), str(target), metadata={**header, **ties, "format": "pt"})
+
     try:
-        with replacement(file) as temporary:
-            save_file(_owned(state_dict), str(temporary), metadata=header)
+        if sharded:
+            sizes = {n: v.numel() * v.element_size() for n, v in state_dict.items()}
+            shards = split_shards(sizes, tied, shard_bytes)
+            write_shards(file, shards, sizes, header, force, lambda target, names: write(target, names, {}))
+        else:
+            with replacement(file) as temporary:
+                write(temporary, list(state_dict), header)
     except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
         raise OutputError(f"{file} cannot be written: {error}") from error
 

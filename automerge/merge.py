@@ -11,9 +11,9 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from automerge._data import Batches, device_of
+from automerge._empty import carrying, is_empty
 from automerge._errors import MatchingError
 from automerge._fixed import infer_common, moved_constants, shared_constants
 from automerge._merge_checks import (
@@ -35,10 +36,11 @@ from automerge._merge_checks import (
     choose_repair,
     merge_integers,
 )
+from automerge._offload import MEMORY, Store
 from automerge._repair_report import Renormaliser, RepairReport
 from automerge._version import __version__
 from automerge.groups import Element
-from automerge.io import buffer_names, check_state_dict, hash_state_dict, save_state_dict, tied_names
+from automerge.io import SHARD_BYTES, buffer_names, check_state_dict, hash_state_dict, save_state_dict, tied_names
 from automerge.matchers import FrankWolfe, Matcher, Matching, Progress, match
 from automerge.renormalise import Repair, batchnorm_names, reset_batchnorm
 from automerge.symmetry import Symmetry
@@ -83,14 +85,16 @@ class MergeResult:
         model.load_state_dict(self.state_dict)
         return model
 
-    def save(self, path: str | os.PathLike[str], force: bool = False) -> None:
+    def save(self, path: str | os.PathLike[str], force: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
         """Write the merged weights as safetensors, with the provenance and the repair in the metadata.
+
+        A path that ends in ``.safetensors.index.json`` gets an index and shards, see `automerge.io.save_state_dict`.
 
         Raises:
             OutputError: if the path exists (without ``force``) or cannot be written.
         """
         metadata = {"automerge.provenance": self.provenance, "automerge.repair": self.repair.to_dict()}
-        save_state_dict(path, self.state_dict, {k: json.dumps(v) for k, v in metadata.items()}, force)
+        save_state_dict(path, self.state_dict, {k: json.dumps(v) for k, v in metadata.items()}, force, shard_bytes)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data for JSON, without the weights."""
@@ -137,6 +141,7 @@ def merge(
     coordinates: Literal["universe"] | int = "universe",
     repair: RepairMode | Renormaliser = "auto",
     verify: bool = True,
+    offload: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> MergeResult:
     """Merge N >= 2 networks of one architecture into one.
@@ -161,13 +166,17 @@ def merge(
         symmetry: skip inference and use this one.
         matching: skip inference and the search, and use this one of the same models in the same order, made by `match` or
             loaded; ``matcher`` is then not asked.
-        architecture: the module that the state dicts belong to; not changed.
+        architecture: the module that the state dicts belong to; not changed. It may be on the meta device: then it takes the
+            first model's weights, where they are.
         coordinates: ``"universe"``, or the number of the model whose order of neurons the result takes.
         repair: ``"none"``; ``"reset"`` BatchNorm statistics; ``"repair"`` activations (see `Repair`); ``"both"``:
             reset, then repair the layers that no BatchNorm follows; ``"auto"``: with data, reset where the model has
             BatchNorm and repair where it has none; without data, none. Or a `Renormaliser` with its options, such as
             ``GaussianRepair()``, which needs no data.
         verify: check the inferred symmetry numerically.
+        offload: a directory for everything large that the work holds, for models whose files exceed the memory: read them
+            with `automerge.io.load_state_dict` (safetensors are read where they are used), give the architecture on the
+            meta device, and save the result as shards. Only with FrankWolfe; a repair runs networks in memory.
         progress: called by the matcher with a dict of numbers as the work goes on.
 
     Raises:
@@ -184,8 +193,11 @@ def merge(
         torch.Size([8, 2])
     """
     clock = _Clock()
+    store = Store(offload)
+    matcher = _offloaded(matcher, offload, matching)
     given = models if isinstance(models, Sequence) else list(models)
     network, dicts, notes = check_models(given, architecture)
+    network = carrying(network, dicts[0], store) if is_empty(network) else network
     share = check_weights(weights, len(dicts))
     check_coordinates(coordinates, len(dicts))
     mode = choose_repair(repair, network, data)
@@ -200,7 +212,7 @@ def merge(
         raise MatchingError(f"{type(matcher).__name__} looks at activations: give batches, merge(..., data=batches)")
     clock.lap("check")
     if symmetry is None:
-        own = _with_weights(network, dicts[0], given)
+        own = _with_weights(network, dicts[0], given, store)
         symmetry = infer_common(own, shared_constants(network, dicts), args, kwargs, verify=verify)
     elif apart := moved_constants(symmetry, shared_constants(network, dicts), dicts[0]):
         notes.append(
@@ -211,11 +223,16 @@ def merge(
     if matching is None:
         runnable: list[Model] = [*dicts]
         if matcher.needs_data:
-            runnable[0] = _with_weights(network, dicts[0], given)
+            runnable[0] = _with_weights(network, dicts[0], given, store)
         matching = match(runnable, symmetry, matcher, progress=progress, data=batches)
     clock.lap("match")
-    moved = [symmetry.apply(d, e) for d, e in zip(dicts, _elements(matching, coordinates), strict=True)]
-    merged = average(moved, share, aliases={**symmetry.aliases, **tied_names(network.state_dict())})
+    moved: list[Mapping[str, torch.Tensor]] = [
+        _Moved(symmetry, d, e) for d, e in zip(dicts, _elements(matching, coordinates), strict=True)
+    ]
+    aliases = {**symmetry.aliases, **tied_names(network.state_dict())}
+    merged = average(moved, share, aliases=aliases, store=store)
+    if mode != "none":
+        moved = [{name: store.keep(value) for name, value in m.items()} for m in moved]
     clock.lap("average")
     example = batches
     if example is None and isinstance(mode, Renormaliser):
@@ -244,13 +261,15 @@ def average(
     weights: Sequence[float],
     *,
     aliases: Mapping[str, str] | None = None,
+    store: Store = MEMORY,
 ) -> StateDict:
-    """The weighted mean of aligned state dicts.
+    """The weighted mean of aligned state dicts, one tensor after the other.
 
     Args:
         state_dicts: of equal keys and shapes.
         weights: one per state dict, with the sum one.
         aliases: names that share the tensor of another name.
+        store: where the mean is held.
 
     Returns:
         New tensors with the dtypes and devices of the first state dict.
@@ -264,14 +283,14 @@ def average(
     """
     out: StateDict = {}
     for name, first in state_dicts[0].items():
-        values = [s[name].detach().to(first.device) for s in state_dicts]
+        values = [first.detach(), *(s[name].detach().to(first.device) for s in state_dicts[1:])]
         if first.is_floating_point() or first.is_complex():
             wide = torch.complex128 if first.is_complex() else torch.float64
             total = torch.zeros(first.shape, dtype=wide, device=first.device)
             for value, weight in zip(values, weights, strict=True):
                 if weight:  # an infinite entry of a mask times zero is no number
                     total.add_(value.to(wide), alpha=weight)
-            out[name] = total.to(first.dtype)
+            out[name] = store.keep(total.to(first.dtype))
         else:
             out[name] = merge_integers(name, values)
     for alias, name in (aliases or {}).items():
@@ -281,10 +300,39 @@ def average(
 
 
 # -------------------------------------------------------------------- stages
-def _with_weights(network: nn.Module, weights: Mapping[str, torch.Tensor], models: Sequence[Model]) -> nn.Module:
+class _Moved(Mapping[str, torch.Tensor]):
+    """A state dict in other coordinates; every tensor is moved when it is read."""
+
+    def __init__(self, symmetry: Symmetry, state: Mapping[str, torch.Tensor], element: Element) -> None:
+        self._symmetry, self._state, self._element = symmetry, state, element
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._element.apply_to(self._symmetry.aliases.get(name, name), self._state[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+
+def _offloaded(matcher: Matcher, offload: str | os.PathLike[str] | None, matching: Matching | None) -> Matcher:
+    """The matcher with its work in a directory."""
+    if offload is None or matching is not None:
+        return matcher
+    if not isinstance(matcher, FrankWolfe):
+        raise MatchingError(f"offload= is for FrankWolfe; {type(matcher).__name__} holds its work in memory")
+    return replace(matcher, offload=offload)
+
+
+def _with_weights(
+    network: nn.Module, weights: Mapping[str, torch.Tensor], models: Sequence[Model], store: Store
+) -> nn.Module:
     """A module that carries the first model's weights."""
     if isinstance(models[0], nn.Module):
         return models[0]
+    if store.folder is not None:
+        return carrying(network, weights, store)
     own = deepcopy(network)
     own.load_state_dict(dict(weights))
     return own

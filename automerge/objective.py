@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from automerge._offload import MEMORY, Store
 from automerge._ranks import ALONE, Ranks
 from automerge._tensors import add_up, dot, gather
 from automerge.blocks import Block, Blocks
@@ -57,6 +58,7 @@ class Objective:
         dtype: in which the blocks are held.
         block_weights: "uniform"; or "normalised", which divides every block by its mean squared norm.
         ranks: the processes that hold the other models; this one has only its own (`Ranks.shares`).
+        store: where the blocks, and what matchers make of them, are held.
 
     Attributes:
         blocks: the decomposition.
@@ -75,8 +77,10 @@ class Objective:
         dtype: torch.dtype = torch.float32,
         block_weights: str = "uniform",
         ranks: Ranks = ALONE,
+        store: Store = MEMORY,
     ) -> None:
         self.blocks = blocks
+        self.store = store
         self.ranks = ranks
         self.count = len(models)
         self.world = round(ranks.add(self.count)[0])
@@ -89,15 +93,21 @@ class Objective:
             if block_weights == "normalised":
                 scale = math.sqrt(ranks.add(dot(value, value))[0] / self.world)
                 value = value / scale if scale > 0 else value
-            groups.setdefault(spaces, []).append(value)
+            groups.setdefault(spaces, []).append(store.keep(value))
         self.bundles = [
-            Bundle(spaces, _dims(len(spaces)), torch.cat(parts, dim=2).contiguous() if len(parts) > 1 else parts[0])
-            for spaces, parts in sorted(groups.items())
+            Bundle(spaces, _dims(len(spaces)), self._side_by_side(groups.pop(spaces))) for spaces in sorted(groups)
         ]
         self.device = self.bundles[0].weights.device if self.bundles else torch.device("cpu")
         self.touching = {
             s: [b for b, bundle in enumerate(self.bundles) if s in bundle.spaces] for s in self.space_numbers
         }
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        """A tensor without values beside the bundles: of their type, on their device, in their store."""
+        return self.store.empty(shape, self.dtype, self.device)
+
+    def _side_by_side(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        return self.store.keep(torch.cat(parts, dim=2).contiguous()) if len(parts) > 1 else parts[0]
 
     def one(self, stack: torch.Tensor, m: int) -> torch.Tensor:
         """The entry of model m, by its number everywhere, in a stack of which every process has its models' entries."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from automerge._errors import MatchingError
+from automerge._offload import Store
 from automerge._ranks import ALONE, Ranks
 from automerge._tree import Perms
 from automerge.blocks import Blocks, decompose
@@ -49,6 +51,8 @@ class FrankWolfe(Matcher):
         polish: the largest number of sweeps of block-coordinate ascent after rounding; 0 turns it off.
         block_weights: "uniform", or "normalised" by each block's mean squared norm.
         dtype: "float32" or "float64": in which the work is done, whatever the models' own types.
+        offload: a directory for what the search holds: files there, mapped into memory, for models that fill the memory or
+            exceed it. It takes as long as the disk does.
         max_memory: refuse, before the work starts, what would hold more bytes than this beside the models; the machine's
             memory if None.
         resume: a matching of the same models to go on from (interrupted, or of another matcher): it takes the place of
@@ -80,6 +84,7 @@ class FrankWolfe(Matcher):
     polish: int = 100
     block_weights: str = "uniform"
     dtype: str = "float32"
+    offload: str | os.PathLike[str] | None = field(default=None, repr=False)
     max_memory: int | None = None
     resume: Matching | None = field(default=None, repr=False)
     seed: int = 0
@@ -128,10 +133,11 @@ class FrankWolfe(Matcher):
         blocks = decompose(symmetry)
         needed = estimate(blocks, len(values), getattr(torch, self.dtype), self.schedule)
         with ranks.together():
-            check(needed, self.max_memory, len(values), self.dtype, self.schedule)
+            store = Store(self.offload)
+            check(needed, self.max_memory, len(values), self.dtype, self.schedule, store)
             resumed = self._resumed(blocks, symmetry, count)
         dtype = getattr(torch, self.dtype)
-        objective = Objective(blocks, values, dtype=dtype, block_weights=self.block_weights, ranks=ranks)
+        objective = Objective(blocks, values, dtype=dtype, block_weights=self.block_weights, ranks=ranks, store=store)
         mine = None if resumed is None else [resumed[m] for m in objective.mine]
         search = _Search(self, objective, progress, mine)
         search.seconds["setup"] = time.perf_counter() - begin

@@ -102,7 +102,7 @@ class Gains:
             bundle = self.objective.bundles[b]
             part = contract(rest[b][None], self._own(m, b, k), bundle.dims[k])[0]
             space = bundle.spaces[k]
-            out[space] = out[space].add_(part) if space in out else part
+            out[space] = out[space].add_(part) if space in out else self.objective.store.keep(part)
         return out
 
     def _own(self, m: int, b: int, k: int) -> torch.Tensor:

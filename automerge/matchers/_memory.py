@@ -7,7 +7,8 @@ import math
 import torch
 
 from automerge._errors import MatchingError
-from automerge._machine import physical_memory
+from automerge._machine import physical_memory, readable
+from automerge._offload import MEMORY, Store
 from automerge.blocks import Blocks
 
 
@@ -37,7 +38,7 @@ def estimate(blocks: Blocks, count: int, dtype: torch.dtype, schedule: str = "cy
     return (count * per_model + once) * dtype.itemsize
 
 
-def check(needed: int, allowed: int | None, count: int, dtype: str, schedule: str) -> None:
+def check(needed: int, allowed: int | None, count: int, dtype: str, schedule: str, store: Store = MEMORY) -> None:
     """Refuse work that does not fit.
 
     Args:
@@ -46,11 +47,13 @@ def check(needed: int, allowed: int | None, count: int, dtype: str, schedule: st
         count: the number of models.
         dtype: the option.
         schedule: the option.
+        store: where the work is held: the disk's space counts instead, if it is on a disk.
 
     Raises:
         MatchingError: with what to lower.
     """
-    limit = physical_memory() if allowed is None else allowed
+    disk = store.free()
+    limit = disk if disk is not None else physical_memory() if allowed is None else allowed
     if limit is None or needed <= limit:
         return
     advice = ["fewer models"]
@@ -59,20 +62,12 @@ def check(needed: int, allowed: int | None, count: int, dtype: str, schedule: st
     if dtype == "float64":
         advice.append("dtype='float32'")
     what = "the machine has" if allowed is None else "max_memory allows"
+    if disk is not None:
+        what, more = f"the disk of {store.folder} has", "or offload to a directory on a larger one"
+    else:
+        more = "hold it on a disk with offload=DIRECTORY, spread the models over several machines with torchrun, or "
+        more += "raise max_memory"
     raise MatchingError(
         f"matching {count} models in {dtype} would hold about {readable(needed)} and {what} {readable(limit)}; "
-        f"take {' or '.join(advice)}, spread the models over several machines with torchrun, or raise max_memory"
+        f"take {' or '.join(advice)}, {more}"
     )
-
-
-def readable(size: float) -> str:
-    """Bytes for people.
-
-    >>> readable(3 * 2**30)
-    '3.0 GiB'
-    """
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"

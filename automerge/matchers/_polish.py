@@ -47,8 +47,9 @@ class Polisher:
         self.objective, self.elements, self.fixed = objective, elements, fixed
         self.sigma = induced(objective, elements)
         self.gains = Gains(objective, self.sigma)
-        self.moved = [objective.moved(b, self.sigma, slice(None)) for b in range(len(objective.bundles))]
-        self.total = [objective.ranks.sum(x.sum(dim=0)) for x in self.moved]
+        keep = objective.store.keep
+        self.moved = [keep(objective.moved(b, self.sigma, slice(None))) for b in range(len(objective.bundles))]
+        self.total = [keep(objective.ranks.sum(x.sum(dim=0))) for x in self.moved]
         spaces = objective.blocks.spaces
         self.trees = {r: [k for k, s in enumerate(spaces) if s.root == r] for r in objective.blocks.structure.roots}
         self.bundles = {r: sorted({b for k in ks for b in objective.touching[k]}) for r, ks in self.trees.items()}
@@ -131,7 +132,7 @@ class Polisher:
 
     def _rest(self, m: int, root: int) -> dict[int, torch.Tensor]:
         """Per bundle of a tree what the other models sum to."""
-        return {b: self.total[b] - self.moved[b][m] for b in self.bundles[root]}
+        return {b: self.objective.store.keep(self.total[b] - self.moved[b][m]) for b in self.bundles[root]}
 
     def _solve(self, asked: Mapping[Place, Linear]) -> dict[Place, tuple[Linear, Perms]]:
         """The best element for each of some linear gains."""
@@ -202,7 +203,7 @@ class Polisher:
         mine = [s[m : m + 1] for s in self.sigma]
         for k, new in sigma.items():
             mine[k] = torch.from_numpy(new)[None].to(self.objective.device)
-        return {b: self.objective.moved(b, mine, slice(m, m + 1))[0] for b in rest}
+        return {b: self.objective.store.keep(self.objective.moved(b, mine, slice(m, m + 1))[0]) for b in rest}
 
     def _accept(
         self,
@@ -219,7 +220,7 @@ class Polisher:
             self.sigma[k][m] = torch.from_numpy(new)
         for b, value in after.items():
             self.moved[b][m] = value
-            self.total[b] = rest[b] + value
+            torch.add(rest[b], value, out=self.total[b])
             self.changed[b] = self.clock
 
 

@@ -112,10 +112,7 @@ def signature(objective: Objective, reference: int = 0) -> tuple[list[torch.Tens
         objective: the problem.
         reference: the model's number among those of all processes.
     """
-    gains = [
-        torch.zeros(objective.count, s.size, s.size, dtype=objective.dtype, device=objective.device)
-        for s in objective.blocks.spaces
-    ]
+    gains = [objective.empty(objective.count, s.size, s.size).zero_() for s in objective.blocks.spaces]
     for bundle in objective.bundles:
         for space, dim in zip(bundle.spaces, bundle.dims, strict=True):
             front = bundle.weights.movedim(dim, 1)
@@ -148,15 +145,12 @@ def _sorted(front: torch.Tensor, moving: Sequence[int]) -> torch.Tensor:
 
 def barycentre(objective: Objective) -> list[torch.Tensor]:
     """The mean of the whole group: every entry of an ``(n, n)`` matrix is 1/n."""
-    return [
-        torch.full((objective.count, s.size, s.size), 1.0 / s.size, dtype=objective.dtype, device=objective.device)
-        for s in objective.blocks.spaces
-    ]
+    return [objective.empty(objective.count, s.size, s.size).fill_(1.0 / s.size) for s in objective.blocks.spaces]
 
 
 def random_plan(objective: Objective, rng: np.random.Generator, sweeps: int = 20) -> list[torch.Tensor]:
     """A random point of the hull: Sinkhorn-normalised noise on plain trees, a mean of elements on nested ones."""
-    out = [torch.empty_like(p) for p in barycentre(objective)]
+    out = barycentre(objective)
     structure = objective.blocks.structure
     for number in range(objective.world):  # every process draws for all models, and keeps its own
         m = number - objective.mine.start

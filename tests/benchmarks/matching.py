@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from automerge._machine import readable
 from automerge._polynomial import maximise_polynomial
 from automerge._state import State
 from automerge.blocks import decompose
 from automerge.infer import infer
 from automerge.matchers import FrankWolfe, Identity, Matcher, MergeMany, WeightMatching, match
-from automerge.matchers._memory import estimate, readable
+from automerge.matchers._memory import estimate
 from automerge.matchers._starts import vertices
 from automerge.merge import average
 from automerge.objective import Objective

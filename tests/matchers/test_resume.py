@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from automerge._errors import MatchingError
+from automerge._machine import readable
 from automerge.blocks import decompose
 from automerge.matchers import FrankWolfe, Identity, Matching, match
-from automerge.matchers._memory import estimate, readable
+from automerge.matchers._memory import estimate
 from automerge.matchers._starts import from_element
 from automerge.merge import average
 from tests import _symmetries as hand
