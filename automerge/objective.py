@@ -17,12 +17,16 @@ from dataclasses import dataclass
 
 import torch
 
+from automerge._errors import MatchingError
 from automerge._offload import MEMORY, Store
 from automerge._ranks import ALONE, Ranks
 from automerge._tensors import add_up, dot, gather
 from automerge.blocks import Block, Blocks
+from automerge.io import tied_names
 
 Sigmas = Sequence[torch.Tensor]
+BlockWeights = str | Mapping[str, float]
+"""How much the blocks of every parameter count: "uniform", "normalised", or a number by the parameter's name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +60,8 @@ class Objective:
         blocks: the decomposition.
         models: N state dicts, all with the parameters that the blocks name.
         dtype: in which the blocks are held.
-        block_weights: "uniform"; or "normalised", which divides every block by its mean squared norm.
+        block_weights: "uniform"; "normalised", which divides every block by its mean squared norm; or a number that is not
+            negative by the name of a parameter, by which the inner products of its blocks are multiplied (one for the rest).
         ranks: the processes that hold the other models; this one has only its own (`Ranks.shares`).
         store: where the blocks, and what matchers make of them, are held.
 
@@ -75,7 +80,7 @@ class Objective:
         models: Sequence[Mapping[str, torch.Tensor]],
         *,
         dtype: torch.dtype = torch.float32,
-        block_weights: str = "uniform",
+        block_weights: BlockWeights = "uniform",
         ranks: Ranks = ALONE,
         store: Store = MEMORY,
     ) -> None:
@@ -87,10 +92,14 @@ class Objective:
         self.owners = [r for r, share in enumerate(ranks.shares(self.world)) for _ in share]
         self.mine = ranks.shares(self.world)[ranks.rank]
         self.dtype = dtype
+        given = {} if isinstance(block_weights, str) else _given(block_weights, models)
+        ties = tied_names(models[0]) if given else {}
         groups: dict[tuple[int, ...], list[torch.Tensor]] = {}
         for block in blocks.blocks:
             spaces, value = _canonical(block, models, dtype)
-            if block_weights == "normalised":
+            if given:
+                value = value * math.sqrt(given.get(ties.get(block.param, block.param), 1.0))
+            elif block_weights == "normalised":
                 scale = math.sqrt(ranks.add(dot(value, value))[0] / self.world)
                 value = value / scale if scale > 0 else value
             groups.setdefault(spaces, []).append(store.keep(value))
@@ -169,6 +178,16 @@ class Objective:
     def scale(self) -> float:
         """The sum over models of the squared norms: what f is measured against."""
         return self.ranks.add(math.fsum(dot(b.weights, b.weights) for b in self.bundles))[0]
+
+
+def _given(block_weights: Mapping[str, float], models: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
+    """The weights by the first name of each tensor."""
+    unknown = next((n for n in block_weights if n not in models[0]), None)
+    if unknown is not None:
+        some = ", ".join(list(models[0])[:3])
+        raise MatchingError(f"block_weights: the models have no {unknown!r}; they have {some}, ...")
+    ties = tied_names(models[0])
+    return {ties.get(name, name): float(weight) for name, weight in block_weights.items()}
 
 
 def _dims(moving: int) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from automerge._errors import MatchingError
 from automerge._polynomial import maximise_polynomial
 from automerge._state import State
 from automerge.blocks import decompose
@@ -124,3 +125,30 @@ def test_normalised_weights_make_blocks_equal() -> None:
     models = [{n: v * (100 if n == "0.weight" else 1) for n, v in m.items()} for m in models]
     objective = Objective(decompose(symmetry), models, dtype=torch.float64, block_weights="normalised")
     assert objective.scale == pytest.approx(2 * len(objective.blocks.blocks))
+
+
+def test_weights_of_parameters_multiply_the_inner_products_of_their_parameters() -> None:
+    symmetry = hand.mlp()
+    models = [hand.weights(symmetry, i) for i in range(3)]
+    blocks = decompose(symmetry)
+    weights = {"0.weight": 4.0, "1.bias": 0.0, "2.weight": 0.25}
+    objective = Objective(blocks, models, dtype=torch.float64, block_weights=weights)
+    scaled = [{n: v * weights.get(n, 1.0) ** 0.5 for n, v in m.items()} for m in models]
+    plain = Objective(blocks, scaled, dtype=torch.float64)
+    for weighted, own in zip(objective.bundles, plain.bundles, strict=True):
+        torch.testing.assert_close(weighted.weights, own.weights, rtol=1e-14, atol=0)
+    parts = {n: Objective(blocks, [{k: v * (k == n) for k, v in m.items()} for m in models]) for n in models[0]}
+    sigma = objective.identity()
+    whole = sum(weights.get(n, 1.0) * part.value(sigma) for n, part in parts.items())
+    assert objective.value(sigma) == pytest.approx(whole, rel=1e-5)
+
+
+def test_given_weights_count_for_tied_names_and_unknown_ones_are_refused() -> None:
+    symmetry = hand.mlp()
+    models = [hand.weights(symmetry, i) for i in range(2)]
+    tied = [{"alias": m["0.weight"], **m} for m in models]
+    one = Objective(decompose(symmetry), models, block_weights={"0.weight": 4.0})
+    two = Objective(decompose(symmetry), tied, block_weights={"alias": 4.0})
+    assert all(torch.equal(a.weights, b.weights) for a, b in zip(one.bundles, two.bundles, strict=True))
+    with pytest.raises(MatchingError, match=r"block_weights: the models have no 'weight'; they have 0.weight"):
+        Objective(decompose(symmetry), models, block_weights={"weight": 1.0})

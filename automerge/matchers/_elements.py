@@ -120,6 +120,26 @@ def answer(
     return Matching(moved, symmetry, repr(matcher), found)
 
 
+def check_block_weights(matcher: object) -> None:
+    """Check the option ``block_weights``, see `automerge.objective.Objective`; names are checked against the models later.
+
+    Raises:
+        MatchingError: naming the matcher and what is expected.
+    """
+    given = getattr(matcher, "block_weights")  # noqa: B009 (a matcher has it)
+    name = type(matcher).__name__
+    if isinstance(given, Mapping):
+        wrong = next((n for n, w in given.items() if not (isinstance(w, int | float) and 0 <= w < float("inf"))), None)
+        if wrong is not None:
+            raise MatchingError(
+                f"{name}(block_weights={{{wrong!r}: {given[wrong]!r}}}): expected finite numbers that are not negative"
+            )
+    elif given not in ("uniform", "normalised"):
+        raise MatchingError(
+            f"{name}(block_weights={given!r}): expected uniform, normalised, or a mapping of parameters' names to numbers"
+        )
+
+
 def check_options(
     matcher: object, choices: Mapping[str, Sequence[str]] | None = None, at_least: Mapping[str, float] | None = None
 ) -> None:

@@ -16,10 +16,11 @@ from automerge._ranks import ALONE, Ranks
 from automerge._tree import Perms
 from automerge.blocks import Blocks, decompose
 from automerge.matchers._base import Matcher, Matching, Model, Progress, check_models
+from automerge.matchers._elements import check_block_weights
 from automerge.matchers._memory import check, estimate
 from automerge.matchers._search import Search as _Search
 from automerge.matchers._starts import from_element
-from automerge.objective import Objective
+from automerge.objective import BlockWeights, Objective
 from automerge.symmetry import Symmetry
 
 _STARTS = ("signature", "identity", "barycentre", "sinkhorn")
@@ -49,7 +50,8 @@ class FrankWolfe(Matcher):
             one common step, as the paper does.
         anchor: a model whose coordinates are the universe's and do not move; None lets all move.
         polish: the largest number of sweeps of block-coordinate ascent after rounding; 0 turns it off.
-        block_weights: "uniform", or "normalised" by each block's mean squared norm.
+        block_weights: "uniform", "normalised" by each block's mean squared norm, or a number that is not negative by the
+            name of a parameter (one for the rest): Fisher information, say, or zero for what shall not count.
         dtype: "float32" or "float64": in which the work is done, whatever the models' own types.
         offload: a directory for what the search holds: files there, mapped into memory, for models that fill the memory or
             exceed it. It takes as long as the disk does.
@@ -82,7 +84,7 @@ class FrankWolfe(Matcher):
     schedule: str = "cyclic"
     anchor: int | None = None
     polish: int = 100
-    block_weights: str = "uniform"
+    block_weights: BlockWeights = "uniform"
     dtype: str = "float32"
     offload: str | os.PathLike[str] | None = field(default=None, repr=False)
     max_memory: int | None = None
@@ -90,10 +92,10 @@ class FrankWolfe(Matcher):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_block_weights(self)
         for name, value, allowed in (
             ("start", self.start, _STARTS),
             ("schedule", self.schedule, _SCHEDULES),
-            ("block_weights", self.block_weights, ("uniform", "normalised")),
             ("dtype", self.dtype, ("float32", "float64")),
         ):
             if value not in allowed:

@@ -13,9 +13,9 @@ import torch
 from automerge.blocks import decompose
 from automerge.matchers._ascent import STARTS, Runs, align
 from automerge.matchers._base import Matcher, Matching, Model, Progress, check_models
-from automerge.matchers._elements import answer, check_options
+from automerge.matchers._elements import answer, check_block_weights, check_options
 from automerge.matchers._polish import Polisher
-from automerge.objective import Objective
+from automerge.objective import BlockWeights, Objective
 from automerge.symmetry import Symmetry
 
 
@@ -32,7 +32,7 @@ class MergeMany(Matcher):
         restarts: further runs from random elements; the best end is returned.
         max_rounds: the largest number of rounds over all models, per run.
         max_sweeps: the largest number of sweeps over all groups for one model in one round.
-        block_weights: "uniform", or "normalised" by each block's mean squared norm.
+        block_weights: "uniform", "normalised" by each block's mean squared norm, or numbers by parameters' names.
         dtype: "float32" or "float64": in which the work is done.
         seed: of the order of the models and groups, and of the restarts.
 
@@ -50,12 +50,13 @@ class MergeMany(Matcher):
     restarts: int = 0
     max_rounds: int = 100
     max_sweeps: int = 100
-    block_weights: str = "uniform"
+    block_weights: BlockWeights = "uniform"
     dtype: str = "float32"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        choices = {"start": STARTS, "block_weights": ("uniform", "normalised"), "dtype": ("float32", "float64")}
+        choices = {"start": STARTS, "dtype": ("float32", "float64")}
+        check_block_weights(self)
         check_options(self, choices, {"restarts": 0, "max_rounds": 1, "max_sweeps": 1})
 
     def match(

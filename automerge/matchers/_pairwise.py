@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from automerge._errors import MatchingError
+from automerge._offload import Store
 from automerge._tree import Perms
 from automerge.blocks import Blocks, decompose
 from automerge.io import StateDict
@@ -154,7 +155,10 @@ class PairwiseFrankWolfe(Pairwise):
         """See `Pairwise.pair`."""
         options = replace(self.solver, anchor=0)
         dtype = getattr(torch, options.dtype)
-        search = _Search(options, Objective(blocks, models, dtype=dtype, block_weights=options.block_weights), progress)
+        objective = Objective(
+            blocks, models, dtype=dtype, block_weights=options.block_weights, store=Store(options.offload)
+        )
+        search = _Search(options, objective, progress)
         element = search.run()[1] if search.objective.bundles else {}
         report = search.report()
         kept = {k: report[k] for k in ("objective", "start_objective", "objectives", "iterations", "converged")}

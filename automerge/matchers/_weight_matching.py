@@ -12,10 +12,10 @@ from automerge.blocks import Blocks
 from automerge.io import StateDict
 from automerge.matchers._ascent import STARTS, Runs, align
 from automerge.matchers._base import Progress
-from automerge.matchers._elements import check_options
+from automerge.matchers._elements import check_block_weights, check_options
 from automerge.matchers._pairwise import Pair, Pairwise
 from automerge.matchers._polish import Polisher
-from automerge.objective import Objective
+from automerge.objective import BlockWeights, Objective
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class WeightMatching(Pairwise):
             or "identity", as published, which suits models that share their initial weights.
         restarts: further runs from random elements; the best end is returned.
         max_sweeps: the largest number of rounds over all groups, per run.
-        block_weights: "uniform", or "normalised" by each block's mean squared norm.
+        block_weights: "uniform", "normalised" by each block's mean squared norm, or numbers by parameters' names.
         dtype: "float32" or "float64": in which the work is done.
         seed: of the order of the groups, and of the restarts.
 
@@ -50,12 +50,13 @@ class WeightMatching(Pairwise):
     start: str = "signature"
     restarts: int = 0
     max_sweeps: int = 100
-    block_weights: str = "uniform"
+    block_weights: BlockWeights = "uniform"
     dtype: str = "float32"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        choices = {"start": STARTS, "block_weights": ("uniform", "normalised"), "dtype": ("float32", "float64")}
+        choices = {"start": STARTS, "dtype": ("float32", "float64")}
+        check_block_weights(self)
         check_options(self, choices, {"restarts": 0, "max_sweeps": 1})
 
     def pair(self, blocks: Blocks, models: Sequence[StateDict], progress: Progress | None = None) -> Pair:

@@ -195,6 +195,8 @@ def test_more_restarts_are_never_worse() -> None:
         ({"start": "nowhere"}, "start='nowhere'"),
         ({"schedule": "x"}, "schedule='x'"),
         ({"block_weights": "x"}, "block_weights='x'"),
+        ({"block_weights": {"a": -1.0}}, "block_weights={'a': -1.0}"),
+        ({"block_weights": {"a": float("nan")}}, "expected finite numbers that are not negative"),
         ({"dtype": "bfloat16"}, "dtype='bfloat16'"),
         ({"softness": 2.0}, "softness=2.0"),
         ({"restarts": -1}, "restarts=-1"),
