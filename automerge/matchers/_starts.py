@@ -113,6 +113,10 @@ def signature(objective: Objective, reference: int = 0) -> tuple[list[torch.Tens
         reference: the model's number among those of all processes.
     """
     gains = [objective.empty(objective.count, s.size, s.size).zero_() for s in objective.blocks.spaces]
+    itself = reference - objective.mine.start
+    if 0 <= itself < objective.count:
+        for gain in gains:
+            gain[itself].fill_diagonal_(1.0)
     for bundle in objective.bundles:
         for space, dim in zip(bundle.spaces, bundle.dims, strict=True):
             front = bundle.weights.movedim(dim, 1)
@@ -122,7 +126,7 @@ def signature(objective: Objective, reference: int = 0) -> tuple[list[torch.Tens
             middle = first.mean(dim=0)
             first = first - middle
             square = 0.5 * first.square().sum(dim=1)
-            for m in range(objective.count):
+            for m in (m for m in range(objective.count) if m != itself):
                 own = flat[m] - middle
                 gains[space][m] += first @ own.T - square[:, None] - 0.5 * own.square().sum(dim=1)[None]
     return vertices(objective, gains)
