@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -22,20 +22,18 @@ import torch
 from torch import nn
 
 from automerge._data import Batches, device_of
-from automerge._empty import carrying, is_empty
 from automerge._errors import MatchingError
-from automerge._fixed import infer_common, moved_constants, shared_constants
 from automerge._merge_checks import (
     Model,
     check_coordinates,
     check_data,
     check_inseparable,
     check_matching,
-    check_models,
     check_weights,
     choose_repair,
     merge_integers,
 )
+from automerge._merge_task import Task
 from automerge._offload import MEMORY, Store
 from automerge._repair_report import Renormaliser, RepairReport
 from automerge._version import __version__
@@ -193,67 +191,42 @@ def merge(
         torch.Size([8, 2])
     """
     clock = _Clock()
-    store = Store(offload)
     matcher = _offloaded(matcher, offload, matching)
-    given = models if isinstance(models, Sequence) else list(models)
-    network, dicts, notes = check_models(given, architecture)
-    network = carrying(network, dicts[0], store) if is_empty(network) else network
-    share = check_weights(weights, len(dicts))
-    check_coordinates(coordinates, len(dicts))
-    mode = choose_repair(repair, network, data)
+    task = Task.checked(models, architecture, Store(offload))
+    share = check_weights(weights, len(task.states))
+    check_coordinates(coordinates, len(task.states))
     if matching is not None:
-        check_matching(matching, symmetry, dicts)
+        check_matching(matching, symmetry, task.states)
         symmetry = matching.symmetry
+    mode = choose_repair(repair, task.network, data)
     if not (matcher if matching is None else matching).separable:
         name = type(matcher).__name__ if matching is None else matching.matcher.partition("(")[0]
-        mode = check_inseparable(name, mode, repair, share, coordinates, network)
-    batches = None if data is None else check_data(network, data, args, kwargs)
+        mode = check_inseparable(name, mode, repair, share, coordinates, task.network)
+    batches = None if data is None else check_data(task.network, data, args, kwargs)
     if matcher.needs_data and batches is None and matching is None:
         raise MatchingError(f"{type(matcher).__name__} looks at activations: give batches, merge(..., data=batches)")
     clock.lap("check")
-    if symmetry is None:
-        own = _with_weights(network, dicts[0], given, store)
-        symmetry = infer_common(own, shared_constants(network, dicts), args, kwargs, verify=verify)
-    elif apart := moved_constants(symmetry, shared_constants(network, dicts), dicts[0]):
-        notes.append(
-            f"the symmetry that was given moves {apart[0]}, which is the same in all models; "
-            f"infer(..., constants={apart[:3]}) keeps it"
-        )
+    symmetry = task.infer(args, kwargs, verify) if symmetry is None else task.noted(symmetry)
     clock.lap("infer")
     if matching is None:
-        runnable: list[Model] = [*dicts]
-        if matcher.needs_data:
-            runnable[0] = _with_weights(network, dicts[0], given, store)
+        runnable: list[Model] = [task.first() if matcher.needs_data else task.states[0], *task.states[1:]]
         matching = match(runnable, symmetry, matcher, progress=progress, data=batches)
     clock.lap("match")
-    moved: list[Mapping[str, torch.Tensor]] = [
-        _Moved(symmetry, d, e) for d, e in zip(dicts, _elements(matching, coordinates), strict=True)
-    ]
-    aliases = {**symmetry.aliases, **tied_names(network.state_dict())}
-    merged = average(moved, share, aliases=aliases, store=store)
-    if mode != "none":
-        moved = [{name: store.keep(value) for name, value in m.items()} for m in moved]
+    moved = task.moved(symmetry, _elements(matching, coordinates), kept=mode != "none")
+    aliases = {**symmetry.aliases, **tied_names(task.network.state_dict())}
+    merged = average(moved, share, aliases=aliases, store=task.store)
     clock.lap("average")
-    example = batches
-    if example is None and isinstance(mode, Renormaliser):
-        example = Batches([_example(args, kwargs)], _arity(args), kwargs, device_of(network))
-    merged, report = renormalise(mode, network, merged, moved, share, example, symmetry)
+    if batches is None and isinstance(mode, Renormaliser):
+        batches = Batches([_example(args, kwargs)], _arity(args), kwargs, device_of(task.network))
+    merged, report = renormalise(mode, task.network, merged, moved, share, batches, symmetry)
     clock.lap("repair")
-    if mode == "none" and batchnorm_names(network):
-        notes.append(
-            "the BatchNorm statistics are averages of the models' own; give data to measure the merged network's"
-        )
+    if mode == "none" and batchnorm_names(task.network):
+        task.notes.append(_AVERAGED)
     chosen = mode if isinstance(mode, str) else repr(mode)
     options = {"weights": share, "coordinates": coordinates, "repair": chosen, "verify": verify}
-    return MergeResult(
-        merged,
-        matching,
-        symmetry,
-        _provenance(network, dicts, options, matching.matcher),
-        clock.seconds(),
-        report,
-        (*notes, *symmetry.notes),
-    )
+    made = _provenance(task.network, task.states, options, matching.matcher)
+    notes = (*task.notes, *symmetry.notes)
+    return MergeResult(merged, matching, symmetry, made, clock.seconds(), report, notes)
 
 
 def average(
@@ -300,20 +273,7 @@ def average(
 
 
 # -------------------------------------------------------------------- stages
-class _Moved(Mapping[str, torch.Tensor]):
-    """A state dict in other coordinates; every tensor is moved when it is read."""
-
-    def __init__(self, symmetry: Symmetry, state: Mapping[str, torch.Tensor], element: Element) -> None:
-        self._symmetry, self._state, self._element = symmetry, state, element
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._element.apply_to(self._symmetry.aliases.get(name, name), self._state[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._state)
-
-    def __len__(self) -> int:
-        return len(self._state)
+_AVERAGED = "the BatchNorm statistics are averages of the models' own; give data to measure the merged network's"
 
 
 def _offloaded(matcher: Matcher, offload: str | os.PathLike[str] | None, matching: Matching | None) -> Matcher:
@@ -323,19 +283,6 @@ def _offloaded(matcher: Matcher, offload: str | os.PathLike[str] | None, matchin
     if not isinstance(matcher, FrankWolfe):
         raise MatchingError(f"offload= is for FrankWolfe; {type(matcher).__name__} holds its work in memory")
     return replace(matcher, offload=offload)
-
-
-def _with_weights(
-    network: nn.Module, weights: Mapping[str, torch.Tensor], models: Sequence[Model], store: Store
-) -> nn.Module:
-    """A module that carries the first model's weights."""
-    if isinstance(models[0], nn.Module):
-        return models[0]
-    if store.folder is not None:
-        return carrying(network, weights, store)
-    own = deepcopy(network)
-    own.load_state_dict(dict(weights))
-    return own
 
 
 def _elements(matching: Matching, coordinates: str | int) -> list[Element]:

@@ -133,7 +133,7 @@ def test_merge_looks_at_all_batches_in_memory_before_it_matches(monkeypatch: pyt
     def long(*args: object, **kwargs: object) -> None:
         raise AssertionError("inference began")
 
-    monkeypatch.setattr(importlib.import_module("automerge.merge"), "infer_common", long)
+    monkeypatch.setattr(importlib.import_module("automerge._merge_task"), "infer_common", long)
     for data, message in (
         ([(X, Y), (spoiled(torch.nan), Y)], "batch 1 of the data holds NaN"),
         ([(X, Y), (X[:7], Y[:7]), (X[:, :3], Y)], "does not run on batch 2 of the data"),

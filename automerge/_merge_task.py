@@ -1,0 +1,90 @@
+"""The models of one merge: checked, with a module that carries their weights, and moved to other coordinates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from automerge._empty import carrying, is_empty
+from automerge._fixed import infer_common, moved_constants, shared_constants
+from automerge._merge_checks import Model, check_models
+from automerge._offload import Store
+from automerge.groups import Element
+from automerge.symmetry import Symmetry
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is merged.
+
+    Attributes:
+        models: as they were given.
+        network: the architecture.
+        states: one state dict per model.
+        store: where large tensors are held.
+        notes: what a reader must know; grows.
+    """
+
+    models: Sequence[Model]
+    network: nn.Module
+    states: list[Mapping[str, torch.Tensor]]
+    store: Store
+    notes: list[str]
+
+    @staticmethod
+    def checked(models: Sequence[Model], architecture: nn.Module | None, store: Store) -> Task:
+        given = models if isinstance(models, Sequence) else list(models)
+        network, states, notes = check_models(given, architecture)
+        network = carrying(network, states[0], store) if is_empty(network) else network
+        return Task(given, network, states, store, notes)
+
+    def first(self) -> nn.Module:
+        """A module that carries the first model's weights."""
+        if isinstance(self.models[0], nn.Module):
+            return self.models[0]
+        if self.store.folder is not None:
+            return carrying(self.network, self.states[0], self.store)
+        own = deepcopy(self.network)
+        own.load_state_dict(dict(self.states[0]))
+        return own
+
+    def infer(self, args: Any, kwargs: Mapping[str, Any] | None, verify: bool) -> Symmetry:
+        """The models' symmetry; what they share stays."""
+        return infer_common(self.first(), shared_constants(self.network, self.states), args, kwargs, verify=verify)
+
+    def noted(self, symmetry: Symmetry) -> Symmetry:
+        """A symmetry that was given, after a note if it moves what all models share."""
+        if apart := moved_constants(symmetry, shared_constants(self.network, self.states), self.states[0]):
+            self.notes.append(
+                f"the symmetry that was given moves {apart[0]}, which is the same in all models; "
+                f"infer(..., constants={apart[:3]}) keeps it"
+            )
+        return symmetry
+
+    def moved(self, symmetry: Symmetry, elements: Sequence[Element], kept: bool) -> list[Mapping[str, torch.Tensor]]:
+        """The models in other coordinates: held, or moved tensor by tensor when they are read."""
+        moved: list[Mapping[str, torch.Tensor]] = [
+            _Moved(symmetry, d, e) for d, e in zip(self.states, elements, strict=True)
+        ]
+        return [{name: self.store.keep(value) for name, value in m.items()} for m in moved] if kept else moved
+
+
+class _Moved(Mapping[str, torch.Tensor]):
+    """A state dict in other coordinates; every tensor is moved when it is read."""
+
+    def __init__(self, symmetry: Symmetry, state: Mapping[str, torch.Tensor], element: Element) -> None:
+        self._symmetry, self._state, self._element = symmetry, state, element
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._element.apply_to(self._symmetry.aliases.get(name, name), self._state[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
