@@ -9,12 +9,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from automerge import _demo
+from automerge._canvas import check_picture, new_figure
 from automerge._console import Console, follow
-from automerge._data import Batches
 from automerge._distributed import merge_share
 from automerge._errors import InvarianceError, SymmetryError
-from automerge._factory import UsageError, build_model, draw_inputs, load_batches, parse_input
+from automerge._factory import (
+    UsageError,
+    build_model,
+    check_apart,
+    check_checkpoints,
+    draw_inputs,
+    example_of,
+    load_batches,
+    parse_input,
+)
 from automerge._files import check_writable, write_text
 from automerge._merge_checks import check_weights
 from automerge._ranks import Group
@@ -35,9 +46,11 @@ def demo(options: argparse.Namespace) -> None:
 def inspect(options: argparse.Namespace) -> None:
     """``automerge inspect``: infer, verify and print."""
     console = Console()
-    for path in (options.json, options.draw):
-        if path is not None:
-            check_writable(path, options.force)
+    check_apart({"--json": options.json, "--draw": options.draw})
+    if options.json is not None:
+        check_writable(options.json, options.force)
+    if options.draw is not None:
+        check_picture(new_figure(1, 1), options.draw, options.force)
     specs = [parse_input(text) for text in options.input]
     model = build_model(options.factory, options.seed)
     args, kwargs = draw_inputs(specs, options.seed)
@@ -60,6 +73,8 @@ def verify(options: argparse.Namespace) -> None:
     specs = [parse_input(text) for text in options.input]
     given = None if options.symmetry is None else _read_symmetry(options.symmetry)
     model = build_model(options.factory, options.seed)
+    if given is not None:
+        _check_fits(given, model, options)
     args, kwargs = draw_inputs(specs, options.seed)
     symmetry = given
     if symmetry is None:
@@ -94,8 +109,6 @@ def merge(options: argparse.Namespace) -> None:
     _check_merge(options)
     if options.matching is not None:
         _check_output(options.matching, options.force, "--matching")
-        if os.path.realpath(options.matching) == os.path.realpath(options.output):
-            raise UsageError(f"-o and --matching name the same file, {options.output}")
     matcher: Matcher = MATCHERS[options.matcher]()
     if options.resume is not None:
         matcher = FrankWolfe(resume=Matching.load(options.resume))
@@ -104,7 +117,7 @@ def merge(options: argparse.Namespace) -> None:
     model = build_model(options.factory, options.seed)
     states = [read_checkpoint(path, model) for path in options.checkpoints]
     data = None if options.data is None else load_batches(options.data)
-    args, kwargs = draw_inputs(specs, options.seed) if specs else _example(data)
+    args, kwargs = draw_inputs(specs, options.seed) if specs else example_of(data)
     with console.stage("merge") as advance:
         result = merge_models(
             states,
@@ -196,12 +209,13 @@ def _check_output(path: Path, force: bool, option: str = "-o") -> None:
 def _check_merge(options: argparse.Namespace) -> None:
     """What the options say about each other; before any long work."""
     count = len(options.checkpoints)
-    if count < 2:
-        raise UsageError(f"merging needs at least two checkpoints, and only {options.checkpoints[0]} was given")
-    files = [os.path.realpath(path) for path in options.checkpoints]
-    twice = next((path for k, path in enumerate(options.checkpoints) if files[k] in files[:k]), None)
-    if twice is not None:
-        raise UsageError(f"{twice} is given twice; --weights is the way to make one checkpoint count more than another")
+    hint = "; --weights is the way to make one checkpoint count more than another"
+    check_checkpoints(options.checkpoints, "merging", hint)
+    check_apart({"-o": options.output, "--matching": options.matching}, options.checkpoints)
+    if options.data is None and not options.input:
+        raise UsageError(
+            "the model must run once: give an example input with --input SHAPE, or batches with --data FACTORY"
+        )
     if options.reference is not None and not 0 <= options.reference < count:
         raise UsageError(f"--reference {options.reference}: give the number of a checkpoint, from 0 to {count - 1}")
     if options.resume is not None and options.matcher != "frank-wolfe":
@@ -221,14 +235,16 @@ def _weights(text: str) -> list[float]:
         ) from error
 
 
-def _example(data: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The inputs of the first batch: one positional input, or keyword inputs."""
-    if data is None:
-        raise UsageError(
-            "the model must run once: give an example input with --input SHAPE, or batches with --data FACTORY"
-        )
-    batch = next(iter(Batches(data)))
-    return batch.args, dict(batch.kwargs)
+def _check_fits(symmetry: Symmetry, model: nn.Module, options: argparse.Namespace) -> None:
+    """A symmetry from a file is of this architecture."""
+    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    for name, shape in symmetry.shapes.items():
+        found = f"of the shape {tuple(own[name].shape)}" if name in own else "missing"
+        if name not in own or tuple(own[name].shape) != tuple(shape):
+            raise UsageError(
+                f"--symmetry {options.symmetry} is of another architecture than {options.factory}: its {name}, of the shape "
+                f"{tuple(shape)}, is {found} there"
+            )
 
 
 def _read_symmetry(path: Path) -> Symmetry:

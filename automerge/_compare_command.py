@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from automerge._comparison import COLUMNS, Comparison
 from automerge._comparison_page import page
 from automerge._console import Console
-from automerge._data import Batches
-from automerge._factory import UsageError, build_model, draw_inputs, load_batches, parse_input
+from automerge._factory import (
+    UsageError,
+    build_model,
+    check_apart,
+    check_checkpoints,
+    draw_inputs,
+    example_of,
+    load_batches,
+    parse_input,
+    parse_seed,
+)
 from automerge._files import check_writable, write_text
 from automerge.compare import REPAIRS, compare
 from automerge.io import read_checkpoint
@@ -56,7 +64,9 @@ def add_compare(parser: argparse.ArgumentParser, input_help: str) -> None:
         "--html", type=Path, metavar="FILE", help="also write one page with table and pictures (needs matplotlib)"
     )
     parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the weights, inputs and cuts of the data")
+    parser.add_argument(
+        "--seed", type=parse_seed, default=0, metavar="S", help="of the weights, inputs and cuts of the data"
+    )
 
 
 def run_compare(options: argparse.Namespace) -> None:
@@ -65,15 +75,16 @@ def run_compare(options: argparse.Namespace) -> None:
     for path in (options.json, options.html):
         if path is not None:
             check_writable(path, options.force)
+    check_apart({"--json": options.json, "--html": options.html}, options.checkpoints)
     matchers = {n: make() for n, make in _picked(options.matchers, MATCHERS, "--matchers").items()}
     repairs = _picked(options.repairs, REPAIRS, "--repairs")
-    _check_files(options.checkpoints)
+    check_checkpoints(options.checkpoints, "comparing")
     specs = [parse_input(text) for text in options.input or ()]
     model = build_model(options.factory, options.seed)
     states = [read_checkpoint(file, model) for file in options.checkpoints]
     asked = {"--data": options.data, "--select": options.select, "--report": options.report}
     data, select, report = (None if text is None else load_batches(text, option) for option, text in asked.items())
-    args, kwargs = draw_inputs(specs, options.seed) if specs else _first(data)
+    args, kwargs = draw_inputs(specs, options.seed) if specs else example_of(data)
     with console.stage("compare") as advance:
         found = compare(
             states,
@@ -116,17 +127,3 @@ def _picked(text: str | None, known: Mapping[str, T], option: str) -> dict[str, 
     if unknown or not names:
         raise UsageError(f"{option} {text!r}: choose from {', '.join(known)}")
     return {n: known[n] for n in names}
-
-
-def _check_files(files: Sequence[str]) -> None:
-    if len(files) < 2:
-        raise UsageError(f"comparing needs at least two checkpoints, and only {files[0]} was given")
-    real = [os.path.realpath(f) for f in files]
-    twice = next((f for k, f in enumerate(files) if real[k] in real[:k]), None)
-    if twice is not None:
-        raise UsageError(f"{twice} is given twice")
-
-
-def _first(data: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    batch = next(iter(Batches(data)))
-    return batch.args, dict(batch.kwargs)

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any, Protocol
 
 from rich.box import HEAVY_HEAD
@@ -68,7 +68,8 @@ class Console:
             with self._bar(self._prefix + name) as advance:
                 yield advance
         else:
-            yield lambda done, of, text="": None
+            with redirect_stdout(sys.stderr):  # what models and data print is no result
+                yield lambda done, of, text="": None
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         self.note(f"{self._prefix}{name}: {time.perf_counter() - start:.1f} s")
 
@@ -97,6 +98,9 @@ class Console:
         """
         try:
             print(text, flush=True)
+        except UnicodeEncodeError:  # an encoding without the letters of a file's name
+            encoding = sys.stdout.encoding
+            self.show(text.encode(encoding, "backslashreplace").decode(encoding))
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -110,7 +114,7 @@ class Console:
 
         On a narrow terminal it has no lines, and long names go on in the next row: a name that is cut says nothing.
         """
-        if sys.stdout.isatty():
+        if sys.stdout is not None and sys.stdout.isatty():
             console = RichConsole()
             widths = [max(len(row[k]) for row in [columns, *rows]) for k in range(len(columns))]
             roomy = sum(widths) + 3 * len(widths) < console.width

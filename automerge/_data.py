@@ -13,10 +13,12 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import Dataset, IterableDataset
 
-from automerge._errors import AutomergeError
-from automerge.io import tied_names
+from automerge._errors import AutomergeError, CheckpointError
+from automerge._machine import physical_memory
+from automerge.io import tied_names, with_ties
 
 _LABEL_KEYS = ("labels", "label", "targets", "target")
+_SMALLEST = 64  # bytes that a batch takes at least
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Batches:
             raise AutomergeError(
                 f"data is a {type(data).__name__}; give an iterable of batches, such as a list or a DataLoader"
             )
-        self._data: Iterable[Any] = list(_noted(data)) if iter(data) is data else data
+        self._data: Iterable[Any] = listed(_noted(data)) if isinstance(data, Iterator) else data
         self._arity: int = arity
         self._kwargs: dict[str, Any] = {k: v for k, v in (kwargs or {}).items() if not isinstance(v, torch.Tensor)}
         self._device: torch.device | None = device
@@ -89,14 +91,17 @@ class Batches:
             tensors = batch.tensors()
             if tensors and all(t.ndim and not t.shape[0] for t in tensors):
                 continue
-            if any(t.is_floating_point() and bool(torch.isnan(t).any()) for t in tensors):
+            if any((t.is_floating_point() or t.is_complex()) and bool(torch.isnan(t).any()) for t in tensors):
                 raise AutomergeError(
                     f"batch {number} of the data holds NaN among its inputs; fill or drop those samples"
                 )
             used += 1
             yield batch
         if not given:
-            raise AutomergeError("data gave no batch; give at least one (is the DataLoader or the generator empty?)")
+            raise AutomergeError(
+                "data gave no batch; give at least one (is the DataLoader or the generator empty, or can it be read only "
+                "once? then give list(...) of it)"
+            )
         if not used:
             raise AutomergeError(f"the data hold no sample: all their batches ({given}) have the length zero")
 
@@ -111,9 +116,11 @@ class Batches:
         return list(forms.values())[1:]
 
     def _batch(self, item: Any, number: int) -> Batch:
-        if self._device is not None:
-            device = self._device
-            item = tree_map_only(torch.Tensor, lambda t: t.to(device), item)
+        if any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in tree_leaves(item)):
+            raise AutomergeError(
+                f"batch {number} of the data is on the meta device and has no values; load the data first"
+            )
+        item = tree_map_only(torch.Tensor, lambda t: t.detach().to(self._device or t.device), item)
         if isinstance(item, torch.Tensor):
             item = (item,)
         if isinstance(item, Mapping):
@@ -125,6 +132,11 @@ class Batches:
                 f"batch {number} of the data is a {type(item).__name__}; "
                 "give a tensor, a tuple (inputs, labels) or a dict of keyword inputs"
             )
+        if not self._arity:
+            raise AutomergeError(
+                f"batch {number} of the data is a {type(item).__name__}, but the model's example inputs are keywords; "
+                "give dicts of keyword inputs"
+            )
         if len(item) < self._arity:
             raise AutomergeError(
                 f"batch {number} of the data has {len(item)} items, but the model takes {self._arity} positional inputs"
@@ -134,11 +146,32 @@ class Batches:
         return Batch(tuple(item[: self._arity]), self._kwargs, labels, number)
 
 
+def listed(items: Iterable[Any]) -> list[Any]:
+    """All batches of an iterator, so that they can be read again.
+
+    Raises:
+        AutomergeError: if they take more than half of the memory; without it, one that never ends would take all of it.
+    """
+    out: list[Any] = []
+    size, limit = 0, (physical_memory() or 2**60) // 2
+    for item in items:
+        out.append(item)
+        size += max(sum(getattr(leaf, "nbytes", 0) for leaf in tree_leaves(item)), _SMALLEST)
+        if size > limit:
+            raise AutomergeError(
+                f"the data are an iterator, which has to be kept in memory, and its first {len(out)} batches take "
+                f"{size / 2**30:.3g} GiB, more than half of it; end it with itertools.islice, or give a DataLoader, which is "
+                "read again instead"
+            )
+    return out
+
+
 def _noted(data: Iterable[Any]) -> Iterator[Any]:
     """The same items; an error of the iterable itself gets a note that says which batch was due."""
-    items = iter(data)
+    items: Iterator[Any] | None = None
     for number in itertools.count():
         try:
+            items = iter(data) if items is None else items
             item = next(items)
         except StopIteration:
             return
@@ -199,7 +232,8 @@ def run_batch(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None, b
     try:
         if state_dict is None:
             return model(*batch.args, **batch.kwargs)
-        return torch.func.functional_call(model, dict(state_dict), batch.args, dict(batch.kwargs))
+        lent = _once(model, state_dict)
+        return torch.func.functional_call(model, lent, batch.args, dict(batch.kwargs), tie_weights=False)
     except AutomergeError:
         raise
     except Exception as error:
@@ -208,6 +242,25 @@ def run_batch(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None, b
             f"the model does not run on batch {batch.number} of the data ({shapes or 'no tensors'}): "
             f"{type(error).__name__}: {error}"
         ) from error
+
+
+def _once(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A bound state dict with one name for every place of a tensor.
+
+    ``functional_call`` lends the tensors to the model name by name and takes them back in the same order: a module that is
+    registered under two names would keep what it was lent.
+    """
+    out, seen = dict(state_dict), set()
+    for path, module in model.named_modules(remove_duplicate=False):
+        own_tensors = (
+            *module.named_parameters(recurse=False, remove_duplicate=False),
+            *module.named_buffers(recurse=False, remove_duplicate=False),
+        )
+        for own, _ in own_tensors:
+            if (id(module), own) in seen:
+                out.pop(f"{path}.{own}" if path else own, None)
+            seen.add((id(module), own))
+    return out
 
 
 def logits_of(output: Any) -> torch.Tensor:
@@ -231,15 +284,48 @@ def logits_of(output: Any) -> torch.Tensor:
     )
 
 
+def checked_state(value: Any) -> Mapping[str, torch.Tensor]:
+    """A state dict as it was given.
+
+    Raises:
+        CheckpointError: if it is something else, such as the module itself.
+    """
+    if not isinstance(value, Mapping):
+        raise CheckpointError(
+            f"expected a state dict, got a {type(value).__name__}; give the weights of a module as module.state_dict()"
+        )
+    return value
+
+
+def reals(value: torch.Tensor) -> torch.Tensor | None:
+    """The numbers of a float tensor in float64, real and imaginary parts apart; None for integers and booleans.
+
+    Examples:
+        >>> reals(torch.tensor([1 + 2j]))
+        tensor([[1., 2.]], dtype=torch.float64)
+    """
+    if value.is_complex():
+        value = torch.view_as_real(value.detach().resolve_conj())
+    return value.detach().double() if value.is_floating_point() else None
+
+
 def bind(model: nn.Module, state_dict: Mapping[str, torch.Tensor], *, copy: bool = False) -> dict[str, torch.Tensor]:
     """A state dict as `run_batch` wants it: names that the model ties map to one tensor.
 
     Args:
         model: the architecture.
-        state_dict: its weights; on any device, they are moved to the model's.
+        state_dict: its weights; on any device, they are moved to the model's. Names that the model ties may be left out.
         copy: whether every tensor gets memory of its own.
+
+    Raises:
+        CheckpointError: if it is no state dict, or has other names than the model.
     """
-    ties = tied_names(model.state_dict())
+    expected = model.state_dict()
+    state_dict = with_ties(checked_state(state_dict), expected)
+    differ = [n for n in expected if n not in state_dict] + [n for n in state_dict if n not in expected]
+    if differ:
+        raise CheckpointError(f"the state dict and the model differ in the key {differ[0]!r}")
+    ties = tied_names(expected)
     device = device_of(model)
     out: dict[str, torch.Tensor] = {}
     for name, value in state_dict.items():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import itertools
 import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset, IterableDataset
 
+from automerge._data import Batches, listed
 from automerge._errors import AutomergeError
 
 _DTYPES = {
@@ -123,6 +127,17 @@ def draw_inputs(specs: Iterable[InputSpec], seed: int) -> tuple[tuple[torch.Tens
     return tuple(value for name, value in drawn if not name), {name: value for name, value in drawn if name}
 
 
+def parse_seed(text: str) -> int:
+    """A seed, as the type of an option.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is no whole number that every generator takes.
+    """
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
+    return int(text)
+
+
 def add_current_directory() -> None:
     """Let modules be imported from the current directory."""
     if os.getcwd() not in sys.path:
@@ -140,17 +155,21 @@ def _call(text: str, option: str) -> Any:
         raise UsageError(f"{option} {text!r} is not of the form package.module:callable")
     add_current_directory()
     try:
-        target: Any = importlib.import_module(module_name)
+        with redirect_stdout(sys.stderr):  # what a module prints is no result
+            target: Any = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
         raise UsageError(f"{option} {text!r}: the module {module_name!r} does not import ({_brief(error)})") from error
     for part in attribute.split("."):
         if not hasattr(target, part):
             raise UsageError(f"{option} {text!r}: the module {module_name!r} has no {attribute!r}")
         target = getattr(target, part)
-    if not callable(target):
-        raise UsageError(f"{option} {text!r} is a {type(target).__name__}, not a callable without arguments")
+    if not callable(target) or isinstance(target, nn.Module):
+        raise UsageError(
+            f"{option} {text!r} is a {type(target).__name__}, not a callable without arguments; give a function that returns it"
+        )
     try:
-        return target()
+        with redirect_stdout(sys.stderr):
+            return target()
     except (Exception, SystemExit) as error:
         raise UsageError(f"{option} {text!r} failed when called without arguments ({_brief(error)})") from error
 
@@ -187,19 +206,20 @@ class _Source:
         self.source = source
 
     def __iter__(self) -> Iterator[Any]:
-        items = iter(self.source)
-        number = 0
-        while True:
+        items: Iterator[Any] | None = None
+        for number in itertools.count():
             try:
-                item = next(items)
+                with redirect_stdout(sys.stderr):
+                    items = iter(self.source) if items is None else items
+                    item = next(items)
             except StopIteration:
                 return
             except Exception as error:
                 raise UsageError(f"{self.text} failed while giving batch {number} ({_brief(error)})") from error
-            if any(isinstance(t, torch.Tensor) and bool(torch.isnan(t).any()) for t in tree_leaves(item)):
+            tensors = [t for t in tree_leaves(item) if isinstance(t, torch.Tensor) and not t.is_meta]
+            if any(bool(torch.isnan(t).any()) for t in tensors):
                 raise UsageError(f"{self.text}: batch {number} has values that are NaN")
             yield item
-            number += 1
 
 
 def load_batches(text: str, option: str = "--data") -> Iterable[Any]:
@@ -218,7 +238,57 @@ def load_batches(text: str, option: str = "--data") -> Iterable[Any]:
     if isinstance(source, torch.Tensor | str | dict) or not isinstance(source, Iterable):
         raise UsageError(f"{name} returned a {type(source).__name__}, not an iterable of batches")
     batches = _Source(name, source)
-    return list(batches) if iter(source) is source else batches
+    return listed(batches) if isinstance(source, Iterator) else batches
+
+
+def example_of(data: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs of the first batch: one positional input, or keyword inputs."""
+    batch = next(iter(Batches(data)))
+    return batch.args, dict(batch.kwargs)
+
+
+def check_checkpoints(files: Sequence[str], verb: str, hint: str = "") -> None:
+    """There are two or more files, and none is given twice, under another name neither.
+
+    Raises:
+        UsageError: if not.
+    """
+    if len(files) < 2:
+        raise UsageError(f"{verb} needs at least two checkpoints, and only {files[0]} was given")
+    seen = [_identity(file) for file in files]
+    twice = next((file for k, file in enumerate(files) if seen[k] in seen[:k]), None)
+    if twice is not None:
+        raise UsageError(f"{twice} is given twice{hint}")
+
+
+def check_apart(outputs: Mapping[str, os.PathLike[str] | None], inputs: Sequence[str] = ()) -> None:
+    """No two outputs are one file, and none of them is an input, which would be lost.
+
+    Args:
+        outputs: option -> path.
+        inputs: files that are read.
+
+    Raises:
+        UsageError: if not.
+    """
+    read = [_identity(file) for file in inputs]
+    given = {option: path for option, path in outputs.items() if path is not None}
+    names = {option: _identity(path) for option, path in given.items()}
+    for k, (option, path) in enumerate(given.items()):
+        for other in list(given)[:k]:
+            if names[option] == names[other]:
+                raise UsageError(f"{other} and {option} name the same file, {path}")
+        if names[option] in read:
+            raise UsageError(f"{option} {path} is one of the checkpoints that are read; choose another name")
+
+
+def _identity(path: str | os.PathLike[str]) -> object:
+    """What two names of one file share."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return os.path.realpath(path)
+    return status.st_dev, status.st_ino
 
 
 def _brief(error: BaseException) -> str:

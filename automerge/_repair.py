@@ -127,7 +127,9 @@ class _Record:
             channels = event.value.shape[event.channel]
             free = torch.ones(channels, dtype=torch.bool)
             site = Site(event.key, event.weight, event.bias, channels, event.groups, free)
-            if not event.foldable:
+            if event.value.is_complex():
+                self.reasons[event.key] = "its activations are complex numbers, which have no single standard deviation"
+            elif not event.foldable:
                 self.reasons[event.key] = "what is added to its output is not a parameter of one value per channel"
             self.sites[event.key] = site
             self.order.append(event.key)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from automerge._data import Batches, device_of
+from automerge._data import Batches, checked_state, device_of, reals
 from automerge._errors import AutomergeError, CheckpointError
 from automerge._measures import Similarity
 from automerge._statistics import collect
@@ -52,12 +52,13 @@ def similarity(
     if (model is None) != (data is None):
         raise AutomergeError("the similarity of activations needs both model= and data=")
     dots, first, second, per = 0.0, 0.0, 0.0, {}
-    for name, a in sd_a.items():
-        if not a.is_floating_point():
+    for name, a in checked_state(sd_a).items():
+        if (x := reals(a)) is None:
             continue
-        if name not in sd_b or sd_b[name].shape != a.shape:
+        y = reals(sd_b[name].to(a.device)) if name in checked_state(sd_b) else None
+        if y is None or x.shape != y.shape:
             raise CheckpointError(f"the two state dicts differ in {name!r}; they must be of one architecture")
-        x, y = a.detach().double().flatten(), sd_b[name].detach().to(a.device).double().flatten()
+        x, y = x.flatten(), y.flatten()
         dot, xx, yy = float(x @ y), float(x @ x), float(y @ y)
         per[name] = _cosine(dot, xx, yy)
         dots, first, second = dots + dot, first + xx, second + yy

@@ -36,7 +36,13 @@ def split_batches(batches: Iterable[Batch], shares: Sequence[float], seed: int) 
     parts: list[list[Batch]] = [[] for _ in shares]
     largest = 0
     for number, batch in enumerate(batches):
-        lengths = {t.shape[0] if t.ndim else -1 for t in tensors_of((batch.args, dict(batch.kwargs), batch.labels))}
+        tensors = tensors_of((batch.args, dict(batch.kwargs), batch.labels))
+        if any(t.layout != torch.strided for t in tensors):
+            raise AutomergeError(
+                f"batch {number} cannot be cut into samples: it holds a sparse tensor; make it dense (to_dense()), or give "
+                "separate data for calibration, selection and report"
+            )
+        lengths = {t.shape[0] if t.ndim else -1 for t in tensors}
         if len(lengths) != 1 or -1 in lengths:
             raise AutomergeError(
                 f"batch {number} cannot be cut into samples: its tensors have the lengths {sorted(lengths)}; give separate "

@@ -1,16 +1,20 @@
 """The command line: ``automerge demo``, ``inspect``, ``verify``, ``merge`` and ``compare``.
 
-Results go to standard output, progress to standard error. Bad input ends with one sentence and exit code 2, an
-interrupt with 130; an error that is not the caller's ends with 1 and names itself a defect.
+Results go to standard output, progress and what models print to standard error. Bad input ends with one sentence and
+exit code 2, an interrupt with 130 (SIGTERM with 143); an error that is not the caller's ends with 1 and names itself a
+defect.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,6 +22,7 @@ from automerge import _commands
 from automerge._compare_command import add_compare, run_compare
 from automerge._console import drop_output
 from automerge._errors import AutomergeError
+from automerge._factory import parse_seed
 from automerge._version import __version__
 from automerge.matchers import MATCHERS
 
@@ -48,12 +53,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
-    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,7 +92,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--models", type=int, default=5, metavar="N", help="networks per architecture (default: 5)")
     parser.add_argument(
-        "--seed", type=_seed, default=0, metavar="S", help="the same seed gives the same table (default: 0)"
+        "--seed", type=parse_seed, default=0, metavar="S", help="the same seed gives the same table (default: 0)"
     )
     parser.add_argument("--quick", action="store_true", help="few images and epochs: a smoke test, no result")
 
@@ -101,7 +100,9 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 def _add_model(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("factory", metavar="FACTORY", help="package.module:callable that builds the model")
     parser.add_argument("--input", action="append", metavar="SHAPE", required=required, default=None, help=_INPUT_HELP)
-    parser.add_argument("--seed", type=_seed, default=0, metavar="S", help="of the weights, inputs and group elements")
+    parser.add_argument(
+        "--seed", type=parse_seed, default=0, metavar="S", help="of the weights, inputs and group elements"
+    )
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -186,6 +187,35 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
 }
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM; a class of its own because python itself may end with SIGINT's code after a plain KeyboardInterrupt."""
+
+
+@contextmanager
+def _ended_by(asked: list[int]) -> Iterator[None]:
+    """SIGTERM ends the work as Ctrl-C does, so that temporary files go and a search keeps its best.
+
+    Several processes are left to their launcher: one that waits for another could not answer in time.
+
+    Args:
+        asked: gets the signal.
+    """
+
+    def end(number: int, _: object) -> None:
+        asked.append(number)
+        raise _Terminated
+
+    mine = threading.current_thread() is threading.main_thread() and "WORLD_SIZE" not in os.environ
+    if not mine or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -193,18 +223,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; those of the process if None.
 
     Returns:
-        0, or 2 for bad input, 130 for an interrupt, 1 for a defect of automerge.
+        0, or 2 for bad input, 130 for an interrupt, 143 for SIGTERM, 1 for a defect of automerge.
     """
     options = _parser().parse_args(argv)
     name = f"automerge {options.command}"
+    asked: list[int] = []
     try:
-        options.run(options)
+        with _ended_by(asked):
+            options.run(options)
     except AutomergeError as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; no half-written file is left", file=sys.stderr)
-        return 130
+        print(f"{name}: {'terminated' if asked else 'interrupted'}; no half-written file is left", file=sys.stderr)
+        return 143 if asked else 130
     except BrokenPipeError:
         drop_output()
         return 0

@@ -26,7 +26,7 @@ from automerge._fixed import infer_common, shared_constants
 from automerge._merge_checks import Model, check_models, check_weights
 from automerge._repair_report import Renormaliser
 from automerge.datafree import GaussianRepair, RowNorms
-from automerge.evaluate import Network, Source, barrier, class_axis, evaluate, predictions
+from automerge.evaluate import IGNORED, Network, Source, barrier, class_axis, evaluate, predictions
 from automerge.fitting import LeastSquares
 from automerge.io import tied_names
 from automerge.landscape import plane
@@ -96,7 +96,7 @@ def compare(
     Raises:
         MatchingError, CheckpointError: for models that do not belong together.
         AutomergeError: for empty data, data that cannot be cut, labels or outputs that are no classes, data on which the
-            model does not run; for pictures without matplotlib.
+            model does not run; for matchers or repairs of another kind; for pictures without matplotlib.
 
     Examples:
         >>> _ = torch.manual_seed(0)
@@ -108,11 +108,10 @@ def compare(
     """
     if pictures:
         new_figure(1.0, 1.0)  # fails now and not after the work
-    network, dicts, notes = check_models(models, architecture)
+    chosen, fixes = _choices(matchers, repairs)
+    network, dicts, notes = check_models(list(models), architecture)
     share = check_weights(weights, len(dicts))
     sets = DataSets.make(data, select, report, args, kwargs, network, seed)
-    chosen = {"identity": MATCHERS["identity"]()} | dict(matchers or {n: make() for n, make in MATCHERS.items()})
-    fixes: dict[str, str | Renormaliser] = dict(repairs or REPAIRS)
     if not batchnorm_names(network):
         fixes = {n: r for n, r in fixes.items() if r not in _NORMED}
     fixes = {"none": "none", **fixes}
@@ -135,6 +134,24 @@ def compare(
     settings["repairs"] = {n: repr(r) for n, r in fixes.items()}
     settings |= {"weights": list(share), "seed": seed, "data": sets.how}
     return Comparison(tuple(rows), models_scores, ensemble, sets.counts(), (*notes, *sets.notes()), drawn, settings)
+
+
+def _choices(
+    matchers: Mapping[str, Matcher] | None, repairs: Mapping[str, str | Renormaliser] | None
+) -> tuple[dict[str, Matcher], dict[str, str | Renormaliser]]:
+    """What is compared, by name; the plain average is always in."""
+    for option, given in (("matchers", matchers), ("repairs", repairs)):
+        if given is not None and not isinstance(given, Mapping):
+            raise AutomergeError(f"{option} maps names to what they stand for, as a dict; got a {type(given).__name__}")
+    chosen = {"identity": MATCHERS["identity"]()} | dict(matchers or {n: make() for n, make in MATCHERS.items()})
+    fixes = dict(repairs or REPAIRS)
+    for name, matcher in chosen.items():
+        if not isinstance(matcher, Matcher):
+            raise AutomergeError(f"matchers[{name!r}] is {matcher!r}, not a matcher such as FrankWolfe()")
+    for name, repair in fixes.items():
+        if not isinstance(repair, Renormaliser) and repair not in ("none", "reset", "repair", "both"):
+            raise AutomergeError(f"repairs[{name!r}] is {repair!r}; give none, reset, repair, both or such as Repair()")
+    return chosen, fixes
 
 
 def _brief(error: Exception) -> str:
@@ -183,6 +200,8 @@ class _Work:
             items = as_items(batches, [torch.zeros(0)] * len(batches))
             with about(name):
                 self.pseudo[name] = predictions(ensemble, items, **self._shape(batches))
+                if not any(bool((p != IGNORED).any()) for p in self.pseudo[name]):
+                    raise AutomergeError("the models' outputs are NaN on all of it; are there infinite inputs?")
                 self.score(ensemble, name)
         self.average_loss: float | None = None
 

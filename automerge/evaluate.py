@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from automerge._data import Batch, Batches, bind, device_of, evaluating, logits_of, preserving, run_batch
+from automerge._data import Batch, Batches, bind, checked_state, device_of, evaluating, logits_of, preserving, run_batch
 from automerge._errors import AutomergeError, CheckpointError
 from automerge._measures import Agreement, Barrier, CycleError, Evaluation, Similarity
 from automerge._repair_report import Renormaliser
@@ -27,7 +27,7 @@ from automerge.renormalise import reset_batchnorm
 Network = nn.Module | tuple[nn.Module, Mapping[str, torch.Tensor]]
 Source = Network | list[Network]
 Metric = Callable[[Any, Any], float | torch.Tensor]
-_IGNORED = -100
+IGNORED = -100
 
 
 # -------------------------------------------------------------------- running sources
@@ -58,12 +58,7 @@ def _network(part: Network) -> tuple[nn.Module, dict[str, torch.Tensor] | None]:
     if isinstance(part, nn.Module):
         return part, None
     if isinstance(part, tuple) and len(part) == 2 and isinstance(part[0], nn.Module):
-        model, state_dict = part
-        missing = [n for n in state_dict if n not in model.state_dict()]
-        missing += [n for n in model.state_dict() if n not in state_dict]
-        if missing:
-            raise CheckpointError(f"the state dict and the model differ in the key {missing[0]!r}")
-        return model, bind(model, state_dict)
+        return part[0], bind(*part)
     raise AutomergeError(
         f"expected a module, a pair (module, state_dict) or a list of those, got a {type(part).__name__}"
     )
@@ -81,7 +76,12 @@ def class_axis(scores: torch.Tensor, labels: torch.Tensor) -> int | None:
 
 def _combine(outputs: list[Any], average: str, axis: int) -> torch.Tensor:
     """Log-probabilities, classes last, of one network or of the mean of several."""
-    scores = [logits_of(o).movedim(axis, -1).double() for o in outputs]
+    found = [logits_of(o) for o in outputs]
+    if any(s.is_complex() for s in found):
+        raise AutomergeError(
+            "the scores are complex numbers, which have no order; wrap the model so that it returns real ones"
+        )
+    scores = [s.movedim(axis, -1).double() for s in found]
     if average == "logits":
         return torch.stack(scores).mean(0).log_softmax(-1)
     return torch.stack([s.log_softmax(-1) for s in scores]).logsumexp(0) - log(len(scores))
@@ -90,7 +90,7 @@ def _combine(outputs: list[Any], average: str, axis: int) -> torch.Tensor:
 def _predicted(log_probabilities: torch.Tensor) -> torch.Tensor:
     """The most probable class, on the last axis; where there is NaN, no class."""
     lost = log_probabilities.isnan().any(-1)
-    return log_probabilities.argmax(-1).masked_fill(lost, _IGNORED)
+    return log_probabilities.argmax(-1).masked_fill(lost, IGNORED)
 
 
 def _check_range(labels: torch.Tensor, classes: int, number: int) -> None:
@@ -192,7 +192,7 @@ class _Tally:
         else:
             log_probabilities = _combine(outputs, average, axis)
             flat, wanted = log_probabilities.flatten(0, -2), labels.flatten().long()
-            valid = wanted != _IGNORED
+            valid = wanted != IGNORED
             _check_range(wanted[valid], flat.shape[-1], number)
             self.samples += int(valid.sum())
             self.correct += float((_predicted(flat) == wanted)[valid].sum())
@@ -201,11 +201,11 @@ class _Tally:
         if metrics:
             output = outputs[0] if len(outputs) == 1 else _mean_output(outputs, average, axis)
             for name, metric in metrics.items():
-                self.metrics[name] = self.metrics.get(name, 0.0) + size * float(metric(output, labels))
+                self.metrics[name] = self.metrics.get(name, 0.0) + size * _number(name, metric(output, labels))
 
     def result(self, average: str | None, members: int) -> Evaluation:
         if self.classes and not self.samples:
-            raise AutomergeError(f"no label counts: all of them are {_IGNORED}, which marks what is to be left out")
+            raise AutomergeError(f"no label counts: all of them are {IGNORED}, which marks what is to be left out")
         count = max(self.samples, 1)
         means = {name: value / max(self.weight, 1) for name, value in self.metrics.items()}
         if not self.classes:
@@ -224,9 +224,22 @@ def _named(metrics: Mapping[str, Metric] | Sequence[Metric] | Metric | None) -> 
     if metrics is None:
         return {}
     if isinstance(metrics, Mapping):
-        return dict(metrics)
-    every = [metrics] if callable(metrics) else list(metrics)
-    return {getattr(m, "__name__", type(m).__name__): m for m in every}
+        named = dict(metrics)
+    else:
+        every = [metrics] if callable(metrics) or not isinstance(metrics, Sequence) else list(metrics)
+        named = {getattr(m, "__name__", type(m).__name__): m for m in every}
+    for name, metric in named.items():
+        if not callable(metric):
+            raise AutomergeError(
+                f"metric {name!r} is a {type(metric).__name__}, not a callable (output, labels) -> float"
+            )
+    return named
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, torch.Tensor) and value.numel() != 1:
+        raise AutomergeError(f"metric {name!r} gave a tensor of shape {tuple(value.shape)}; it must give one number")
+    return float(value)
 
 
 def _batches(runner: _Runner, data: Any, inputs: int, kwargs: Mapping[str, Any] | None) -> Iterator[Batch]:
@@ -251,9 +264,19 @@ def agreement(
     """
     same = total = 0
     with _Runner(a) as first, _Runner(b) as second:
-        for batch in _batches(first, data, inputs, kwargs):
-            left, right = (_predicted(_combine(r.outputs(batch), "probabilities", class_axis)) for r in (first, second))
-            same += int(((left == right) & (left != _IGNORED)).sum())
+        for number, batch in enumerate(_batches(first, data, inputs, kwargs)):
+            pair = first.outputs(batch), second.outputs(batch)
+            for scores in (logits_of(o) for outputs in pair for o in outputs):
+                if not -scores.ndim <= class_axis < scores.ndim:
+                    raise AutomergeError(
+                        f"batch {number}: scores {tuple(scores.shape)} have no axis {class_axis} (class_axis=)"
+                    )
+            left, right = (_predicted(_combine(outputs, "probabilities", class_axis)) for outputs in pair)
+            if left.shape != right.shape:
+                raise AutomergeError(
+                    f"batch {number}: one gives predictions {tuple(left.shape)}, the other {tuple(right.shape)}"
+                )
+            same += int(((left == right) & (left != IGNORED)).sum())
             total += left.numel()
     return Agreement(same / max(total, 1), total)
 
@@ -283,18 +306,19 @@ def predictions(
 def interpolate(
     sd_a: Mapping[str, torch.Tensor], sd_b: Mapping[str, torch.Tensor], position: float
 ) -> dict[str, torch.Tensor]:
-    """``(1 - t) a + t b`` for every float tensor, in float64 and cast back; anything else is taken from ``a``.
+    """``(1 - t) a + t b`` for every float (or complex) tensor, in float64 and cast back; anything else is taken from ``a``.
 
     Examples:
         >>> interpolate({"w": torch.zeros(2)}, {"w": torch.ones(2)}, 0.25)["w"]
         tensor([0.2500, 0.2500])
     """
     out = {}
-    for name, a in sd_a.items():
-        if name not in sd_b or sd_b[name].shape != a.shape:
+    for name, a in checked_state(sd_a).items():
+        if name not in checked_state(sd_b) or sd_b[name].shape != a.shape:
             raise CheckpointError(f"the two state dicts differ in {name!r}; they must be of one architecture")
-        if a.is_floating_point():
-            mixed = (1 - position) * a.detach().double() + position * sd_b[name].detach().to(a.device).double()
+        if a.is_floating_point() or a.is_complex():
+            wide = torch.complex128 if a.is_complex() else torch.float64
+            mixed = (1 - position) * a.detach().to(wide) + position * sd_b[name].detach().to(a.device, wide)
             out[name] = mixed.to(a.dtype)
         else:
             out[name] = a.detach().clone()
@@ -330,8 +354,8 @@ def barrier(
     Raises:
         AutomergeError: for fewer than two points, empty data, or labels that are no classes.
     """
-    if points < 2:
-        raise AutomergeError(f"a path needs at least two points, got {points}")
+    if not isinstance(points, int) or points < 2:
+        raise AutomergeError(f"a path needs a whole number of at least two points, got {points!r}")
     batches = Batches(data, inputs, kwargs)
     source = batches if repair_data is None else Batches(repair_data, inputs, kwargs)
     positions = tuple(k / (points - 1) for k in range(points))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from automerge._data import Batches
+from automerge._data import Batches, checked_state, reals
 from automerge._errors import AutomergeError, CheckpointError
 from automerge._measures import Evaluation, Plane
 from automerge.evaluate import evaluate
@@ -58,8 +58,8 @@ def plane(
         >>> [round(v, 4) for v in found.losses[0]]
         [0.6931, 0.3133, 0.1269]
     """
-    if points < 2:
-        raise AutomergeError(f"a plane needs at least two points along each axis, got {points}")
+    if not isinstance(points, int) or points < 2:
+        raise AutomergeError(f"a plane needs a whole number of at least two points along each axis, got {points!r}")
     if repair not in (None, "reset"):
         raise AutomergeError(f"repair must be None or 'reset' in a plane, got {repair!r}")
     places = _plane_places(sd_a, sd_b, sd_c)
@@ -100,13 +100,13 @@ def _plane_places(
 ) -> list[tuple[float, float]]:
     """Where three state dicts lie in their plane."""
     bb = bc = cc = 0.0
-    for name, first in a.items():
-        if not first.is_floating_point():
+    for name, value in checked_state(a).items():
+        if (first := reals(value)) is None:
             continue
-        for other in (b, c):
-            if name not in other or other[name].shape != first.shape:
-                raise CheckpointError(f"the state dicts differ in {name!r}; they must be of one architecture")
-        one, two = (s[name].detach().to(first.device).double() - first.detach().double() for s in (b, c))
+        others = [reals(s[name].to(value.device)) if name in checked_state(s) else None for s in (b, c)]
+        if any(other is None or other.shape != first.shape for other in others):
+            raise CheckpointError(f"the state dicts differ in {name!r}; they must be of one architecture")
+        one, two = (other - first for other in others if other is not None)
         bb, bc, cc = bb + float((one * one).sum()), bc + float((one * two).sum()), cc + float((two * two).sum())
     across = cc - bc * bc / bb if bb > 0 else 0.0
     if across <= 1e-12 * cc or bb <= 0:
@@ -122,11 +122,12 @@ def _barycentric(places: Sequence[tuple[float, float]], x: float, y: float) -> t
 
 
 def _combination(states: Sequence[Mapping[str, torch.Tensor]], share: Sequence[float]) -> dict[str, torch.Tensor]:
-    """A weighted sum of the float tensors, in float64 and cast back; anything else is taken from the first."""
+    """A weighted sum of the float (or complex) tensors, in float64 and cast back; anything else is taken from the first."""
     out = {}
     for name, first in states[0].items():
-        if first.is_floating_point():
-            parts = [w * s[name].detach().to(first.device).double() for w, s in zip(share, states, strict=True)]
+        if first.is_floating_point() or first.is_complex():
+            wide = torch.complex128 if first.is_complex() else torch.float64
+            parts = [w * s[name].detach().to(first.device, wide) for w, s in zip(share, states, strict=True)]
             out[name] = torch.stack(parts).sum(0).to(first.dtype)
         else:
             out[name] = first.detach().clone()

@@ -1,5 +1,6 @@
 """Factories for the tests of the command line: good ones, and each way of being bad."""
 
+import itertools
 import sys
 from collections.abc import Iterator
 
@@ -35,6 +36,27 @@ def meta() -> nn.Module:
 
 def lazy() -> nn.Module:
     return nn.Sequential(nn.LazyLinear(4), nn.ReLU(), nn.Linear(4, 2))
+
+
+class Chatty(nn.Module):
+    """Prints while it runs, as do its factory and its data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        print("chatter of the factory")
+        self.layers = mlp()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        print("chatter of the model")
+        return self.layers(x)
+
+
+def chatty_batches() -> Iterator[torch.Tensor]:
+    print("chatter of the data")
+    yield torch.randn(8, 1, 4, 4)
+
+
+INSTANCE = mlp()
 
 
 class Table(nn.Module):
@@ -156,6 +178,37 @@ class _BrokenLater:
 
 def broken_later() -> _BrokenLater:
     return _BrokenLater()
+
+
+class _NoIterator:
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        raise OSError("disk gone")
+
+
+def no_iterator() -> _NoIterator:
+    return _NoIterator()
+
+
+def on_meta() -> list[torch.Tensor]:
+    return [torch.empty(4, 1, 4, 4, device="meta")]
+
+
+def endless() -> Iterator[torch.Tensor]:
+    return itertools.repeat(torch.randn(4, 1, 4, 4))
+
+
+class _Once:
+    """Gives its batches to the first who asks."""
+
+    def __init__(self) -> None:
+        self.items = iter([torch.randn(4, 1, 4, 4)])
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(list(self.items))
+
+
+def once() -> _Once:
+    return _Once()
 
 
 def no_batches() -> list[torch.Tensor]:

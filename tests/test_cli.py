@@ -1,9 +1,11 @@
 """The command line: what each command prints, and one sentence with exit code 2 for every bad input."""
 
+import io
 import json
 import os
 import pickle
 import pty
+import signal
 import stat
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from automerge import cli
+from automerge._console import Console
 from automerge._factory import InputSpec, UsageError, draw_inputs, parse_input
 from automerge.io import hash_state_dict
 from automerge.matchers import Matching
@@ -442,6 +445,64 @@ def test_one_checkpoint_twice(checkpoints: Sequence[Path], tmp_path: Path, capsy
         assert f"{again} is given twice" in fails(capsys, *call)
 
 
+def test_a_hard_link_is_the_same_checkpoint(
+    checkpoints: Sequence[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    link = tmp_path / "link.safetensors"
+    link.hardlink_to(checkpoints[0])
+    call = [F + "mlp", checkpoints[0], link]
+    assert f"{link} is given twice" in fails(capsys, "merge", *call, "-o", tmp_path / "m.safetensors", *SHAPE)
+    assert f"{link} is given twice" in fails(capsys, "compare", *call, "--data", F + "batches")
+
+
+@pytest.mark.parametrize("option", ["-o", "--matching"])
+def test_a_checkpoint_that_is_read_is_not_written_over(
+    option: str, checkpoints: Sequence[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(checkpoints[1])
+    before = checkpoints[1].read_bytes()
+    for target in (checkpoints[1], link):
+        outputs = {"-o": tmp_path / "m.safetensors", "--matching": tmp_path / "k.safetensors", option: target}
+        call = [x for pair in outputs.items() for x in pair]
+        message = fails(capsys, "merge", F + "mlp", *checkpoints, *SHAPE, "--force", *call)
+        assert f"{option} {target} is one of the checkpoints" in message
+    assert checkpoints[1].read_bytes() == before
+
+
+def test_two_outputs_under_one_name(
+    checkpoints: Sequence[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "x.svg"
+    assert "same file" in fails(capsys, "inspect", F + "mlp", *SHAPE, "--json", file, "--draw", file, "--force")
+    call = ["compare", F + "mlp", *checkpoints, "--data", F + "batches"]
+    assert "same file" in fails(capsys, *call, "--json", file, "--html", file, "--force")
+    assert not file.exists()
+
+
+def test_a_picture_format_is_checked_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("automerge._commands.infer", lambda *_, **__: pytest.fail("inference began"))
+    json_file = tmp_path / "s.json"
+    message = fails(capsys, "inspect", F + "mlp", *SHAPE, "--json", json_file, "--draw", tmp_path / "s.txt")
+    assert "unknown picture format '.txt'" in message
+    assert not json_file.exists()
+
+
+def test_a_symmetry_of_another_architecture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "s.json"
+    assert run("inspect", F + "mlp", *SHAPE, "--json", file) == 0
+    capsys.readouterr()
+    for factory, shape, words in (
+        ("batchnorm", "2,1,4,4", "1.weight, of the shape (12, 16), is of the shape (6,) there"),
+        ("table", "3,4", "1.weight, of the shape (12, 16), is missing there"),
+    ):
+        message = fails(capsys, "verify", F + factory, "--input", shape, "--symmetry", file)
+        assert words in message
+        assert "another architecture" in message
+
+
 def test_integer_buffers_that_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     for number, path in enumerate(paths):
@@ -473,10 +534,9 @@ def test_bad_reference_and_matcher(
     assert "frank-wolfe" in fails(capsys, *call, "--matcher", "magic")
 
 
-def test_neither_input_nor_data(
-    checkpoints: Sequence[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    message = fails(capsys, "merge", F + "mlp", *checkpoints, "-o", tmp_path / "m.safetensors")
+def test_neither_input_nor_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Said before any file is read."""
+    message = fails(capsys, "merge", F + "mlp", "absent.pt", "gone.pt", "-o", tmp_path / "m.safetensors")
     assert "--input" in message
     assert "--data" in message
 
@@ -493,6 +553,9 @@ def test_neither_input_nor_data(
         ("broken_generator", "while giving batch 1 (OSError: disk gone)"),
         ("broken_later", "while giving batch 1 (OSError: disk gone)"),
         ("not_a_number", "batch 1 has values that are NaN"),
+        ("no_iterator", "while giving batch 0 (OSError: disk gone)"),
+        ("on_meta", "batch 0 of the data is on the meta device"),
+        ("once", "read only once"),
     ],
 )
 def test_bad_data(
@@ -500,7 +563,20 @@ def test_bad_data(
 ) -> None:
     call = ["merge", F + "mlp", *checkpoints, "-o", tmp_path / "m.safetensors"]
     assert word in fails(capsys, *call, "--data", F + name)
-    assert word in fails(capsys, *call, *SHAPE, "--data", F + name)
+    if name != "once":
+        assert word in fails(capsys, *call, *SHAPE, "--data", F + name)
+    compare = ["compare", F + "mlp", *checkpoints, "--matchers", "identity", "--repairs", "none"]
+    if name != "wide":  # said in other words
+        assert word in fails(capsys, *compare, "--data", F + name)
+
+
+def test_data_that_never_end(
+    checkpoints: Sequence[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("automerge._data.physical_memory", lambda: 2**20)
+    message = fails(capsys, "merge", F + "mlp", *checkpoints, "-o", tmp_path / "m.safetensors", "--data", F + "endless")
+    assert "first 2049 batches" in message  # of 256 bytes each: more than half of the memory
+    assert "itertools.islice" in message
 
 
 # ---------------------------------------------------------------- progress
@@ -543,6 +619,7 @@ def test_progress_is_a_bar_on_a_terminal(checkpoints: Sequence[Path], tmp_path: 
         ("no.such.module:build", ["does not import", "no"]),
         (F + "absent", ["has no 'absent'"]),
         (F + "VALUE", ["int", "callable"]),
+        (F + "INSTANCE", ["Sequential", "a function that returns it"]),
         (F + "number", ["int", "torch.nn.Module"]),
         (F + "needs_argument", ["width"]),
         (F + "raises", ["no such weights"]),
@@ -607,7 +684,10 @@ def test_a_keyword_given_twice(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("seed", ["-1", "x", "1.5", "99999999999999999999"])
-@pytest.mark.parametrize("command", [["demo"], ["inspect", F + "mlp", *SHAPE]])
+@pytest.mark.parametrize(
+    "command",
+    [["demo"], ["inspect", F + "mlp", *SHAPE], ["compare", F + "mlp", "a.pt", "b.pt", "--data", F + "batches"]],
+)
 def test_bad_seed(seed: str, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "not a whole number from 0" in fails(capsys, *command, f"--seed={seed}")
 
@@ -663,6 +743,50 @@ def test_an_interrupt_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr("automerge._commands.build_model", interrupt)
     assert run("inspect", F + "mlp", *SHAPE) == 130
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_termination_ends_with_143(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("automerge._commands.build_model", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert run("inspect", F + "mlp", *SHAPE) == 143
+    assert capsys.readouterr().err == "automerge inspect: terminated; no half-written file is left\n"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_termination_while_the_result_is_written(
+    checkpoints: Sequence[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(_: object, name: str, **__: object) -> None:
+        Path(name).write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("automerge.io.save_file", half)
+    assert run("merge", F + "mlp", *checkpoints, "-o", tmp_path / "m.safetensors", *SHAPE) == 143
+    assert sorted(tmp_path.iterdir()) == sorted(checkpoints)
+
+
+def test_what_other_code_prints_is_no_result(
+    checkpoints: Sequence[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("inspect", F + "Chatty", *SHAPE) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("Symmetry: 2 groups")
+    assert "chatter" not in printed.out
+    assert "chatter of the factory" in printed.err
+    assert "chatter of the model" in printed.err
+    for path in checkpoints:
+        save_file({f"layers.{k}": v for k, v in load_file(path).items()}, path)
+    out = tmp_path / "m.safetensors"
+    assert run("merge", F + "Chatty", *checkpoints, "-o", out, "--data", F + "chatty_batches") == 0
+    printed = capsys.readouterr()
+    assert "chatter" not in printed.out
+    assert "chatter of the data" in printed.err
+
+
+def test_letters_that_the_terminal_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    Console().show("written to é.safetensors")
+    assert raw.getvalue() == b"written to \\xe9.safetensors\n"
 
 
 def test_a_defect_ends_with_1_and_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

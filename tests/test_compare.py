@@ -24,6 +24,7 @@ from automerge import (
     Identity,
     Matcher,
     Matching,
+    Repair,
     ZipIt,
     compare,
     evaluate,
@@ -123,6 +124,8 @@ def test_data_that_cannot_be_cut() -> None:
         split_batches([Batch((torch.ones(3), torch.ones(5)))], [1, 1], 0)
     with pytest.raises(AutomergeError, match="too few"):
         split_batches([Batch((torch.ones(1),))], [1, 1], 0)
+    with pytest.raises(AutomergeError, match="batch 0 cannot be cut into samples: it holds a sparse tensor"):
+        split_batches([Batch((torch.eye(4).to_sparse(),))], [1, 1], 0)
 
 
 # -------------------------------------------------------------------- the table
@@ -244,6 +247,36 @@ def test_bad_input() -> None:
         compare(nets, data[0][0], None)
     with pytest.raises(MatchingError, match="two models"):
         compare(nets[:1], data[0][0], data)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"matchers": ["identity"]}, "matchers maps names .* got a list"),
+        ({"matchers": {"a": "identity"}}, r"matchers\['a'\] is 'identity', not a matcher"),
+        ({"matchers": {"a": FrankWolfe}}, r"matchers\['a'\] is <class .*not a matcher such as FrankWolfe\(\)"),
+        ({"repairs": ["none"]}, "repairs maps names .* got a list"),
+        ({"repairs": {"a": "foo"}}, r"repairs\['a'\] is 'foo'; give none, reset"),
+        ({"repairs": {"a": Repair}}, r"repairs\['a'\] is <class"),
+    ],
+)
+def test_choices_of_another_kind_are_refused(options: Any, words: str) -> None:
+    models, data = problem(2)
+    with pytest.raises(AutomergeError, match=words):
+        compare(models, data[0][0][:2], data, **options)
+
+
+def test_models_may_come_from_a_generator() -> None:
+    models, data = problem(2)
+    options: Any = {"matchers": {"identity": MATCHERS["identity"]()}, "repairs": {"none": "none"}}
+    found = compare((m for m in models), data[0][0][:2], data, **options)  # type: ignore[arg-type]
+    assert [r.matcher for r in found.rows] == ["identity"]
+
+
+def test_outputs_that_are_nan_are_called_so() -> None:
+    models, data = problem(2)
+    with pytest.raises(AutomergeError, match="select: the models' outputs are NaN on all of it"):
+        compare(models, data[0][0][:2], data, select=[(x * torch.inf, y) for x, y in data])
 
 
 def score(accuracy: float, loss: float, n: int = 100) -> Score:

@@ -39,7 +39,7 @@ def test_getting_started_s_commands_run(folder: Path, capsys: pytest.CaptureFixt
     data, _ = blocks("getting-started.md", "python")
     (folder / "my_data.py").write_text(data)
     commands = [block.split() for block in blocks("getting-started.md", "bash") if block.startswith("automerge ")]
-    assert [c[1] for c in commands] == ["demo", "inspect", "verify", "merge"]
+    assert [c[1] for c in commands] == ["demo", "inspect", "verify", "merge", "compare"]
     for command in commands[1:]:
         assert cli.main(command[1:]) == 0
     assert "channels by" in capsys.readouterr().out  # what the repair did, layer by layer

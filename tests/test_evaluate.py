@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from automerge._errors import AutomergeError, CheckpointError, OutputError
+from automerge.datafree import GaussianRepair, RowNorms
 from automerge.evaluate import (
     Barrier,
     agreement,
@@ -26,6 +27,7 @@ from automerge.evaluate import (
     interpolate,
     similarity,
 )
+from automerge.fitting import LeastSquares
 from automerge.infer import infer
 from automerge.landscape import plane
 from automerge.matchers import Matching
@@ -96,6 +98,108 @@ def test_evaluate_uses_a_given_state_dict_and_keeps_the_model() -> None:
         evaluate((model, {**before, "z": torch.ones(1)}), data)
     with pytest.raises(CheckpointError, match=r"differ in the key '0.bias'"):
         evaluate((model, {n: v for n, v in before.items() if n != "0.bias"}), data)
+
+
+def _twice(seed: int) -> nn.Sequential:
+    """One module under two names."""
+    torch.manual_seed(seed)
+    shared = nn.Linear(6, 6)
+    return nn.Sequential(nn.Linear(4, 6), shared, nn.ReLU(), shared, nn.ReLU(), nn.Linear(6, 3))
+
+
+class _Tied(nn.Module):
+    """A siamese tower under two names, and a weight that two modules share."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.left = self.right = nn.Linear(4, 4)
+        self.up, self.again, self.out = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.again.weight = self.up.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.relu(self.left(x)) * torch.sigmoid(self.right(-x))
+        return self.out(torch.relu(self.again(torch.relu(self.up(h)))))
+
+
+@pytest.mark.parametrize("make", [_twice, _Tied])
+def test_a_module_with_two_names_gets_its_own_weights_back(make: Any) -> None:
+    """torch.func.functional_call left what it had been lent in such a module: the caller's weights were lost."""
+    model, other, data = make(0), make(1), _data([5, 7])
+    tensors = {n: (t, t.detach().clone()) for n, t in model.named_parameters(remove_duplicate=False)}
+    weights = other.state_dict()
+    assert evaluate((model, weights), data) == evaluate(other, data)
+    barrier(model, model.state_dict(), weights, data, 3, Repair())
+    Repair()(model, weights, [weights, model.state_dict()], data)
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        assert tensor is tensors[name][0], name
+        assert torch.equal(tensor, tensors[name][1]), name
+
+
+def test_names_that_the_model_ties_may_be_left_out() -> None:
+    model, other, data = _Tied(0), _Tied(1), _data([5, 7])
+    fewer = {n: v for n, v in other.state_dict().items() if not n.startswith("right.") and n != "again.weight"}
+    assert evaluate((model, fewer), data) == evaluate(other, data)
+
+
+def test_modules_in_the_place_of_state_dicts_are_refused() -> None:
+    a, b, data = _net(0), _net(1), _data([5])
+    for call in (
+        lambda: evaluate((a, b), data),  # type: ignore[arg-type]
+        lambda: barrier(a, a, b, data, 3),  # type: ignore[arg-type]
+        lambda: plane(a, a, b, _net(2), data, 2),  # type: ignore[arg-type]
+        lambda: similarity(a, b),  # type: ignore[arg-type]
+        lambda: Repair()(a, a, [a, b], data),  # type: ignore[arg-type, list-item]
+    ):
+        with pytest.raises(CheckpointError, match=r"got a Sequential.*module\.state_dict\(\)"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "repair", [Repair(), RowNorms(), GaussianRepair(), LeastSquares()], ids=lambda r: type(r).__name__
+)
+def test_an_endpoint_that_lacks_a_tensor_is_refused(repair: Any) -> None:
+    model, data = _net(0), _data([9])
+    own = model.state_dict()
+    for end in ({}, {n: v for n, v in own.items() if n != "3.bias"}, {**own, "z": torch.ones(1)}):
+        with pytest.raises(CheckpointError, match="differ in the key"):
+            repair(model, own, [own, end], data)
+
+
+def test_complex_weights_are_on_the_way_too() -> None:
+    a, b = {"w": torch.tensor([1 + 1j, 0j])}, {"w": torch.tensor([0j, 1 - 1j])}
+    assert torch.equal(interpolate(a, b, 0.5)["w"], torch.tensor([0.5 + 0.5j, 0.5 - 0.5j]))
+    assert similarity(a, a).cosine == pytest.approx(1)
+    assert similarity(a, {"w": a["w"] * 1j}).cosine == pytest.approx(0)  # the real inner product of the planes
+
+
+def test_arguments_of_another_kind_are_refused() -> None:
+    a, b, data = _net(0), _net(1), _data([5])
+    with pytest.raises(AutomergeError, match=r"metric 'int' is a int, not a callable"):
+        evaluate(a, data, 3)  # type: ignore[arg-type]
+    with pytest.raises(AutomergeError, match=r"metric 'raw' gave a tensor of shape \(5, 3\)"):
+        evaluate(a, data, {"raw": lambda out, labels: out})
+    with pytest.raises(AutomergeError, match=r"whole number of at least two points.*, got 2\.5"):
+        barrier(a, a.state_dict(), b.state_dict(), data, 2.5)  # type: ignore[arg-type]
+    with pytest.raises(AutomergeError, match=r"whole number of at least two points.*, got 2\.5"):
+        plane(a, a.state_dict(), b.state_dict(), _net(2).state_dict(), data, 2.5)  # type: ignore[arg-type]
+    with pytest.raises(AutomergeError, match="no axis 7"):
+        agreement(a, b, data, class_axis=7)
+    with pytest.raises(AutomergeError, match=r"predictions \(5,\), the other \(5, 2\)"):
+        agreement(a, lambda_net(lambda x: torch.zeros(5, 2, 3)), data)
+
+
+def lambda_net(function: Any) -> nn.Module:
+    class Net(nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            return function(x)
+
+    return Net()
+
+
+def test_complex_scores_are_no_scores() -> None:
+    with pytest.raises(AutomergeError, match="complex"):
+        evaluate(lambda_net(lambda x: torch.complex(x, x)), _data([4]))
 
 
 def test_class_axis_and_ignored_labels() -> None:

@@ -366,9 +366,8 @@ def _never(*_: Any, **__: Any) -> Any:
 
 @pytest.fixture
 def no_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["automerge._merge_task"]
-    monkeypatch.setattr(module, "infer_common", _never)
-    monkeypatch.setattr(module, "match", _never)
+    monkeypatch.setattr(sys.modules["automerge._merge_task"], "infer_common", _never)
+    monkeypatch.setattr(sys.modules[merge.__module__], "match", _never)
 
 
 def _changed(state: StateDict, **changes: torch.Tensor) -> StateDict:

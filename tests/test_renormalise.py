@@ -332,6 +332,24 @@ def test_one_sample_is_too_few_and_the_report_says_so() -> None:
     assert all(torch.equal(fixed[n], v) for n, v in states[0].items())
 
 
+def test_complex_activations_are_left_alone_and_named() -> None:
+    """A repair by their real parts would be of something else."""
+
+    class Complex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(3, 5, dtype=torch.complex64), nn.Linear(5, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(self.up(x.to(torch.complex64)).abs())
+
+    states = [Complex().state_dict() for _ in range(2)]
+    merged = {n: (a + states[1][n]) / 2 for n, a in states[0].items()}
+    fixed, report = Repair()(Complex(), merged, states, [torch.randn(20, 3)])
+    assert torch.equal(fixed["up.weight"], merged["up.weight"])
+    assert "complex" in report.skipped["up.weight"]
+
+
 def test_dead_channels_are_left_alone() -> None:
     model = _mlp(4, 6, 5, 2)
     states = [_mlp(4, 6, 5, 2, seed=s).state_dict() for s in (1, 2)]

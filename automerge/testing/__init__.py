@@ -21,7 +21,7 @@ from automerge.testing._assertions import (
     assert_same_symmetry,
     assert_sound,
 )
-from automerge.testing._networks import Network, free_positions
+from automerge.testing._networks import Network, free_positions, rebuild
 
 if TYPE_CHECKING:
     from automerge.testing._strategies import Checkpoints, checkpoints, elements, networks
@@ -37,6 +37,7 @@ __all__ = [
     "elements",
     "free_positions",
     "networks",
+    "rebuild",
 ]
 
 _LAZY = ("Checkpoints", "checkpoints", "elements", "networks")

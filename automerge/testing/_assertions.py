@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from automerge._double import double_precision
+from automerge._errors import AutomergeError
 from automerge._tree_io import tensors_of
 from automerge._verify import Change, fresh_inputs, randomised, within_rounding
 from automerge.groups import Element
@@ -27,6 +29,8 @@ from automerge.trace import normalise_args, prepared
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]
 State = dict[str, torch.Tensor]
+_DRAWS = 5  # of weights, before outputs are taken that do not react to them
+_REACTION = 1e-8  # relative
 
 
 def assert_invariant(
@@ -46,12 +50,14 @@ def assert_invariant(
         args: a tensor, or a tuple or list of positional inputs.
         symmetry: the group.
         kwargs: keyword inputs.
-        elements: how many random elements.
+        elements: how many random elements, at least one.
         seed: of the elements.
-        tolerance: the largest difference, relative to the largest output.
+        tolerance: the largest difference, relative to the largest output; below 1.
 
     Raises:
-        AssertionError: naming a generator that changes the output by itself, if there is one.
+        AssertionError: naming a generator that changes the output by itself, if there is one; or because nothing could be
+            tested: the symmetry is of another architecture, or the outputs hold no finite number.
+        AutomergeError: for arguments of another kind.
 
     Examples:
         >>> from automerge import Generator, Slot, Symmetry
@@ -66,6 +72,7 @@ def assert_invariant(
         ...
         AssertionError: exchanging the units of generator 0 (4 units: 0.weight[0]) changes the output by ...
     """
+    _check_arguments(symmetry, elements, tolerance)
     subject = _Subject(model)
     _check(subject, dict(subject.own), [normalise_args(args, kwargs)], symmetry, elements, seed, tolerance)
 
@@ -83,23 +90,24 @@ def assert_sound(
     """The group is one of symmetries for all weights and inputs, as far as random ones can tell.
 
     Weights and normalisation statistics are randomised first, because a fresh initialisation (zeros, ones) hides mistakes;
-    every generator is tried alone, then random elements; on the example and on other inputs. Where randomised weights give
-    no finite output, the model's own are used.
+    every generator is tried alone, then random elements; on the example and on other inputs. Where no randomised weights give
+    finite outputs, the model's own are used.
 
     Args:
         model: any module; it is copied, not changed.
         args: a tensor, or a tuple or list of positional inputs.
         symmetry: the group; inferred if not given.
         kwargs: keyword inputs.
-        elements: how many random elements.
+        elements: how many random elements, at least one.
         seed: of weights, inputs and elements.
-        tolerance: the largest difference, relative to the largest output.
+        tolerance: the largest difference, relative to the largest output; below 1.
 
     Returns:
         The symmetry, so that a test can go on with it.
 
     Raises:
-        AssertionError: naming a generator that changes the output by itself, if there is one.
+        AssertionError: as `assert_invariant`.
+        AutomergeError: for arguments of another kind, or a model that does not run.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
@@ -107,16 +115,12 @@ def assert_sound(
         1
     """
     group = infer(model, args, kwargs, verify=False) if symmetry is None else symmetry
+    _check_arguments(group, elements, tolerance)
     given = normalise_args(args, kwargs)
     subject = _Subject(model)
-    free = {n: subject.own[n] for n in group.shapes if n in subject.own}
-    state = subject.own | randomised(free, group.statistics, seed)
     inputs: list[Given] = [given, fresh_inputs(*given, seed)]
-    try:
-        finite = all(bool(torch.isfinite(t).all()) for i in inputs for t in subject.run(state, i))
-    except Exception:
-        finite = False
-    if not finite:
+    state = _lively(subject, inputs, group, seed)
+    if state is None:
         state, inputs = dict(subject.own), [given]
     _check(subject, state, inputs, group, elements, seed, tolerance, alone=True)
     return group
@@ -128,7 +132,7 @@ def assert_same_symmetry(found: Symmetry, expected: Symmetry | Network) -> None:
     The order of generators and of units, and the choice of corresponding positions inside wreathed units, do not count.
 
     Raises:
-        AssertionError: listing the generators that only one of them has.
+        AssertionError: listing the generators that only one of them has, or has more often.
 
     Examples:
         >>> from automerge import infer
@@ -136,15 +140,22 @@ def assert_same_symmetry(found: Symmetry, expected: Symmetry | Network) -> None:
         >>> assert_same_symmetry(infer(net, torch.ones(1, 3)), infer(net, torch.zeros(2, 3)))
     """
     truth = expected.symmetry if isinstance(expected, Network) else expected
+    for symmetry in (found, truth):
+        _check_symmetry(symmetry)
     mine, theirs = canonical(found), canonical(truth)
     if mine == theirs:
         return
     lines = []
     for title, symmetry, other in (("found, not expected", found, theirs), ("expected, not found", truth, mine)):
+        left = Counter(other)
         for number, generator in enumerate(symmetry.generators()):
-            single = Symmetry(symmetry.shapes, (generator,))
-            if canonical(single)[0] not in other:
+            (own,) = canonical(Symmetry(symmetry.shapes, (generator,)))
+            left[own] -= 1
+            if left[own] < 0:
                 lines.append(f"  {title}: {_describe(number, generator)}")
+    for name, shape in found.shapes.items():
+        if truth.shapes.get(name, shape) != shape:
+            lines.append(f"  {name} has the shape {shape}, expected {truth.shapes[name]}")
     sizes = [sorted(g.size for g in s.generators()) for s in (found, truth)]
     raise AssertionError(f"found generators of sizes {sizes[0]}, expected {sizes[1]}\n" + "\n".join(lines))
 
@@ -165,6 +176,8 @@ def assert_cycle_consistent(matching: Any) -> None:
         >>> assert_cycle_consistent(Matching((s.random_element(0), s.random_element(1), s.identity()), s))
     """
     n = len(matching)
+    if n < 2:
+        raise AssertionError(f"a matching of {n} models has no cycle")
     maps: dict[tuple[int, int], Element] = {(a, b): matching.between(a, b) for a in range(n) for b in range(n)}
     for a in range(n):
         _identity(maps[a, a], [a, a])
@@ -204,12 +217,77 @@ class _Subject:
                     done.add(id(tensor))
                     tensor.copy_(state[name])
         wide = [_double(v) for v in given[0]], {k: _double(v) for k, v in given[1].items()}
-        with prepared(self.model), double_precision():
+        with prepared(self.model), double_precision(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # a model that draws random numbers draws the same ones every time
             return [t.detach().clone() for t in tensors_of(self.model(*wide[0], **wide[1]))]
 
     def changed(self, state: State, given: Given, change: Change) -> list[torch.Tensor]:
         """The outputs with these values, changed on the way."""
         return self.run({n: change(n, v) for n, v in state.items()}, given)
+
+
+def _check_arguments(symmetry: Any, elements: int, tolerance: float) -> None:
+    """An assertion that could not fail is refused."""
+    _check_symmetry(symmetry)
+    if elements < 1:
+        raise AutomergeError(f"elements={elements} would test nothing; give at least one")
+    if not 0 <= tolerance < 1:
+        raise AutomergeError(
+            f"tolerance={tolerance}: expected a number from 0 to below 1, relative to the largest output"
+        )
+
+
+def _check_symmetry(symmetry: Any) -> None:
+    if not isinstance(symmetry, Symmetry):
+        raise AutomergeError(f"expected a Symmetry, as infer gives it, got a {type(symmetry).__name__}")
+
+
+def _check_testable(subject: _Subject, state: State, inputs: Sequence[Given], symmetry: Symmetry) -> None:
+    """The symmetry is of this architecture, and there are outputs: numbers that are none agree with any claim."""
+    moved = {slot.param for g in symmetry.generators() for slot in g.slots}
+    for name in sorted(moved):
+        if name not in state:
+            raise AssertionError(f"the model has no parameter {name!r}, which the symmetry moves")
+        if tuple(state[name].shape) != tuple(symmetry.shapes[name]):
+            raise AssertionError(
+                f"{name} has the shape {tuple(state[name].shape)}, and {tuple(symmetry.shapes[name])} in the symmetry"
+            )
+    before = [subject.run(state, given) for given in inputs]
+    if not any(bool(torch.isfinite(t).any()) for outputs in before for t in outputs):
+        raise AssertionError(
+            "the outputs hold no finite number, so nothing can be compared; give other inputs or weights"
+        )
+
+
+def _lively(subject: _Subject, inputs: Sequence[Given], symmetry: Symmetry, seed: int) -> State | None:
+    """Random weights with finite outputs, and if there are such, outputs that react to what the group moves.
+
+    Where all units are dead, any claim would pass; so later draws have other signs.
+    """
+    free = {n: subject.own[n] for n in symmetry.shapes if n in subject.own}
+    moved = {slot.param for g in symmetry.generators() for slot in g.slots}
+    found: State | None = None
+    for draw in range(_DRAWS):
+        rng = torch.Generator().manual_seed(seed + draw)
+        state = subject.own | randomised(free, symmetry.statistics, seed + draw)
+        for name in free if draw else ():
+            if state[name].is_floating_point() and name not in symmetry.statistics:
+                state[name] = state[name] * (torch.rand(state[name].shape, generator=rng) < 0.5).to(state[name]).mul(
+                    2
+                ).sub(1)
+        other = state | randomised({n: state[n] for n in moved & set(state)}, symmetry.statistics, seed)
+        try:
+            before = [subject.run(state, given) for given in inputs]
+            if not all(bool(torch.isfinite(t).all()) for outputs in before for t in outputs):
+                continue
+            found = found or state
+            if not moved or any(
+                difference(o, subject.run(other, g)) > _REACTION for o, g in zip(before, inputs, strict=True)
+            ):
+                return state
+        except Exception:  # such weights are none that the model runs with
+            continue
+    return found
 
 
 def _double(value: Any) -> Any:
@@ -260,9 +338,7 @@ def _check(
     alone: bool = False,
 ) -> None:
     generators = symmetry.generators()
-    missing = [s.param for g in generators for s in g.slots if s.param not in state]
-    if missing:
-        raise AssertionError(f"the model has no parameter {missing[0]!r}, which the symmetry moves")
+    _check_testable(subject, state, inputs, symmetry)
     rng = np.random.default_rng(seed)
     before = [subject.run(state, given) for given in inputs]
 

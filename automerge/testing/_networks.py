@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from automerge._errors import AutomergeError
 from automerge.symmetry import Generator, Symmetry
 from automerge.testing._blocks import BLOCKS, Make, dense
 from automerge.testing._builder import Block, Builder, Built, Pick
@@ -29,12 +30,14 @@ class Network:
         args: example inputs.
         symmetry: the ground truth; never inferred.
         description: the blocks, one per line.
+        recipe: an expression that builds the same network again, weights and inputs included; the last line of its repr.
     """
 
     model: nn.Module
     args: tuple[Any, ...]
     symmetry: Symmetry
     description: str = ""
+    recipe: str = ""
 
     @property
     def generators(self) -> list[Generator]:
@@ -51,8 +54,19 @@ class Network:
         """``(param, axis)`` -> the positions that some generator moves; axes without any are left out."""
         return free_positions(self.symmetry)
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What hypothesis prints of a failing example."""
+        _print_lines(printer, repr(self))
+
     def __repr__(self) -> str:
-        return f"Network(sizes={self.sizes},\n{self.description})"
+        return f"Network(sizes={self.sizes},\n{self.description},\n  {self.recipe})"
+
+
+def _print_lines(printer: Any, text: str) -> None:
+    for number, line in enumerate(text.splitlines()):
+        if number:
+            printer.break_()
+        printer.text(line)
 
 
 def free_positions(symmetry: Symmetry) -> dict[tuple[str, int], frozenset[int]]:
@@ -102,6 +116,69 @@ def build(pick: Pick, kinds: tuple[str, ...] = KINDS, blocks: int = 4) -> Networ
         kinds: what the input may be.
         blocks: at most this many blocks between the input and the head.
     """
+    chosen: list[int] = []
+
+    def noted(options: Sequence[Any]) -> Any:
+        value = pick(options)
+        chosen.append(
+            next(i for i, o in enumerate(options) if o is value or o == value)
+        )  # equal options build the same
+        return value
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # choices alone decide about weights
+        return replace(
+            _assembled(noted, kinds, blocks), recipe=f"rebuild({chosen}, kinds={kinds!r}, max_blocks={blocks})"
+        )
+
+
+def rebuild(choices: Sequence[int], kinds: Sequence[str] = KINDS, max_blocks: int = 4) -> Network:
+    """The network that `networks` drew before: what its repr says in the last line.
+
+    Args:
+        choices: the number of every option that was chosen, in order.
+        kinds: as given to `networks`.
+        max_blocks: as given to `networks`.
+
+    Raises:
+        AutomergeError: if the choices are no network's.
+
+    Examples:
+        >>> rebuild([0, 0, 0, 4, 0, 0, 0, 0, 2, 0], kinds=["vector"], max_blocks=1)
+        Network(sizes=(2, 2),
+          Block(
+            split [2, 2], join
+            (parts): ModuleList(
+              (0): Linear(in_features=2, out_features=4, bias=True)
+            )
+          )
+          Block(
+            sum of tanh
+            (parts): ModuleList()
+          ),
+          rebuild([0, 0, 0, 4, 0, 0, 0, 0, 2, 0], kinds=('vector',), max_blocks=1))
+    """
+    left = iter(choices)
+    try:
+        return build(lambda options: options[next(left)], checked_kinds(kinds, max_blocks), max_blocks)
+    except (StopIteration, IndexError) as error:
+        raise AutomergeError("these choices are of no network, or of other kinds or max_blocks") from error
+
+
+def checked_kinds(kinds: Sequence[str], max_blocks: int) -> tuple[str, ...]:
+    """The kinds as a tuple.
+
+    Raises:
+        AutomergeError: if there is none or an unknown one, or no block.
+    """
+    if isinstance(kinds, str) or not kinds or not set(kinds) <= set(KINDS):
+        raise AutomergeError(f"kinds={kinds!r}: expected a list of some of {', '.join(KINDS)}")
+    if not isinstance(max_blocks, int) or max_blocks < 1:
+        raise AutomergeError(f"max_blocks={max_blocks!r}: expected a whole number of at least 1")
+    return tuple(kinds)
+
+
+def _assembled(pick: Pick, kinds: tuple[str, ...], blocks: int) -> Network:
     b = Builder(pick, pick(kinds))
     b.space = pick([2, 4]) if b.kind == "image" else 3
     channels = pick([2, 3])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from automerge import Element, Generator, Matching, Slot, Symmetry, infer
+from automerge import AutomergeError, Element, Generator, Matching, Slot, Symmetry, infer
 from automerge.testing import (
     Checkpoints,
     assert_cycle_consistent,
@@ -72,6 +73,91 @@ def test_pairs_of_wrong_generators_do_not_hide() -> None:
 def test_a_foreign_symmetry_fails() -> None:
     with pytest.raises(AssertionError, match="no parameter 'elsewhere'"):
         assert_invariant(NET, ARGS, Symmetry({"elsewhere": (2,)}, (Generator(2, (Slot("elsewhere", 0, unit(2)),)),)))
+
+
+def test_a_symmetry_of_another_width_fails() -> None:
+    other = infer(nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2)), ARGS)
+    for check in (assert_invariant, assert_sound):
+        with pytest.raises(AssertionError, match=r"0.bias has the shape \(4,\), and \(6,\) in the symmetry"):
+            check(NET, ARGS, other)
+
+
+class Odd(nn.Module):
+    """A hidden layer, and an output that a function makes of it."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.up, self.down, self.function = nn.Linear(3, 4), nn.Linear(4, 2), function
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.function(self.down(torch.relu(self.up(x))))
+
+
+WRONG = Symmetry({"up.weight": (4, 3)}, (Generator(4, (Slot("up.weight", 0, np.arange(4)[:, None]),)),))
+
+
+@pytest.mark.parametrize("check", [assert_invariant, assert_sound])
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda x: x * torch.nan, "no finite number"),
+        (lambda x: None, "no finite number"),
+        (lambda x: x.shape[0], "no finite number"),
+    ],
+    ids=["nan", "none", "number"],
+)
+def test_outputs_that_agree_with_any_claim_fail(check: Any, function: Any, words: str) -> None:
+    with pytest.raises(AssertionError, match=words):
+        check(Odd(function), ARGS, WRONG)
+
+
+@pytest.mark.parametrize("check", [assert_invariant, assert_sound])
+def test_random_draws_hide_no_mistake(check: Any) -> None:
+    """Without one seed for all runs every difference was within the model's own noise."""
+
+    class Noisy(Odd):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(torch.relu(self.up(x)) + torch.randn(1, 1, dtype=x.dtype))
+
+    net = Noisy(None)
+    with pytest.raises(AssertionError, match="no symmetry of Noisy"):
+        check(net, ARGS, WRONG)
+    truth = infer(net, ARGS)
+    state = torch.get_rng_state()
+    check(net, ARGS, truth)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_dead_units_hide_no_mistake() -> None:
+    """With the model's signs every unit is dead, and any claim would pass."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    with torch.no_grad():
+        net[0].weight.abs_().neg_()
+        net[0].bias.fill_(-1.0)
+    wrong = Symmetry({"0.weight": (4, 3), "0.bias": (4,)}, (Generator(4, (Slot("0.weight", 0, unit(4)),)),))
+    with pytest.raises(AssertionError, match="no symmetry of Sequential"):
+        assert_sound(net, ARGS.abs(), wrong)
+
+
+def test_assertions_that_could_not_fail_are_refused() -> None:
+    for check in (assert_invariant, assert_sound):
+        for options in ({"elements": 0}, {"elements": -1}, {"tolerance": 2.0}, {"tolerance": float("nan")}):
+            with pytest.raises(AutomergeError, match=f"{next(iter(options))}="):
+                check(NET, ARGS, without("0.bias"), **options)
+        with pytest.raises(AutomergeError, match="expected a Symmetry, as infer gives it, got a list"):
+            check(NET, ARGS, TRUTH.generators())
+    with pytest.raises(AutomergeError, match="got a NoneType"):
+        assert_same_symmetry(TRUTH, None)  # type: ignore[arg-type]
+    with pytest.raises(AssertionError, match="no cycle"):
+        assert_cycle_consistent(Matching((TRUTH.identity(),), TRUTH))
+
+
+def test_generators_that_are_there_twice_and_other_shapes_are_told() -> None:
+    with pytest.raises(AssertionError, match=r"found, not expected: 1 \(4 units"):
+        assert_same_symmetry(Symmetry(TRUTH.shapes, TRUTH.sets * 2), TRUTH)
+    pair = (Generator(2, (Slot("w", 0, unit(2)),)),)
+    with pytest.raises(AssertionError, match=r"w has the shape \(2, 4\), expected \(3, 4\)"):
+        assert_same_symmetry(Symmetry({"w": (2, 4)}, pair), Symmetry({"w": (3, 4)}, pair))
 
 
 def test_models_are_left_alone() -> None:
@@ -143,6 +229,28 @@ def test_checkpoints_compute_the_same_function(family: Checkpoints) -> None:
     assert all(torch.allclose(o, outputs[0], rtol=1e-10, atol=1e-10) for o in outputs)
     back = [family.symmetry.apply(s, e.inverse()) for s, e in zip(family.state_dicts, family.elements, strict=True)]
     assert all(torch.equal(b[n], back[0][n]) for b in back for n in b)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "give symmetry="),
+        ({"args": ARGS, "n": 0}, "n of at least 1"),
+        ({"args": ARGS, "noise": -1.0}, "noise of at least 0"),
+        ({"args": ARGS, "noise": float("nan")}, "finite noise"),
+        ({"args": ARGS, "dtype": torch.int32}, "float dtype"),
+    ],
+)
+def test_unsuitable_families_are_refused_where_they_are_asked_for(options: Any, words: str) -> None:
+    with pytest.raises(AutomergeError, match=words):
+        checkpoints(NET, **options)
+
+
+@settings(max_examples=3)
+@given(checkpoints(NET, 2, args=ARGS))
+def test_a_family_prints_in_one_line(family: Checkpoints) -> None:
+    assert repr(family).startswith(f"Checkpoints(n=2, seed={family.seed}, noise=0, elements=(")
+    assert "tensor" not in repr(family)
 
 
 @settings(max_examples=5)

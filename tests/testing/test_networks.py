@@ -11,10 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import find, given, settings
 from torch import nn
 
-from automerge.testing import Network, assert_sound, free_positions, networks
+from automerge import AutomergeError
+from automerge.testing import (
+    Checkpoints,
+    Network,
+    assert_same_symmetry,
+    assert_sound,
+    checkpoints,
+    free_positions,
+    networks,
+    rebuild,
+)
 from automerge.testing._blocks import BLOCKS
 from automerge.testing._builder import Builder
 from automerge.testing._ledger import Cell, Ledger, Units, cells, distinct, grouped, whole
@@ -89,6 +99,66 @@ def test_every_block_is_sound_alone(kind: str) -> None:
             model = nn.Sequential(inp, made[0], head)
             shape = {"vector": (2, 2), "tokens": (2, 4, 2), "image": (2, 2, 4, 4)}[kind]
             assert_sound(model, torch.randn(shape), b.ledger.symmetry(model))
+
+
+@settings(max_examples=25)
+@given(networks())
+def test_a_network_s_repr_builds_it_again(network: Network) -> None:
+    """Weights, inputs and truth included, whatever torch's random state is."""
+    call = repr(network).splitlines()[-1].strip().removesuffix(")")
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    again = eval(call, {"rebuild": rebuild})
+    assert torch.equal(torch.get_rng_state(), state)
+    assert repr(again) == repr(network)
+    own = network.model.state_dict()
+    assert all(torch.equal(v, own[n]) for n, v in again.model.state_dict().items())
+    assert all(torch.equal(a, b) for a, b in zip(again.args, network.args, strict=True))
+    assert_same_symmetry(again.symmetry, network.symmetry)
+
+
+def test_hypothesis_prints_what_builds_a_failing_network_again() -> None:
+    net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+
+    @settings(database=None, derandomize=True)
+    @given(networks(kinds=["vector"]), checkpoints(net, 2, args=torch.ones(1, 2)))
+    def fails(network: Network, family: Checkpoints) -> None:
+        assert len(network.sizes) < 2
+
+    with pytest.raises(AssertionError) as info:
+        fails()
+    told = "\n".join(info.value.__notes__)
+    assert "tensor" not in told
+    call = next(line for line in told.splitlines() if "rebuild(" in line)
+    assert len(eval(call.strip().removesuffix(",").removesuffix(")"), {"rebuild": rebuild}).sizes) >= 2
+    assert "family=Checkpoints(n=2, seed=0, noise=0, elements=(" in told
+
+
+def test_choices_of_no_network_are_refused() -> None:
+    for choices in ([], [0, 0, 0], [99]):
+        with pytest.raises(AutomergeError, match="choices"):
+            rebuild(choices)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"kinds": "vector"}, "expected a list of some of vector, tokens, image"),
+        ({"kinds": ["pictures"]}, "pictures"),
+        ({"kinds": []}, "kinds"),
+        ({"max_blocks": 0}, "at least 1"),
+        ({"max_blocks": 2.5}, "whole number"),
+    ],
+)
+def test_unsuitable_options_are_refused_where_they_are_given(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(AutomergeError, match=words):
+        networks(**options)
+
+
+def test_a_failing_network_shrinks_to_a_small_one() -> None:
+    found = find(networks(), lambda n: len(n.sizes) > 1, settings=settings(database=None, max_examples=200))
+    assert len(repr(found).splitlines()) < 20
+    assert sum(p.numel() for p in found.model.parameters()) < 60
 
 
 # -------------------------------------------------------------------- the books
