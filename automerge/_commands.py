@@ -29,6 +29,8 @@ from automerge._factory import (
 from automerge._files import check_writable, write_text
 from automerge._merge_checks import check_weights
 from automerge._ranks import Group
+from automerge._shards import SUFFIX as SHARDS
+from automerge._shards import check_index
 from automerge._verify import verify as verify_symmetry
 from automerge.infer import infer
 from automerge.io import read_checkpoint, save_state_dict
@@ -114,9 +116,9 @@ def merge(options: argparse.Namespace) -> None:
         matcher = FrankWolfe(resume=Matching.load(options.resume))
     weights = None if options.weights is None else _weights(options.weights)
     specs = [parse_input(text) for text in options.input or ()]
-    model = build_model(options.factory, options.seed)
-    states = [read_checkpoint(path, model) for path in options.checkpoints]
     data = None if options.data is None else load_batches(options.data)
+    model = build_model(options.factory, options.seed, empty=options.offload is not None and data is None)
+    states = [read_checkpoint(path, model) for path in options.checkpoints]
     args, kwargs = draw_inputs(specs, options.seed) if specs else example_of(data)
     with console.stage("merge") as advance:
         result = merge_models(
@@ -129,6 +131,7 @@ def merge(options: argparse.Namespace) -> None:
             data=data,
             repair=options.repair,
             coordinates="universe" if options.reference is None else options.reference,
+            offload=options.offload,
             progress=follow(advance),
         )
     if options.matching is not None:
@@ -160,10 +163,11 @@ def _merge_shared(options: argparse.Namespace) -> None:
             if ranks.rank == 0:
                 _check_output(options.output, options.force)
             _check_merge(options)
-            if options.matcher != "frank-wolfe" or options.data is not None or options.matching or options.resume:
+            kept = options.matching or options.resume or options.offload
+            if options.matcher != "frank-wolfe" or options.data is not None or kept:
                 raise UsageError(
-                    "with several processes --matcher is frank-wolfe without --matching and --resume, and --data and its "
-                    "repair come after"
+                    "with several processes --matcher is frank-wolfe without --matching, --resume and --offload, and --data "
+                    "and its repair come after"
                 )
             if not options.input:
                 raise UsageError("with several processes give an example input with --input SHAPE")
@@ -202,7 +206,9 @@ def _merge_shared(options: argparse.Namespace) -> None:
 
 def _check_output(path: Path, force: bool, option: str = "-o") -> None:
     check_writable(path, force)
-    if path.suffix.lower() != ".safetensors":
+    if option == "-o" and path.name.endswith(SHARDS):
+        check_index(path, force)
+    elif path.suffix.lower() != ".safetensors":
         raise UsageError(f"{option} {path}: automerge writes safetensors only; give a name that ends in .safetensors")
 
 
@@ -218,6 +224,8 @@ def _check_merge(options: argparse.Namespace) -> None:
         )
     if options.reference is not None and not 0 <= options.reference < count:
         raise UsageError(f"--reference {options.reference}: give the number of a checkpoint, from 0 to {count - 1}")
+    if options.offload is not None and options.matcher != "frank-wolfe":
+        raise UsageError(f"--offload is for frank-wolfe, not for --matcher {options.matcher}")
     if options.resume is not None and options.matcher != "frank-wolfe":
         raise UsageError(f"--resume goes on with frank-wolfe, not with --matcher {options.matcher}")
     if options.data is None and options.repair not in ("auto", "none"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import itertools
 import math
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset, IterableDataset
 
 from automerge._data import Batches, listed
+from automerge._empty import lacking
 from automerge._errors import AutomergeError
 
 _DTYPES = {
@@ -174,21 +176,23 @@ def _call(text: str, option: str) -> Any:
         raise UsageError(f"{option} {text!r} failed when called without arguments ({_brief(error)})") from error
 
 
-def build_model(text: str, seed: int) -> nn.Module:
+def build_model(text: str, seed: int, empty: bool = False) -> nn.Module:
     """The model that a factory builds, in evaluation mode and on the CPU.
 
     Args:
         text: ``package.module:callable``.
         seed: of torch's random state while the factory runs.
+        empty: build it on the meta device, without values for what checkpoints hold, if the factory works there.
 
     Raises:
         UsageError: if it does not import, cannot be called, or returns no module, or one whose weights have no values.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = _call(text, "FACTORY")
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"FACTORY {text!r} returned a {type(model).__name__}, not a torch.nn.Module")
+    if empty:
+        with contextlib.suppress(UsageError), torch.device("meta"):
+            model = _built(text, seed)
+            if lacking(model) is None:
+                return model.eval()
+    model = _built(text, seed)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor) or tensor.is_meta:
             what = "is not initialised yet (a lazy module)" if is_lazy(tensor) else "is on the meta device"
@@ -196,6 +200,15 @@ def build_model(text: str, seed: int) -> nn.Module:
                 f"FACTORY {text!r}: {name} {what}; let the factory return a model whose weights have values"
             )
     return model.eval().cpu()
+
+
+def _built(text: str, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _call(text, "FACTORY")
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"FACTORY {text!r} returned a {type(model).__name__}, not a torch.nn.Module")
+    return model
 
 
 class _Source:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -50,13 +51,17 @@ def read_shards(index: Path, read: Callable[[Path], Mapping[str, torch.Tensor]])
     return {name: found[name] for name in places}
 
 
-def check_shards(index: Path, count: int, force: bool) -> list[Path]:
-    """The files of so many shards beside an index; raises `OutputError` if one of them or the index cannot be written."""
-    stem = index.name.removesuffix(SUFFIX)
-    files = [index.with_name(f"{stem}-{k:05d}-of-{count:05d}.safetensors") for k in range(1, count + 1)]
-    for file in (index, *files):
-        check_writable(file, force)
-    return files
+def check_index(index: Path, force: bool = False) -> None:
+    """Find out before long work whether an index and its shards, however many, can be written.
+
+    Raises:
+        OutputError: see `automerge._files.check_writable`; also for shards that exist (without ``force``).
+    """
+    check_writable(index, force)
+    shard = re.compile(re.escape(index.name.removesuffix(SUFFIX)) + r"-\d{5}-of-\d{5}\.safetensors")
+    for file in sorted(index.parent.iterdir()):
+        if shard.fullmatch(file.name):
+            check_writable(file, force)
 
 
 def split_shards(sizes: Mapping[str, int], together: Mapping[str, str], limit: int) -> list[list[str]]:
@@ -104,7 +109,9 @@ def write_shards(
         force: replace existing files.
         write: writes the tensors of some names to a file.
     """
-    files = check_shards(index, len(shards), force)
+    check_index(index, force)
+    stem, count = index.name.removesuffix(SUFFIX), len(shards)
+    files = [index.with_name(f"{stem}-{k:05d}-of-{count:05d}.safetensors") for k in range(1, count + 1)]
     listed = {name: file.name for file, names in zip(files, shards, strict=True) for name in names}
     with ExitStack() as stack:
         last = stack.enter_context(replacement(index))  # left last: an index never names what is not there

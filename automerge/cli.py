@@ -151,7 +151,14 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
         metavar="CHECKPOINT",
         help="two or more .safetensors, .safetensors.index.json, .pt or .pth files",
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the merged .safetensors")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the merged .safetensors, or .safetensors.index.json",
+    )
     parser.add_argument("--force", action="store_true", help="replace the output if it exists")
     parser.add_argument(
         "--matcher",
@@ -164,6 +171,9 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--resume", type=Path, metavar="FILE", help="go on from an alignment of the same checkpoints that was kept"
+    )
+    parser.add_argument(
+        "--offload", type=Path, metavar="DIR", help="hold the work in files there, for models that exceed the memory"
     )
     parser.add_argument("--data", metavar="FACTORY", help="package.module:callable that gives batches, for the repair")
     parser.add_argument(

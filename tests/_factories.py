@@ -232,3 +232,31 @@ def leaves() -> nn.Module:
 
 
 VALUE = 3
+
+
+class ReadsValues(nn.Module):
+    """Cannot be built on the meta device: it looks at its values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.scale = float(torch.ones(2).sum())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x).relu() * self.scale)
+
+
+class HiddenBuffer(nn.Module):
+    """Holds values that no checkpoint has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.register_buffer("shift", torch.linspace(0, 1, 4), persistent=False)
+        self.steps = [torch.ones(1)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x + self.shift * self.steps[0]).relu())
+
+
+reads_values_when_built, hidden_buffer = ReadsValues, HiddenBuffer

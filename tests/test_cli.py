@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from automerge import cli
 from automerge._console import Console
 from automerge._factory import InputSpec, UsageError, draw_inputs, parse_input
-from automerge.io import hash_state_dict
+from automerge.io import hash_state_dict, load_state_dict
 from automerge.matchers import Matching
 from tests import _factories
 
@@ -812,3 +812,53 @@ def test_as_a_module_in_another_process() -> None:
     )
     assert bad.returncode == 2
     assert bad.stderr.count("\n") == 1
+
+
+# -------------------------------------------------------------------- work on disk, shards
+def test_merge_on_disk_writes_what_merge_in_memory_does(
+    tmp_path: Path, checkpoints: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, index = tmp_path / "plain.safetensors", tmp_path / "m.safetensors.index.json"
+    work = tmp_path / "work"
+    work.mkdir()
+    assert run("merge", F + "mlp", *checkpoints, "-o", plain, *SHAPE) == 0
+    assert run("merge", F + "mlp", *checkpoints, "-o", index, *SHAPE, "--offload", work) == 0
+    assert "written to" in capsys.readouterr().out
+    one, two = load_state_dict(plain), load_state_dict(index)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(v, two[n]) for n, v in one.items())
+    assert not list(work.iterdir())
+    assert run("merge", F + "mlp", *checkpoints[:2], index, "-o", tmp_path / "again.safetensors", *SHAPE) == 0
+
+
+@pytest.mark.parametrize("factory", ["reads_values_when_built", "hidden_buffer"])
+def test_offload_builds_with_values_what_cannot_be_built_without(
+    factory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        paths.append(tmp_path / f"{seed}.safetensors")
+        save_file(getattr(_factories, factory)().state_dict(), paths[-1])
+    outs = [tmp_path / "memory.safetensors", tmp_path / "disk.safetensors"]
+    assert run("merge", F + factory, *paths, "-o", outs[0], "--input", "2,4") == 0
+    assert run("merge", F + factory, *paths, "-o", outs[1], "--input", "2,4", "--offload", tmp_path) == 0
+    one, two = (load_file(p) for p in outs)
+    assert all(torch.equal(v, two[n]) for n, v in one.items())
+
+
+def test_refusals_of_work_on_disk_and_of_shards(
+    tmp_path: Path, checkpoints: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = ["merge", F + "mlp", *checkpoints, *SHAPE]
+    out = ["-o", tmp_path / "out.safetensors"]
+    monkeypatch.setattr("automerge._commands.merge_models", None)  # all of this comes before
+    assert "--offload is for frank-wolfe" in fails(capsys, *call, *out, "--offload", tmp_path, "--matcher", "identity")
+    shard = tmp_path / "m-00001-of-00004.safetensors"
+    shard.write_text("mine")
+    said = fails(capsys, *call, "-o", tmp_path / "m.safetensors.index.json")
+    assert f"{shard} exists; pass --force" in said
+    assert shard.read_text() == "mine"
+    monkeypatch.undo()
+    assert "is no directory; create it first" in fails(capsys, *call, *out, "--offload", tmp_path / "absent")
+    assert run(*call, "-o", tmp_path / "m.safetensors.index.json", "--force") == 0
