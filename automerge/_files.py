@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import stat
@@ -64,9 +65,10 @@ def temporary_name(file: Path) -> Path:
 
 
 @contextmanager
-def replacement(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replacement(path: str | os.PathLike[str], force: bool = True) -> Iterator[Path]:
     """A temporary file beside ``path`` to write to; it takes that path's place at the end, and goes if the block raises.
 
+    Without ``force`` a file that another process has put there meanwhile stays, and `FileExistsError` is raised.
     The result has the mode that `open` would have left: that of the file it replaces, else what the umask allows. A
     symbolic link is followed.
 
@@ -87,9 +89,24 @@ def replacement(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         if stat.S_IMODE(temporary.stat().st_mode) != mode:  # safetensors writes files that only their owner can read
             temporary.chmod(mode)
-        os.replace(temporary, target)
+        if force:
+            os.replace(temporary, target)
+        else:
+            _link(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _link(temporary: Path, target: Path) -> None:
+    """Give a file its name unless that is taken; where the file system has no links, a check must do."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        raise
+    except OSError:
+        if target.exists():
+            raise FileExistsError(errno.EEXIST, "it was written by another process meanwhile") from None
+        os.replace(temporary, target)
 
 
 def write_text(path: Path, text: str, force: bool = False) -> None:
@@ -100,7 +117,7 @@ def write_text(path: Path, text: str, force: bool = False) -> None:
     """
     check_writable(path, force)
     try:
-        with replacement(path) as temporary:
+        with replacement(path, force) as temporary:
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error

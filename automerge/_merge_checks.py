@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from automerge._data import Batches, device_of, evaluating, preserving, run_batch
-from automerge._errors import AutomergeError, CheckpointError, MatchingError
+from automerge._errors import AutomergeError, CheckpointError, MatchingError, SymmetryError
 from automerge._repair_report import Renormaliser
 from automerge.io import buffer_names, check_state_dict, tied_names, with_ties
 from automerge.matchers import Matching
@@ -27,6 +27,10 @@ def check_models(
     """The network, one state dict per model, and notes."""
     if len(models) < 2:
         raise MatchingError(f"merging needs at least two models, got {len(models)}")
+    if architecture is not None and not isinstance(architecture, nn.Module):
+        raise CheckpointError(
+            f"architecture= is a {type(architecture).__name__}; give a module, such as build() rather than build"
+        )
     network = architecture
     dicts: list[Mapping[str, torch.Tensor]] = []
     for number, model in enumerate(models):
@@ -65,7 +69,12 @@ def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     """The models' weights, normalised to the sum one."""
     if weights is None:
         return [1.0 / count] * count
-    values = [float(w) for w in weights]
+    try:
+        if isinstance(weights, str | Mapping):
+            raise TypeError
+        values = [float(w) for w in weights]
+    except (TypeError, ValueError):
+        raise MatchingError(f"weights={weights!r}: give a list of {count} numbers, one for each model") from None
     if len(values) != count:
         raise MatchingError(f"got {len(values)} weights for {count} models; give one for each")
     for number, value in enumerate(values):
@@ -109,6 +118,18 @@ def choose_repair(repair: str | Renormaliser, network: nn.Module, data: Any) -> 
     if repair == "reset" and not norms:
         raise AutomergeError("repair='reset' needs BatchNorm statistics, and this model has none; use repair='repair'")
     return repair
+
+
+def check_symmetry(symmetry: object) -> None:
+    """A symmetry that was given is one.
+
+    Raises:
+        SymmetryError: if it is something else.
+    """
+    if symmetry is not None and not isinstance(symmetry, Symmetry):
+        raise SymmetryError(
+            f"symmetry= takes what automerge.infer returns, got a {type(symmetry).__name__}; leave it out to infer it"
+        )
 
 
 def check_matching(matching: Matching, symmetry: Symmetry | None, dicts: Sequence[Mapping[str, torch.Tensor]]) -> None:

@@ -24,11 +24,11 @@ from torch import nn
 from automerge._errors import CheckpointError, OutputError
 from automerge._files import check_writable, replacement, status_of
 from automerge._shards import SUFFIX as SHARDS
-from automerge._shards import read_shards, split_shards, write_shards
+from automerge._shards import check_index, read_shards, split_shards, write_shards
 
 StateDict = dict[str, torch.Tensor]
 
-_TORCH_SUFFIXES = (".pt", ".pth")
+_TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")  # the last two of Lightning and Hugging Face
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
 _TIED = "automerge.tied"
@@ -38,7 +38,7 @@ _RESAVE = "re-save the weights with safetensors.torch.save_file(model.state_dict
 
 # -------------------------------------------------------------------- reading
 def load_state_dict(path: str | os.PathLike[str], names: Collection[str] | None = None) -> StateDict:
-    """Read a state dict from ``.safetensors``, ``.safetensors.index.json`` (shards), ``.pt`` or ``.pth`` to the CPU.
+    """Read a state dict to the CPU: ``.safetensors``, a ``.safetensors.index.json``; ``.pt``, ``.pth``, ``.ckpt``, ``.bin``.
 
     A wrapper ``{"state_dict": ...}``, ``{"model_state_dict": ...}`` or ``{"model": ...}`` is unwrapped; the prefixes
     ``module.`` and ``_orig_mod.``, which DataParallel and torch.compile leave, are stripped when every key has them.
@@ -73,12 +73,15 @@ def load_state_dict(path: str | os.PathLike[str], names: Collection[str] | None 
         raise CheckpointError(f"{file} is a directory; give the checkpoint file inside it")
     suffix = SHARDS if file.name.endswith(SHARDS) else file.suffix.lower()
     if suffix not in (SHARDS, ".safetensors", *_TORCH_SUFFIXES):
-        raise CheckpointError(f"{file}: unknown suffix {file.suffix!r}; expected .safetensors, .pt or .pth")
+        raise CheckpointError(
+            f"{file}: unknown suffix {file.suffix!r}; expected .safetensors, .pt, .pth, .ckpt or .bin"
+        )
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{file} is no regular file; copy the checkpoint to one first")
     if status.st_size == 0:
         raise CheckpointError(f"{file} is empty (0 bytes); save it again")
     try:
+        _check_head(file)
         if suffix == SHARDS:
             raw: object = read_shards(file, _read_safetensors)
         else:
@@ -116,6 +119,16 @@ def with_ties(state_dict: Mapping[str, torch.Tensor], expected: Mapping[str, tor
     return out | {alias: out[name] for alias, name in ties.items() if alias not in out and name in out}
 
 
+def _check_head(file: Path) -> None:
+    """Refuse what downloads leave behind in place of a file."""
+    with file.open("rb") as handle:
+        head = handle.read(64).lstrip().lower()
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{file} is a pointer of Git LFS and not the file itself; fetch that with 'git lfs pull'")
+    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise CheckpointError(f"{file} is a web page and not a checkpoint; download the file itself")
+
+
 def _read_safetensors(file: Path) -> StateDict:
     try:
         with safe_open(str(file), framework="pt") as handle:
@@ -125,10 +138,20 @@ def _read_safetensors(file: Path) -> StateDict:
         raise CheckpointError(
             f"{file} is truncated or not a safetensors file ({error}); copy or download it again"
         ) from error
-    for alias, name in json.loads(metadata.get(_TIED, "{}")).items():
+    for alias, name in _ties(metadata.get(_TIED, "{}"), file).items():
         if alias in out and name in out and torch.equal(out[alias], out[name]):
             out[alias] = out[name]
     return out
+
+
+def _ties(text: str, file: Path) -> dict[str, str]:
+    try:
+        ties = json.loads(text)
+    except ValueError:
+        ties = None
+    if not isinstance(ties, dict) or not all(isinstance(name, str) for name in ties.values()):
+        raise CheckpointError(f"{file} has a damaged entry {_TIED} in its header; save it again")
+    return ties
 
 
 def _read_torch(file: Path) -> object:
@@ -139,10 +162,10 @@ def _read_torch(file: Path) -> object:
     except pickle.UnpicklingError as error:
         with file.open("rb") as handle:
             head = handle.read(2)
-        if head[:1] == b"\x80" or head == b"PK" or "Unsupported" in str(error):
+        if head[:1] == b"\x80" or head == b"PK":
             raise CheckpointError(
-                f"{file} is refused: it is a pickle that holds code or objects other than tensors, and loading it "
-                f"could run that code; {_RESAVE}"
+                f"{file} is refused: it is a pickle that holds code or objects other than tensors (or is damaged), and "
+                f"loading it could run that code; {_RESAVE}"
             ) from error
         raise CheckpointError(f"{file} is truncated or not a PyTorch checkpoint; copy or download it again") from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -172,6 +195,9 @@ def _clean(raw: object, label: str, names: Collection[str] | None) -> StateDict:
             )
     if not raw:
         raise CheckpointError(f"{label} is empty: it holds no tensor; save the model's state_dict() again")
+    if "n_averaged" in raw and len(raw) > 1 and "n_averaged" not in (names or ()):
+        rest = {name: value for name, value in raw.items() if name != "n_averaged"}
+        raw = rest if all(name.startswith("module.") for name in rest) else raw  # of an AveragedModel
     cut = _prefix_length(raw, names)
     return {name[cut:]: value.detach() if value.requires_grad else value for name, value in raw.items()}
 
@@ -241,6 +267,8 @@ def _check_kind(name: str, value: object, want: torch.Tensor, label: str) -> Non
         raise CheckpointError(f"{label}: {name} is a {type(value).__name__}, expected {want.dtype}")
     if value.is_floating_point() != want.is_floating_point() or value.is_complex() != want.is_complex():
         raise CheckpointError(f"{label}: {name} is a {value.dtype}, expected {want.dtype}")
+    if value.is_nested:
+        raise CheckpointError(f"{label}: {name} is a nested tensor; save it as a dense one")
     if value.layout != torch.strided:
         raise CheckpointError(f"{label}: {name} is sparse ({value.layout}); save it as a dense tensor, with to_dense()")
     if value.is_meta:
@@ -368,7 +396,8 @@ def save_state_dict(
     sharded = file.name.endswith(SHARDS)
     if file.suffix.lower() != ".safetensors" and not sharded:
         raise OutputError(f"{file}: automerge writes safetensors only; give a name that ends in .safetensors")
-    check_writable(file, force)
+    _check_kinds(state_dict)
+    check_index(file, force) if sharded else check_writable(file, force)
     header = {str(k): str(v) for k, v in (metadata or {}).items()}
     tied = tied_names(state_dict)
 
@@ -383,10 +412,24 @@ def save_state_dict(
             shards = split_shards(sizes, tied, shard_bytes)
             write_shards(file, shards, sizes, header, force, lambda target, names: write(target, names, {}))
         else:
-            with replacement(file) as temporary:
+            with replacement(file, force) as temporary:
                 write(temporary, list(state_dict), header)
     except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
         raise OutputError(f"{file} cannot be written: {error}") from error
+
+
+def _check_kinds(state_dict: Mapping[str, torch.Tensor]) -> None:
+    for name, value in state_dict.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise OutputError(f"the entry {name!r} is a {type(value).__name__}; a state dict maps names to tensors")
+        kinds = {
+            "on the meta device": value.is_meta,
+            "nested": value.is_nested,
+            "sparse": value.layout != torch.strided,
+        }
+        kind = next((name for name, held in kinds.items() if held), None)
+        if kind is not None:
+            raise OutputError(f"{name} is {kind}; safetensors hold dense tensors with values")
 
 
 def _owned(state_dict: Mapping[str, torch.Tensor]) -> StateDict:

@@ -29,6 +29,7 @@ from automerge._merge_checks import (
     check_data,
     check_inseparable,
     check_matching,
+    check_symmetry,
     check_weights,
     choose_repair,
     merge_integers,
@@ -39,7 +40,7 @@ from automerge._repair_report import Renormaliser, RepairReport
 from automerge._version import __version__
 from automerge.groups import Element
 from automerge.io import SHARD_BYTES, buffer_names, check_state_dict, hash_state_dict, save_state_dict, tied_names
-from automerge.matchers import FrankWolfe, Matcher, Matching, Progress, match
+from automerge.matchers import FrankWolfe, Matcher, Matching, Progress, check_matcher, match
 from automerge.renormalise import Repair, batchnorm_names, reset_batchnorm
 from automerge.symmetry import Symmetry
 
@@ -191,6 +192,8 @@ def merge(
         torch.Size([8, 2])
     """
     clock = _Clock()
+    check_matcher(matcher)
+    check_symmetry(symmetry)
     matcher = _offloaded(matcher, offload, matching)
     task = Task.checked(models, architecture, Store(offload))
     share = check_weights(weights, len(task.states))

@@ -80,6 +80,8 @@ def reset_batchnorm(
         >>> model[0].running_mean, model[0].running_var
         (tensor([2.]), tensor([4.]))
     """
+    if not isinstance(model, nn.Module):
+        raise AutomergeError(f"reset_batchnorm takes a module, got a {type(model).__name__}; load its weights into one")
     norms = _norms(model)
     batches = Batches(data, inputs, kwargs, device_of(model))
     if not norms:

@@ -169,9 +169,17 @@ class Symmetry:
         """A random element: an independent uniform permutation for every generator.
 
         Args:
-            seed: an integer, or a numpy Generator.
+            seed: an integer of at least 0, or a numpy Generator.
+
+        Raises:
+            SymmetryError: for another seed.
         """
-        rng = np.random.default_rng(seed)
+        try:
+            rng = np.random.default_rng(seed)
+        except (TypeError, ValueError) as error:
+            raise SymmetryError(
+                f"random_element({seed!r}): give an integer of at least 0, or a numpy Generator"
+            ) from error
         return self.element([rng.permutation(g.size) for g in self.sets])
 
     def apply(self, state_dict: Mapping[str, torch.Tensor], element: Element) -> dict[str, torch.Tensor]:
@@ -273,6 +281,8 @@ class Symmetry:
         """
         try:
             data = json.loads(text)
+            if not isinstance(data, dict):
+                raise SymmetryError(f"this is not a symmetry file: expected an object, got a {type(data).__name__}")
             if data.get("format") != _FORMAT:
                 raise SymmetryError(
                     f"this is not a symmetry file: expected the format {_FORMAT!r}, got {data.get('format')!r}"
@@ -296,7 +306,10 @@ class Symmetry:
 
 
 def _slot_from(data: Mapping[str, Any], size: int) -> Slot:
-    index = np.asarray(data["index"], dtype=np.int64).reshape(size, -1)
+    index = np.asarray(data["index"])
+    if index.size and not np.issubdtype(index.dtype, np.integer):
+        raise ValueError(f"an index of {data['param']} holds {index.dtype} and not whole numbers")
+    index = index.astype(np.int64).reshape(size, -1)
     within = tuple((int(a), int(b), int(c)) for a, b, c in data.get("within", ()))
     return Slot(data["param"], int(data["axis"]), index, within)
 

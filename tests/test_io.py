@@ -149,9 +149,11 @@ def test_bad_paths(tmp_path: Path) -> None:
         load_state_dict(tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match=r"is a directory; give the checkpoint file inside"):
         load_state_dict(tmp_path)
-    (tmp_path / "a.bin").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match=r"unknown suffix '\.bin'; expected \.safetensors, \.pt or \.pth"):
-        load_state_dict(tmp_path / "a.bin")
+    (tmp_path / "a.onnx").write_bytes(b"x")
+    with pytest.raises(
+        CheckpointError, match=r"unknown suffix '\.onnx'; expected \.safetensors, \.pt, \.pth, \.ckpt or \.bin"
+    ):
+        load_state_dict(tmp_path / "a.onnx")
     with pytest.raises(CheckpointError, match="File name too long"):
         load_state_dict(tmp_path / ("x" * 300 + ".pt"))
     os.mkfifo(tmp_path / "a.pt")
@@ -341,7 +343,71 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
     assert [p.name for p in target.parent.iterdir()] == ["b.safetensors"]
 
 
-def test_what_safetensors_cannot_hold(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="cannot be written"):
-        save_state_dict(tmp_path / "a.safetensors", {"w": torch.ones(2, 2).to_sparse()})
+# -------------------------------------------------------------------- what people have in place of checkpoints
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n", "is a pointer of Git LFS"),
+        (b"<!DOCTYPE html><html><body>404</body></html>", "is a web page"),
+        (b"\n<html>", "is a web page"),
+        (bytes(range(40, 250)), "truncated or not a"),
+    ],
+)
+def test_what_is_no_checkpoint_is_named(content: bytes, message: str, suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / f"a{suffix}"
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_state_dict(file)
+    assert "code" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"a": 1}', "3"])
+def test_a_damaged_record_of_tied_names(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    io.save_file({"a": torch.ones(2)}, file, {"automerge.tied": text})
+    with pytest.raises(CheckpointError, match=r"damaged entry automerge\.tied in its header; save it again"):
+        load_state_dict(file)
+
+
+def test_checkpoints_of_lightning_hugging_face_and_averaged_models(tmp_path: Path) -> None:
+    net = torch.nn.Linear(3, 2)
+    torch.save({"state_dict": net.state_dict(), "epoch": 3}, tmp_path / "a.ckpt")
+    torch.save(net.state_dict(), tmp_path / "pytorch_model.bin")
+    torch.save(torch.optim.swa_utils.AveragedModel(net).state_dict(), tmp_path / "swa.pt")
+    for name in ("a.ckpt", "pytorch_model.bin", "swa.pt"):
+        found = load_state_dict(tmp_path / name, net.state_dict())
+        assert found.keys() == net.state_dict().keys(), name
+        assert all(torch.equal(v, found[n]) for n, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"a": 1}, "the entry 'a' is a int; a state dict maps names to tensors"),
+        ({1: torch.ones(1)}, "the entry 1 is a Tensor"),
+        ({"a": torch.ones(2, 2).to_sparse()}, "a is sparse; safetensors hold dense tensors"),
+        ({"a": torch.ones(2, device="meta")}, "a is on the meta device"),
+    ],
+)
+def test_what_safetensors_cannot_hold(state: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=message):
+        save_state_dict(tmp_path / "a.safetensors", state)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_another_process_writes_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, write = tmp_path / "a.safetensors", io.save_file
+
+    def meanwhile(*args: Any, **kwargs: Any) -> None:
+        write(*args, **kwargs)
+        file.write_text("another's")
+
+    monkeypatch.setattr(io, "save_file", meanwhile)
+    with pytest.raises(OutputError, match="exists"):
+        save_state_dict(file, {"a": torch.ones(2)})
+    assert file.read_text() == "another's"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+    monkeypatch.undo()
+    save_state_dict(file, {"a": torch.ones(2)}, force=True)
+    assert torch.equal(load_state_dict(file)["a"], torch.ones(2))

@@ -502,3 +502,23 @@ def test_networks_that_write_to_themselves_are_left_as_they_were() -> None:
     assert before[1]["passes"] == 7
     for model, state in zip(models, before, strict=True):
         assert all(torch.equal(v, state[n]) for n, v in model.state_dict().items())
+
+
+@pytest.mark.usefixtures("no_long_work")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"architecture": _mlp}, r"architecture= is a function; give a module, such as build\(\) rather than build"),
+        ({"weights": "ab"}, r"weights='ab': give a list of 2 numbers"),
+        ({"weights": 3}, r"weights=3: give a list of 2 numbers"),
+        ({"weights": [1, None]}, r"weights=\[1, None\]: give a list of 2 numbers"),
+        ({"weights": {0: 1, 1: 2}}, r"weights=\{0: 1, 1: 2\}: give a list of 2 numbers"),
+        ({"matcher": "frank-wolfe"}, r"matcher is 'frank-wolfe'; give a matcher such as FrankWolfe\(\)"),
+        ({"matcher": FrankWolfe}, r"matcher is the class FrankWolfe; give one with its options: FrankWolfe\(\)"),
+        ({"matcher": None}, r"matcher is None"),
+        ({"symmetry": "x"}, r"symmetry= takes what automerge.infer returns, got a str"),
+    ],
+)
+def test_options_of_another_kind_are_one_sentence(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(AutomergeError, match=message):
+        merge([_mlp(0), _mlp(1)], X, **options)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from automerge.matchers._activations import ActivationMatching
-from automerge.matchers._base import Matcher, Matching, Model, Progress, check_models, state_dict
+from automerge.matchers._base import Matcher, Matching, Model, Progress, check_matcher, check_models, state_dict
 from automerge.matchers._cca import CCA
 from automerge.matchers._frank_wolfe import FrankWolfe
 from automerge.matchers._identity import Identity
@@ -90,7 +90,9 @@ def match(
         >>> match([model, model], s).between(0, 1).is_identity()
         True
     """
-    found = (matcher or FrankWolfe()).match(models, symmetry, progress=progress, data=data)
+    matcher = FrankWolfe() if matcher is None else matcher
+    check_matcher(matcher)
+    found = matcher.match(models, symmetry, progress=progress, data=data)
     apart = _apart(found, [state_dict(m) for m in models])
     if not apart:
         return found

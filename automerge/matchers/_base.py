@@ -8,6 +8,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -102,8 +103,8 @@ class Matching:
             MatchingError: for an index that is no model's.
         """
         for i in (a, b):
-            if not 0 <= i < len(self):
-                raise MatchingError(f"there is no model {i}; this matching has the models 0 to {len(self) - 1}")
+            if not isinstance(i, Integral) or not 0 <= i < len(self):
+                raise MatchingError(f"there is no model {i!r}; this matching has the models 0 to {len(self) - 1}")
         return self.to_universe[a].then(self.to_universe[b].inverse())
 
     def cycle_error(self) -> float:
@@ -197,6 +198,9 @@ class Matching:
         Raises:
             CheckpointError: if the file is missing, damaged or something else.
         """
+        if not Path(path).is_file():
+            problem = "is a directory; give the file" if Path(path).is_dir() else "does not exist; check the path"
+            raise CheckpointError(f"{path} {problem}")
         try:
             with safe_open(str(Path(path)), framework="pt") as handle:
                 header = handle.metadata() or {}
@@ -210,6 +214,19 @@ class Matching:
             return Matching(elements, symmetry, header.get("matcher", ""), json.loads(header["stats"]))
         except (OSError, SafetensorError, SymmetryError, KeyError, ValueError, IndexError) as error:
             raise CheckpointError(f"{path} cannot be read as a matching: {error}") from error
+
+
+def check_matcher(matcher: object) -> None:
+    """A matcher that was given is one.
+
+    Raises:
+        MatchingError: if it is a class, a name or something else.
+    """
+    if isinstance(matcher, Matcher):
+        return
+    if isinstance(matcher, type):
+        raise MatchingError(f"matcher is the class {matcher.__name__}; give one with its options: {matcher.__name__}()")
+    raise MatchingError(f"matcher is {matcher!r}; give a matcher such as FrankWolfe()")
 
 
 def _some(names: Sequence[str], most: int = 4) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 
@@ -47,8 +48,8 @@ class CCA(LinearMatcher):
     ridge: float = 0.1
 
     def __post_init__(self) -> None:
-        if not self.ridge >= 0:
-            raise MatchingError(f"CCA(ridge={self.ridge}): expected a number of at least 0")
+        if not isinstance(self.ridge, Real) or not self.ridge >= 0:
+            raise MatchingError(f"CCA(ridge={self.ridge!r}): expected a number of at least 0")
 
     def solve(self, own: torch.Tensor, other: torch.Tensor, cross: torch.Tensor, nearest: torch.Tensor) -> Matrix:
         """See `LinearMatcher.solve`."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from automerge._errors import CheckpointError, MatchingError, OutputError
+from automerge._errors import AutomergeError, CheckpointError, MatchingError, OutputError
 from automerge.groups import Element
-from automerge.matchers import FrankWolfe, Matching, match
+from automerge.matchers import CCA, FrankWolfe, Matching, match
+from automerge.symmetry import Symmetry
 from tests import _symmetries as hand
 
 torch.set_num_threads(1)
@@ -46,8 +48,10 @@ def test_identity_round_trip(tmp_path: Path) -> None:
 
 def test_damaged_files(tmp_path: Path) -> None:
     file = tmp_path / "m.safetensors"
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="does not exist; check the path"):
         Matching.load(file)
+    with pytest.raises(CheckpointError, match="is a directory; give the file"):
+        Matching.load(tmp_path)
     file.write_bytes(b"nonsense" * 10)
     with pytest.raises(CheckpointError, match="cannot be read"):
         Matching.load(file)
@@ -82,3 +86,21 @@ def test_unknown_models_and_report() -> None:
     text = str(matching)
     for word in ("2 models", "FrankWolfe(max_iterations=2", "objective", "iterations", "gradient", "positions moved"):
         assert word in text
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s, m: m.between("a", 0), "there is no model 'a'; this matching has the models 0 to 1"),
+        (lambda s, m: match([{}, {}], s, "frank-wolfe"), "matcher is 'frank-wolfe'; give a matcher"),
+        (lambda s, m: match([{}, {}], s, FrankWolfe), "matcher is the class FrankWolfe"),
+        (lambda s, m: s.random_element(-1), r"random_element\(-1\): give an integer of at least 0"),
+        (lambda s, m: s.random_element("a"), "random_element"),
+        (lambda s, m: CCA(ridge="a"), "CCA\\(ridge='a'\\): expected a number of at least 0"),
+    ],
+)
+def test_arguments_of_another_kind(call: Callable[[Symmetry, Matching], object], message: str) -> None:
+    symmetry = hand.mlp()
+    matching = Matching((symmetry.identity(), symmetry.identity()), symmetry)
+    with pytest.raises(AutomergeError, match=message):
+        call(symmetry, matching)
