@@ -149,7 +149,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
         "checkpoints",
         nargs="+",
         metavar="CHECKPOINT",
-        help="two or more .safetensors, .safetensors.index.json, .pt or .pth files",
+        help="two or more files: .safetensors, .safetensors.index.json, .pt, .pth, .ckpt, .bin",
     )
     parser.add_argument(
         "-o",
