@@ -7,6 +7,7 @@ replayed on the new base when they are next read.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -239,3 +240,34 @@ def _order(op: Any, args: tuple[Any, ...], ndim: int) -> list[int]:
     if ndim > 1:
         order[a], order[b] = order[b], order[a]
     return order
+
+
+def overlaps(
+    name: str, tensor: torch.Tensor, others: Sequence[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Where a tensor shares entries with others of the same storage (a transposed twin, a view of a flat parameter)."""
+    for other, known in others:
+        if tensor.numel() and known.numel() and _meet(tensor, known):
+            mine = _addresses(tensor)
+            theirs, order = _addresses(known).sort()
+            at = torch.searchsorted(theirs, mine).clamp(max=theirs.numel() - 1)
+            places = torch.where(theirs[at] == mine, order[at], -1)
+            if bool((places >= 0).any()):
+                yield name, other, places.reshape(tensor.shape)
+
+
+def _meet(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors reach into one stretch of one storage."""
+    if a.dtype != b.dtype or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+        return False
+    first = [t.storage_offset() for t in (a, b)]
+    last = [t.storage_offset() + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in (a, b)]
+    return max(first) <= min(last)
+
+
+def _addresses(tensor: torch.Tensor) -> torch.Tensor:
+    """The place in its storage of every entry, in order."""
+    places = torch.tensor(tensor.storage_offset())
+    for n, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        places = places[..., None] + torch.arange(n) * stride
+    return places.reshape(-1)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from automerge._errors import TraceError
 from automerge._tree_io import map_tensors, tensors_of
 
 _LOW = (torch.float32, torch.float16, torch.bfloat16)
@@ -17,19 +18,46 @@ _LOW = (torch.float32, torch.float16, torch.bfloat16)
 class Double(TorchDispatchMode):
     """Computes in float64 whatever a model casts to lower precision."""
 
+    supports_higher_order_operators = True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if kwargs.get("dtype") in _LOW:
-            kwargs["dtype"] = torch.float64
-        elif kwargs.get("dtype") is torch.complex64:
-            kwargs["dtype"] = torch.complex128
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            with self:
+                return plainly(func)(*args, **kwargs)
+        args = tuple(_wider(a) for a in args)
+        if "dtype" in kwargs:
+            kwargs["dtype"] = _wider(kwargs["dtype"])
         if not func._schema.is_mutable:
             args, kwargs = map_tensors(widen, tuple(args)), map_tensors(widen, kwargs)
         elif any(a.dtype is torch.float64 for a in tensors_of(args)):
             args = (args[0], *map_tensors(widen, tuple(args[1:])))
         if func.overloadpacket is torch.ops.aten._grouped_mm:
             return _grouped_mm(*args, **kwargs)
+        if func.overloadpacket in _FAKE_QUANTISED:
+            return _fake_quantised(*args)
         return func(*args, **kwargs)
+
+
+def plainly(operator: Any) -> Any:
+    """A higher-order operator (flex attention, a conditional) as the function of plain operators that it stands for.
+
+    Raises:
+        TraceError: if it has none.
+    """
+    function = operator.py_kernels.get(torch._C.DispatchKey.CompositeExplicitAutograd)
+    if function is None:
+        raise TraceError(
+            f"{operator._name} is a higher-order operator without a plain form; write it out for inference"
+        )
+    return function
+
+
+def _wider(argument: Any) -> Any:
+    """A type that is asked for, in double precision; anything else as it is."""
+    if not isinstance(argument, torch.dtype):
+        return argument
+    return torch.float64 if argument in _LOW else torch.complex128 if argument is torch.complex64 else argument
 
 
 def _grouped_mm(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -40,6 +68,24 @@ def _grouped_mm(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor, *_: Any, *
         out[start:stop] = a[start:stop] @ b[e]
         start = stop
     return out
+
+
+def _fake_quantised(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
+    """Rounding to multiples of a scale, for which PyTorch's kernels take float32 only: ``args`` end with the range."""
+    *how, low, high = args
+    if isinstance(how[0], int):  # a scale for every position of this axis
+        view = [-1 if k == how[0] % x.dim() else 1 for k in range(x.dim())]
+        scale, zero = scale.reshape(view), zero.reshape(view)
+    whole = (x / scale).round() + zero
+    rounded = (whole.clamp(low, high) - zero) * scale
+    enabled = how[0] if isinstance(how[0], torch.Tensor) else torch.ones(1, device=x.device)
+    return torch.where(enabled.bool(), rounded, x), (whole >= low) & (whole <= high)
+
+
+_FAKE_QUANTISED = {
+    torch.ops.aten.fake_quantize_per_channel_affine_cachemask,
+    torch.ops.aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams,
+}
 
 
 def widen(_: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -61,6 +61,10 @@ def randomised(state: Mapping[str, torch.Tensor], statistics: frozenset[str], se
     rng = torch.Generator().manual_seed(seed)
     out: dict[str, torch.Tensor] = {}
     for name, value in state.items():
+        if value.is_complex():
+            parts = randomised({f"{name} parts": torch.view_as_real(value.resolve_conj())}, frozenset(), seed)
+            out[name] = torch.view_as_complex(*parts.values())
+            continue
         if not value.is_floating_point() or value.numel() == 0:
             out[name] = value
             continue
@@ -134,10 +138,15 @@ class _Subject:
                 if name in self.tensors and self.tensors[name].shape == value.shape:
                     self.tensors[name].copy_(change(name, value))
 
-    def calibrate(self, state: dict[str, torch.Tensor], args: Any, kwargs: Any) -> dict[str, torch.Tensor]:
-        """The state with BatchNorm statistics near those of the data, so that signals neither die out nor explode."""
+    def calibrate(
+        self, state: dict[str, torch.Tensor], args: Any, kwargs: Any, *, fixed: Collection[str] = ()
+    ) -> dict[str, torch.Tensor]:
+        """The state with BatchNorm statistics near those of the data, so that signals neither die out nor explode.
+
+        What is ``fixed`` (statistics that are constants) keeps its values.
+        """
         self.outputs(state, args, kwargs, mode=Calibrate)
-        own = self.tensors
+        own = {n: t for n, t in self.tensors.items() if n not in fixed}
         return {n: own[n].detach().clone() if n in own and not torch.equal(own[n], v) else v for n, v in state.items()}
 
     def outputs(
@@ -234,7 +243,7 @@ def verify(
     rest = {n: t.detach().clone() for n, t in subject.tensors.items() if n not in free}
     base = rest | _alias(randomised(free, symmetry.statistics, seed), symmetry)
     try:
-        base = subject.calibrate(base, *inputs[0])
+        base = subject.calibrate(base, *inputs[0], fixed=rest)
         before = [subject.outputs(base, *i) for i in inputs]
         ok = all(_finite(o) for o in before)
     except Exception:
@@ -242,7 +251,13 @@ def verify(
     if not ok:
         base = {n: t.detach().to(subject.tensors[n].dtype, copy=True) for n, t in _tensors(model).items()}
         inputs = inputs[:1]
-        before = [subject.outputs(base, *i) for i in inputs]
+        try:
+            before = [subject.outputs(base, *i) for i in inputs]
+        except Exception as problem:
+            raise TraceError(
+                f"{type(model).__name__} does not run in float64, as verification needs ({type(problem).__name__}: "
+                f"{problem}); pass verify=False to skip it"
+            ) from problem
     worst, drowned, count = 0.0, False, 0
     for element in trial_elements(symmetry, elements * len(inputs), seed):
         turn, count = count % len(inputs), count + 1
@@ -250,7 +265,7 @@ def verify(
         error = _difference(before[turn], run(move))
         if not error <= tolerance:
             if not within_rounding(error, before[turn], run, _difference):
-                raise InvarianceError(_failure(subject, base, move, inputs[turn], error))
+                raise _failure(model, subject, base, move, inputs[turn], error)
             drowned = True
         else:
             worst = max(worst, error)
@@ -282,6 +297,8 @@ def within_rounding(
 
 def _jitter(size: float, seed: int, name: str, value: torch.Tensor) -> torch.Tensor:
     """A tensor whose entries change by about this share; the same for the same name and seed."""
+    if value.is_complex():
+        return torch.view_as_complex(_jitter(size, seed, name, torch.view_as_real(value.resolve_conj())))
     if not value.is_floating_point():
         return value
     rng = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
@@ -353,7 +370,9 @@ def _alias(state: dict[str, torch.Tensor], symmetry: Symmetry) -> dict[str, torc
     return {n: state[symmetry.aliases.get(n, n)] for n in state}
 
 
-def _failure(subject: _Subject, base: Any, move: Change, given: tuple[Any, Any], error: float) -> str:
+def _failure(
+    model: nn.Module, subject: _Subject, base: Any, move: Change, given: tuple[Any, Any], error: float
+) -> Exception:
     where = "the output"
     graphs = []
     for change in (_unchanged, move):
@@ -361,6 +380,12 @@ def _failure(subject: _Subject, base: Any, move: Change, given: tuple[Any, Any],
         with torch.no_grad(), double_precision(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             graphs.append(trace(subject.model, map_tensors(widen, given[0]), map_tensors(widen, given[1])))
+    held = _still_used(model, graphs[0])
+    if held:
+        return TraceError(
+            f"a copy of the model still reads {held} of the original, from a hook or a function that holds on to it, so "
+            "nothing can be verified (or merged) on copies; read the tensor from the module that the hook is called with"
+        )
     for a, b in zip(graphs[0].graph.nodes, graphs[1].graph.nodes, strict=False):
         x, y = a.meta.get("val"), b.meta.get("val")
         if a.op != "call_function" or not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
@@ -369,11 +394,20 @@ def _failure(subject: _Subject, base: Any, move: Change, given: tuple[Any, Any],
             module = f" in module {a.meta['module']!r}" if a.meta.get("module") else ""
             where = f"{a.target}{module} at {a.meta.get('source', '?')}"
             break
-    return (
+    return InvarianceError(
         f"a random element of the inferred group changes the output by {error:.1e} (relative); the first operator whose values "
         f"differ is {where}. This is a defect of the rule for that operator or one before it: please report it, and pin "
         "the operator with automerge.register_rule meanwhile"
     )
+
+
+def _still_used(model: nn.Module, graph: fx.GraphModule) -> str | None:
+    """The name of one of a model's tensors that entered the trace of its copy as a constant."""
+    constants = [c.double() for c in graph.buffers() if c.is_floating_point() and c.unique().numel() > 1]
+    for name, tensor in model.state_dict().items():
+        if any(c.shape == tensor.shape and torch.equal(c, tensor.detach().to(c)) for c in constants):
+            return name
+    return None
 
 
 @torch.no_grad()

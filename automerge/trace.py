@@ -13,6 +13,7 @@ import keyword
 import operator
 import os
 import sys
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +28,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.weak import TensorWeakRef
 
-from automerge._aliases import Tracked, read, shadow, write
+from automerge._aliases import Tracked, overlaps, read, shadow, write
+from automerge._double import plainly
 from automerge._errors import TraceError
 from automerge._opaque import opaque_modules
 from automerge._tree_io import map_tensors, tensors_of
@@ -52,6 +54,8 @@ class TraceInfo:
         reads: nodes whose values python read (``.item()``, ``.tolist()``, ``if tensor``); they must not change either.
         rewritten: state-dict names that the forward pass writes to (they are put back).
         unknown: places where a tensor of unknown provenance entered (treated as a constant).
+        overlaps: ``(name, other, places)``: state-dict tensors in one memory under several shapes; entry i of ``name`` is
+            entry ``places[i]`` of ``other``, or none of its entries where that is -1.
     """
 
     names: dict[str, str] = field(default_factory=dict)
@@ -62,6 +66,7 @@ class TraceInfo:
     reads: list[str] = field(default_factory=list)
     rewritten: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
+    overlaps: list[tuple[str, str, torch.Tensor]] = field(default_factory=list)
 
 
 def normalise_args(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -183,7 +188,7 @@ def _materialised(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def prepared(model: nn.Module) -> Iterator[None]:
-    """Eval mode, unfused attention and recurrences, and everything put back afterwards (buffers included)."""
+    """Eval mode, nothing compiled, unfused attention and recurrences, and everything put back afterwards (buffers included)."""
     modes = [(m, m.training) for m in model.modules()]
     before = [(m, _attributes(m)) for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     fastpath = torch.backends.mha.get_fastpath_enabled()
@@ -193,7 +198,7 @@ def prepared(model: nn.Module) -> Iterator[None]:
     try:
         if recurrent:
             torch._C._set_mkldnn_enabled(False)
-        with sdpa_kernel(_attention_kernels(model)):
+        with sdpa_kernel(_attention_kernels(model)), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         torch._C._set_mkldnn_enabled(mkldnn)
@@ -239,6 +244,8 @@ def _put_back(module: nn.Module, attributes: dict[str, Any]) -> None:
 class _Recorder(TorchDispatchMode):
     """Writes every dispatched operator into an fx graph; in-place operators become functional ones."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, model: nn.Module, values: bool, constants: Collection[str] = ()) -> None:
         super().__init__()
         self.values = values
@@ -262,6 +269,7 @@ class _Recorder(TorchDispatchMode):
         persistent = set(model.state_dict(keep_vars=True))
         tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         first: dict[tuple[Any, ...], str] = {}
+        beside: dict[int, list[tuple[str, torch.Tensor]]] = {}  # by storage
         for name, tensor in tensors:
             if name not in persistent or not isinstance(tensor, torch.Tensor):
                 continue
@@ -276,6 +284,10 @@ class _Recorder(TorchDispatchMode):
                 continue
             first[key] = name
             node = self._placeholder(name, tensor, "state")
+            if tensor.numel():
+                near = beside.setdefault(tensor.untyped_storage().data_ptr(), [])
+                self.info.overlaps += overlaps(name, tensor, near)
+                near.append((name, tensor))
             self.states.append((tensor, node))
             self.info.names[node.name] = name
 
@@ -330,7 +342,11 @@ class _Recorder(TorchDispatchMode):
             _nn_module.register_module_forward_hook(leave, always_call=False),
         ]
         try:
-            yield
+            with warnings.catch_warnings():
+                warnings.filterwarnings(
+                    "ignore", message=r"Using `torch\.compile\(module\)` when there are global hooks"
+                )
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -397,6 +413,14 @@ class _Recorder(TorchDispatchMode):
     # ------------------------------------------------------------ dispatch
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            with self:
+                return plainly(func)(*args, **kwargs)
+        if any(isinstance(a, torch.ScriptObject) for a in args):
+            raise TraceError(
+                f"{func._schema.name}{self.where()} reads packed (quantised) weights, which are no tensors; infer on the "
+                "model before it is quantised"
+            )
 
         def to_node(_: str, tensor: torch.Tensor) -> fx.Node:
             return self.node_of(tensor)
@@ -471,6 +495,11 @@ class _Recorder(TorchDispatchMode):
         outputs = tensors_of(result)
         if not outputs:
             raise TraceError("the model returned no tensor; automerge needs an output that it can compare")
+        if not any(t.numel() for t in outputs):
+            raise TraceError(
+                f"every output on the example inputs is empty ({', '.join(str(tuple(t.shape)) for t in outputs[:3])}), so "
+                "nothing shows how the model works; give inputs with at least one row"
+            )
         with torch.no_grad():
             nodes = tuple(self.node_of(t) for t in outputs)
         self.graph.output(nodes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.weak import TensorWeakRef
 
-from automerge import TraceError, trace
+from automerge import TraceError, infer, trace
 from automerge.infer import infer_graph
 from automerge.testing import Network, networks
+from tests.inference.networks_hostile import Program
 
 
 def replay(graph: fx.GraphModule, model: nn.Module, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -431,3 +434,43 @@ def test_the_answer_does_not_depend_on_the_values_kept(kinds):
         assert [(p.param, p.axis, p.count) for p in lean.pins] == [(p.param, p.axis, p.count) for p in full.pins]
 
     check()
+
+
+def _flex(s: Any, x: torch.Tensor) -> torch.Tensor:
+    q, k, v = (f(x).unflatten(-1, (2, 4)).transpose(1, 2) for f in (s.q, s.k, s.v))
+    return s.out(flex_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_higher_order_operators_are_recorded_as_what_they_stand_for():
+    parts = {name: partial(nn.Linear, 5, 8) for name in "qkv"}
+    model = Program(_flex, {**parts, "out": partial(nn.Linear, 8, 2)})
+    symmetry = infer(model, torch.randn(2, 7, 5))
+    assert sorted(g.size for g in symmetry.generators()) == [2, 4, 4, 4, 4]
+    assert not symmetry.unruled
+
+
+def test_compiled_parts_run_as_they_are_written():
+    model = nn.Sequential(torch.compile(nn.Sequential(nn.Linear(4, 6), nn.ReLU()), fullgraph=True), nn.Linear(6, 2))
+    assert [g.size for g in infer(model, torch.randn(3, 4)).generators()] == [6]
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_quantised_weights_are_refused():
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.packed = torch.ops.quantized.linear_prepack(
+                torch.quantize_per_tensor(torch.randn(6, 4), 0.1, 0, torch.qint8), None
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.ops.quantized.linear_dynamic(x, self.packed)
+
+    with pytest.raises(TraceError, match=r"packed .quantised. weights.*before it is quantised"):
+        infer(Packed(), torch.randn(3, 4))
+
+
+def test_an_example_without_rows_is_refused():
+    with pytest.raises(TraceError, match=r"every output .* is empty \(\(0, 2\)\).*at least one row"):
+        infer(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(0, 4))

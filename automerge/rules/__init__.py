@@ -18,9 +18,11 @@ from torch import fx
 
 from automerge.rules import _contraction, _creation, _indexing, _movement, _reduction, _writing  # noqa: F401  (they register themselves)
 from automerge.rules._axes import Family, Unruled
+from automerge.rules._constants import veils
 from automerge.rules._decompose import decomposition
 from automerge.rules._engine import Engine
-from automerge.rules._reads import unread
+from automerge.rules._movement import gathered
+from automerge.rules._reads import liveness, unread
 from automerge.rules._registry import Context, carries, find_rule, operator_name, register_rule, values_in
 from automerge.rules._value import ConstantValue, Factor, Value, drop_constant, plain, split_letter
 
@@ -89,10 +91,11 @@ class _Run:
         self.out = Analysis(self.engine)
         self.values: dict[fx.Node, Any] = {}
         self.constant: set[fx.Node] = set()
+        self.veiled: set[fx.Node] = set()
         self.statistics: list[Value] = []
         info = graph.meta["trace"]
         self.reads = [n for n in graph.graph.nodes if n.name in info.reads]
-        self.live, self.used = _liveness(graph, self.reads)
+        self.live, self.used = liveness(graph, self.reads)
 
     def run(self) -> Analysis:
         for node in self.graph.graph.nodes:
@@ -141,17 +144,22 @@ class _Run:
                 self.values[node] = self.out.states[node.meta["name"]] = self.parameter(
                     node.meta["name"], tuple(value.shape)
                 )
+                self.share(node.meta["name"])
             else:
                 self.constant.add(node)
         elif node.op == "get_attr" or self.is_constant(node):
             self.constant.add(node)
+            if not self.veiled.isdisjoint(node.all_input_nodes) or veils(node, self.live):
+                self.veiled.add(node)  # known by its values, but its structure is that of what it was made from
+                self.values[node] = _with_data(self.apply(node), value)
         elif node.target is operator.getitem:
             self.values[node] = self.fetch(node.args[0])[node.args[1]]
         else:
             self.values[node] = self.apply(node)
 
     def is_constant(self, node: fx.Node) -> bool:
-        return all(n in self.constant for n in node.all_input_nodes)
+        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())  # drawn anew in every pass
+        return not random and all(n in self.constant for n in node.all_input_nodes)
 
     def parameter(self, name: str, shape: tuple[int, ...]) -> Value:
         """A parameter: a family for every axis, axes that were asked to be split once for every class of another axis."""
@@ -166,6 +174,24 @@ class _Run:
         for k, parts in splits.items():
             value.factors.append(self._split_factor(value, name, k, parts, lines, blocks))
         return value
+
+    def share(self, name: str) -> None:
+        """What is in one memory under several shapes moves as one."""
+        states, engine = self.out.states, self.engine
+        for mine, other, places in self.graph.meta["trace"].overlaps:
+            if mine != name or other not in states:
+                continue
+            back = torch.full((int(np.prod(states[other].shape)),), -1)
+            back[places[places >= 0]] = torch.arange(places.numel()).reshape(places.shape)[places >= 0]
+            if bool((places >= 0).all()):
+                engine.elementwise([states[mine], gathered(engine, states[other], places.numpy())])
+            elif bool((back >= 0).all()):
+                engine.elementwise(
+                    [states[other], gathered(engine, states[mine], back.reshape(states[other].shape).numpy())]
+                )
+            else:
+                for state in (mine, other):
+                    states[state] = engine.pin_all(states[state], "shares memory with another parameter")
 
     def _splits_of(self, name: str) -> dict[int, list[tuple[int, np.ndarray]]]:
         splits: dict[int, list[tuple[int, np.ndarray]]] = {}
@@ -298,11 +324,11 @@ class _Sub(_Run):
         self, parent: _Run, graph: fx.GraphModule, values: dict[fx.Node, Any], sources: Sequence[fx.Node]
     ) -> None:
         self.graph, self.splits, self.engine, self.out = graph, parent.splits, parent.engine, parent.out
-        self.values, self.constant, self.statistics = values, set(), parent.statistics
-        self.live, self.used = _liveness(graph, [])
+        self.values, self.constant, self.veiled, self.statistics = values, set(), set(), parent.statistics
+        self.live, self.used = liveness(graph, [])
         placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
         for inside, source in zip(placeholders, sources, strict=True):
-            if source in parent.constant:
+            if source in parent.constant and source not in parent.veiled:
                 self.constant.add(inside)
                 inside.meta["val"] = source.meta["val"]
             values[inside] = parent.read(source)
@@ -351,17 +377,10 @@ def _unread_positions(family: Family, missing: np.ndarray) -> np.ndarray:
     return out.reshape(-1)
 
 
-def _liveness(graph: fx.GraphModule, reads: Sequence[fx.Node]) -> tuple[set[fx.Node], dict[fx.Node, set[int]]]:
-    """The nodes that the output (or a value read by python) depends on, and which outputs of a node are read."""
-    live: set[fx.Node] = set()
-    used: dict[fx.Node, set[int]] = {}
-    todo = [n for n in graph.graph.nodes if n.op == "output"] + list(reads)
-    while todo:
-        node = todo.pop()
-        if node in live:
-            continue
-        live.add(node)
-        if node.target is operator.getitem:
-            used.setdefault(node.args[0], set()).add(node.args[1])
-        todo += node.all_input_nodes
-    return live, used
+def _with_data(value: Any, tensor: Any) -> Any:
+    """What a rule says of a constant, which keeps its entries for the rules that read positions from it."""
+    if not isinstance(value, Value):
+        return tuple(_with_data(v, t) for v, t in zip(value, tensor, strict=True)) if value is not None else None
+    out = value.settle().with_axes(value.axes)
+    out.data = tensor
+    return out

@@ -1,11 +1,21 @@
-"""What may be permuted in a constant tensor, from its values."""
+"""What may be permuted in a constant tensor, from its values.
+
+Where a constant was computed, values may be equal by chance: all distances are 0 in a sequence of one, and so are slopes times
+distances; the first row of a table of cosines holds nothing but ones. With longer inputs they differ. Such a constant is
+*veiled*: its structure is that of the constants it was made from.
+"""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import fx
+
+from automerge.rules._reads import partly_read
 
 _MAX_ENTRIES = 5_000_000
 
@@ -76,3 +86,102 @@ def _kinds(cells: np.ndarray) -> np.ndarray:
     cells = np.ascontiguousarray(cells + 0.0 if cells.dtype.kind in "fc" else cells)
     one = cells.view(np.dtype((np.void, cells.dtype.itemsize * cells.shape[1]))).reshape(-1)
     return np.unique(one, return_inverse=True)[1].reshape(-1)
+
+
+_ONE_TO_ONE = frozenset(  # but for rounding, and for a factor or exponent of 0
+    f"aten::{name}"
+    for name in (
+        *(
+            "mul",
+            "div",
+            "pow",
+            "add",
+            "sub",
+            "rsub",
+            "neg",
+            "reciprocal",
+            "sqrt",
+            "rsqrt",
+            "sin",
+            "cos",
+            "tan",
+            "polar",
+        ),
+        *(
+            "exp",
+            "exp2",
+            "expm1",
+            "log",
+            "log2",
+            "log10",
+            "log1p",
+            "sigmoid",
+            "tanh",
+            "atan",
+            "erf",
+            "softplus",
+            "complex",
+        ),
+    )
+)
+
+
+def veils(node: fx.Node, live: Collection[fx.Node]) -> bool:
+    """Whether a constant is equal where one that it was made from differs, be it by the sizes of these inputs.
+
+    A function of several constants may hide one (slopes times distances of 0), and so may a cut of a table of which other
+    rows are not read, and rounding (cosines of small angles). Other functions of one constant (``arange(n) // 4``) are meant
+    so.
+    """
+    value = node.meta["val"]
+    if node.op != "call_function" or not isinstance(value, torch.Tensor) or value.numel() < 2:
+        return False
+    for source, axis, mine in _kept_axes(node, live):
+        new = slice_classes(_array(value), mine)
+        old = slice_classes(_array(source), axis)[: new.size]  # (a gather may leave out the end of an axis)
+        if np.unique(np.stack([old, new]), axis=1).shape[1] > new.max() + 1:
+            return True
+    return False
+
+
+def _kept_axes(node: fx.Node, live: Collection[fx.Node]) -> Iterator[tuple[torch.Tensor, int, int]]:
+    """The operands' axes that are axes of a constant: ``(operand, axis, axis of the constant)``."""
+    name, value = getattr(node.target, "_schema", node).name, node.meta["val"]
+    operands = [t for n in node.all_input_nodes if isinstance(t := n.meta["val"], torch.Tensor) and t.numel() > 1]
+    if name in ("aten::mm", "aten::bmm"):
+        for k, gone in ((0, -1), (1, -2)):
+            tensor = node.args[k].meta["val"]
+            kept = [axis for axis in range(tensor.dim()) if axis != tensor.dim() + gone]
+            yield from ((tensor, axis, axis) for axis in kept if tensor.shape[axis] > 1)
+    elif (
+        name in _ONE_TO_ONE
+        or _rounds(node)
+        or (len(operands) > 1 and torch.Tag.pointwise in getattr(node.target, "tags", ()))
+    ):
+        for tensor in operands:
+            for axis in range(tensor.dim()):
+                if tensor.shape[axis] > 1:
+                    yield tensor, axis, axis + value.dim() - tensor.dim()
+    else:
+        table = partly_read(node, live)
+        if table is None:
+            return
+        source, dim, rank = table
+        for axis in range(source.dim()):
+            if axis != dim and source.shape[axis] > 1:
+                yield source, axis, axis if axis < dim else axis - 1 + rank
+
+
+def _rounds(node: fx.Node) -> bool:
+    """Whether a constant is another one in a type of lower precision."""
+    if getattr(node.target, "_schema", node).name not in ("aten::_to_copy", "aten::to"):
+        return False
+    return all(
+        isinstance(t := n.meta["val"], torch.Tensor) and t.is_floating_point() for n in (node, *node.all_input_nodes)
+    )
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.detach().to_dense().cpu() if tensor.layout is not torch.strided else tensor.detach().cpu()
+    tensor = tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+    return tensor.resolve_conj().resolve_neg().numpy()

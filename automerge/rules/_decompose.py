@@ -52,6 +52,6 @@ def decomposition(node: fx.Node) -> fx.GraphModule | None:
         )
     except (TraceError, NotImplementedError, RuntimeError, TypeError, AssertionError, ValueError, AttributeError):
         return None
-    if any(n.target is target for n in graph.graph.nodes):
+    if graph.meta["trace"].reads or any(n.target is target for n in graph.graph.nodes):  # a read: of zeros, perhaps
         return None
     return graph

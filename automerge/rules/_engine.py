@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -109,11 +110,13 @@ class Engine(Combine):
         """Join along one axis; ``same[i]`` is equal for operands that are the very same tensor."""
         if len(values) == 1:
             return values[0]
-        made_once: dict[int, Value] = {}  # the same tensor has the same labels each time
-        for v, who in zip(values, map(id, same), strict=True):
-            if who not in made_once:
-                made_once[who] = self.merge_axis(v, axis)[0]
-        singles = [made_once[who] for who in map(id, same)]
+        made_once: dict[tuple[int, int], Value] = {}  # the same tensor has the same labels each time
+        keys = [(id(who), v.shape[axis]) for v, who in zip(values, same, strict=True)]  # (a border has several lengths)
+        for v, key in zip(values, keys, strict=True):
+            if key not in made_once:
+                made_once[key] = self.merge_axis(v, axis)[0]
+        singles = [made_once[key] for key in keys]
+        coordinates = [bool(v.pinned & set(v.axes[axis])) for v in values]
         lengths = [v.shape[axis] for v in values]
         n, count = len(singles[0].axes), len(singles)
         apart = []  # the joined axes side by side, each a further axis of its own
@@ -127,12 +130,18 @@ class Engine(Combine):
         total = sum(lengths)
         aligned, beside = self._beside(aligned, made) if total == len(lengths) else (aligned, [])
         both = self.combine(aligned, wide, size)
-        rest = [f for f in both.factors if not inner & set(f.letters)] + beside
         parts = [[f for f in both.factors if set(a) & set(f.letters)] for a in own]
+        filling = _filling(own, parts, both.pinned, coordinates)
+        if any(filling):
+            fixed = {c for a, *which in zip(own, filling, coordinates, strict=True) if any(which) for c in a}
+            both = self.pin_letters(both, fixed, "filled up with constants")
+            parts = [[f for f in both.factors if set(a) & set(f.letters)] for a in own]
+        rest = [f for f in both.factors if not inner & set(f.letters)] + beside
         pinned = both.pinned - inner
         size_out = {c: n for c, n in both.size.items() if c not in inner} | {made: total}
         axes_out = tuple((made,) if k == axis else a for k, a in enumerate(axes))
-        if not any(parts) and all(set(a) <= both.pinned for a in own) and len(set(map(id, same))) == len(same):
+        seen = [id(who) for who, f in zip(same, filling, strict=True) if not f]
+        if not any(parts) and all(set(a) <= both.pinned for a in own) and len(set(seen)) == len(seen):
             return Value(axes_out, size_out, rest, pinned | {made}, chosen=both.chosen)
         joint = self._join_segments(both, own, parts, lengths, same, made)
         if joint is not None and joint.letters == (made,) and self._all_fixed(joint.labels):
@@ -180,7 +189,7 @@ class Engine(Combine):
         segments: list[Factor] = []
         owner = np.zeros(2 * self.axes.count, np.int32)  # which operand has shown a vertex; room for new ones
         numbers: dict[int, int] = {}
-        shared: dict[int, np.ndarray] = {}
+        shared: dict[Any, np.ndarray] = {}
         for letters, factors, who in zip(own, parts, map(id, same), strict=True):
             segment = self._operand_factor(both, letters, factors, shared, who)
             number = numbers.setdefault(who, len(numbers) + 1)
@@ -202,20 +211,22 @@ class Engine(Combine):
         return drop_constant(Factor((made, *outer), np.concatenate(arrays)))
 
     def _operand_factor(
-        self, both: Value, letters: tuple[int, ...], factors: Sequence[Factor], shared: dict[int, np.ndarray], who: int
+        self, both: Value, letters: tuple[int, ...], factors: Sequence[Factor], shared: dict[Any, np.ndarray], who: int
     ) -> Factor:
         """An operand's labels along the joined axis; the same operand gets the same ones each time."""
         pins = set(letters) & both.pinned
         if factors:
             return self._joint(both, factors, pins)
         shape = tuple(both.size[c] for c in letters)
-        if who not in shared:
-            shared[who] = self.axes.fresh(shape if pins else (1,))
+        extent = shape if pins else (1,)
+        if (who, extent) not in shared:
+            shared[who, extent] = self.axes.fresh(extent)
             if pins:
-                self.axes.pin(shared[who], "position in a concatenation")
+                self.axes.pin(shared[who, extent], "position in a concatenation")
+        labels = shared[who, extent]
         if pins:
-            return Factor(letters, shared[who])
-        return Factor(letters, np.broadcast_to(shared[who].reshape([1] * len(shape)), shape).copy())
+            return Factor(letters, labels)
+        return Factor(letters, np.broadcast_to(labels.reshape([1] * len(shape)), shape).copy())
 
     # ------------------------------------------------------------ constants
     def constant(self, array: np.ndarray) -> Value:
@@ -262,6 +273,21 @@ class Engine(Combine):
             self.axes.edge(entries, rows)
             self.axes.edge(entries, columns)
         return [Factor(axes[k], labels) for k, labels in zip(found.axes, whole, strict=True)]
+
+
+def _filling(
+    own: Sequence[tuple[int, ...]], parts: Sequence[Sequence[Factor]], pinned: set[int], coordinates: Sequence[bool]
+) -> list[bool]:
+    """Which operands of a join are constants beside coordinates: on a longer input they are coordinates, too.
+
+    Args:
+        own: the letters that are joined, for every operand.
+        parts: its factors over them.
+        pinned: the pinned letters.
+        coordinates: whether some of what was joined to its letters is pinned.
+    """
+    beside = any(coordinates) or (not any(parts) and not all(own))
+    return [beside and bool(a) and not f and not pinned & set(a) for a, f in zip(own, parts, strict=True)]
 
 
 def _with_room(owner: np.ndarray, count: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from automerge.rules._contraction import repinned
 from automerge.rules._engine import Engine
 from automerge.rules._movement import gathered, without_axis
 from automerge.rules._reduction import axes_of, fits, normalised
-from automerge.rules._registry import Context, rule
+from automerge.rules._registry import Context, rule, values_in
 from automerge.rules._value import Factor, Value, copy_letters, plain, rename
 
 
@@ -381,7 +381,27 @@ def pad_packed(context: Context, x: Value, sizes: Value, *_: Any) -> tuple[Value
     return data, plain(context.out(1).shape, pinned=True)
 
 
-@rule("nonzero", "bincount", "histc", "unique_dim", "_unique2")
+@rule("bincount", "histc")
+def counts(context: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
+    """A symmetric function of the entries (with their weights), for every bin."""
+    engine = context.engine
+    both = engine.elementwise(values_in([x, *args, *kwargs.values()]))
+    total = engine.reduce(both, {c for axis in both.axes for c in axis})
+    return engine.elementwise([total.with_axes(((),)), plain(context.shape, pinned=True)])
+
+
+@rule("searchsorted")
+def searchsorted(context: Context, edges: Value, x: Value, *_: Any, sorter: Any = None, **__: Any) -> Value:
+    """Between which of the edges, whose order is what they mean, every entry lies."""
+    if sorter is not None:
+        raise Unruled("edges in another order")
+    engine = context.engine
+    last = set(edges.axes[-1])
+    edges = engine.reduce(engine.pin_letters(edges, last, "edges in their order"), last)
+    return engine.elementwise([edges if len(edges.axes) > 1 else edges.with_axes(()), x])
+
+
+@rule("nonzero", "unique_dim", "_unique2")
 def positions(context: Context, x: Value, *_: Any, **__: Any) -> Any:
     context.engine.pin_all(x, "positions are read from it")
     value = context.node.meta["val"]

@@ -20,11 +20,9 @@ SELECTED = ("select",)  # first among the functions of a piece of length one who
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "flatten", "unflatten", "view_copy",
       carries=True)  # fmt: skip
 def view(context: Context, x: Value, *_: Any, **__: Any) -> Value:
-    if (
-        not context.node.meta["val"].dtype.is_complex
-        and context.node.args[0].meta["val"].numel() != context.node.meta["val"].numel()
-    ):
-        raise Unruled("a view that changes the element size")
+    before, after = context.node.args[0].meta["val"], context.node.meta["val"]
+    if before.numel() != after.numel() or before.dtype.is_complex != after.dtype.is_complex:
+        raise Unruled("a view that changes what an element is")
     out = context.engine.reshape(x, context.shape).carry(x)
     if x.origin is not None and x.origin[2].size == 1 and x.origin[3][:1] != SELECTED:
         axis = x.origin[1]

@@ -2,19 +2,22 @@
 
 A table of 1024 positions of which short example inputs read five has 1019 rows that nothing constrains. They are no
 freedom: on longer inputs they are read as the five are. So what is not read stays where it is along the axis that is cut,
-and keeps the order of what is read along the others.
+and keeps the order of what is read along the others. It is the same with a layer that gives 1024 scores of which five are
+used.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import fx
+
+from automerge._tree_io import tensors_of
 
 
 def _aten(*names: str) -> frozenset[str]:
@@ -30,7 +33,14 @@ _MOVING = _CUTTING | _aten(
     *("view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "repeat"),
     *("flip", "roll", "contiguous", "flatten", "unflatten", "movedim", "diagonal", "cat", "stack", "unfold"),
 )
+_TABLES = _aten("slice", "narrow", "index_select", "select", "embedding", "index", "gather")
+_VIEWS = _aten(
+    *("slice", "select", "narrow", "split", "split_with_sizes", "unbind", "diagonal"),
+    *("view", "permute", "transpose", "t", "unsqueeze", "squeeze", "alias", "detach"),
+)
+_PIECES = _aten("split", "split_with_sizes", "unbind", "split_copy", "split_with_sizes_copy", "unbind_copy")
 _PRODUCTS = _aten("mm", "bmm", "mv", "addmm", "baddbmm", "addmv", "dot", "matmul")
+_MAX_MIXED = 4_000_000
 _SAME = _aten("clone", "_to_copy", "to", "lift_fresh_copy", "detach", "alias")
 
 
@@ -43,7 +53,7 @@ def unread(
 ) -> dict[str, np.ndarray]:
     """For every parameter that is only read in part: which of its entries are not, a boolean array of its shape.
 
-    What is read is followed back from where it meets the inputs, through what is made of parameters alone.
+    What is read is followed back from every cut, through whatever is read in part only.
 
     Args:
         graph: the traced graph.
@@ -59,27 +69,30 @@ def unread(
             own.add(node)
         elif node.op == "call_function" and not own.isdisjoint(sources := node.all_input_nodes):
             own.update([node] if all(n in own or n in constant for n in sources) else [])
-    inner: set[fx.Node] = set()
-    todo = [n for n in own if _name(n) in _CUTTING or _selects(n, constant)]
-    while todo:
-        node = todo.pop()
-        if node not in inner:
-            inner.add(node)
-            todo += [n for n in node.all_input_nodes if n in own]
-    back = _Back(inner, live, looked, {})
+    cuts = {n for n in nodes if _cuts(n, constant) or (n in own and _selects(n, constant))}
+    back = _Back(cuts, own, constant, live, {})
     for node in reversed(nodes):
-        if node in inner:
+        if node not in constant and node not in looked:
             back.visit(node)
+    tables: set[fx.Node] = set()  # parameters that are cut themselves
+    for node in reversed(nodes):
+        if any(u in own and (u in cuts or u in tables) for u in node.users):
+            tables.add(node)
     out: dict[str, np.ndarray] = {}
-    for node in inner:
-        if node.op == "placeholder" and not bool(back.needed[node].all()):
-            out[node.meta["name"]] = ~back.needed[node].numpy()
+    for node, mask in back.needed.items():
+        if node.op == "placeholder" and node in own and (node in tables or bool(mask.any())):
+            out[node.meta["name"]] = ~mask.numpy()
     return dict(sorted(out.items()))
 
 
 def _name(node: fx.Node) -> str:
     schema = getattr(node.target, "_schema", None)
     return schema.name if schema is not None else ""
+
+
+def _cuts(node: fx.Node, constant: Collection[fx.Node]) -> bool:
+    """Whether an operator takes part of its operand, at places that do not depend on data."""
+    return _name(node) in _CUTTING and all(n in constant for n in node.all_input_nodes[1:])
 
 
 def _selects(node: fx.Node, constant: Collection[fx.Node]) -> bool:
@@ -104,39 +117,64 @@ def _chooses(node: fx.Node) -> bool:
 
 @dataclass(frozen=True)
 class _Back:
-    """Which entries of the values in ``inner`` are needed; for several outputs, a list."""
+    """Which entries of a value are needed, where not all are; for several outputs, a list."""
 
-    inner: Collection[fx.Node]
+    cuts: Collection[fx.Node]
+    own: Collection[fx.Node]
+    constant: Collection[fx.Node]
     live: Collection[fx.Node]
-    looked: Collection[fx.Node]
     needed: dict[fx.Node, Any]
 
     def visit(self, node: fx.Node) -> None:
-        value = node.meta["val"]
+        value = node.meta.get("val")
         users = [u for u in node.users if u in self.live]
         if not isinstance(value, torch.Tensor):
-            masks = [torch.zeros(v.shape, dtype=torch.bool) if isinstance(v, torch.Tensor) else None for v in value]
-            for user in users:
-                which: Any = user.args[1] if user.target is operator.getitem else slice(None)
-                for mask in [masks[which]] if isinstance(which, int) else masks:
-                    if mask is not None:
-                        mask |= self.needed[user] if user in self.inner else True
-            self.needed[node] = masks
+            if _name(node) in _PIECES:
+                self.pieces(node, users)
+            return
+        if value.numel() == 0 or any(u not in self.cuts and u not in self.needed for u in users):
             return
         mask = torch.zeros(value.shape, dtype=torch.bool)
         for user in users:
-            mask |= self.asked(user, node) if user in self.inner and user.target is not operator.getitem else True
-        self.needed[node] = mask | (node in self.looked)
+            mask |= self.asked(user, node)
+            if bool(mask.all()):
+                return
+        self.needed[node] = mask
+
+    def pieces(self, node: fx.Node, users: Sequence[fx.Node]) -> None:
+        """What is needed of a tensor that is cut in pieces, some of which nobody reads."""
+        read = {u.args[1]: u for u in users if u.target is operator.getitem}
+        if len(read) < len(node.meta["val"]) or not self.needed.keys().isdisjoint(read.values()):
+            self.needed[node] = [
+                self.all_of(read[i]) if i in read else torch.zeros(v.shape, dtype=torch.bool)
+                for i, v in enumerate(node.meta["val"])
+            ]
+
+    def all_of(self, node: fx.Node) -> Any:
+        """What is needed of a node."""
+        found = self.needed.get(node)
+        return torch.ones(node.meta["val"].shape, dtype=torch.bool) if found is None else found
 
     def asked(self, user: fx.Node, node: fx.Node) -> Any:
         """Which entries of a node its user needs; True for all."""
-        name, needed = _name(user), self.needed[user]
+        name = _name(user)
+        if name in _PIECES and user not in self.needed:
+            return True
+        needed = self.all_of(user)
         try:
             if name in _SAME or torch.Tag.pointwise in getattr(user.target, "tags", ()):
                 return needed.float().sum_to_size(tuple(node.meta["val"].shape)) > 0
+            if name in _VIEWS:
+                return _seen(user, node, needed)
+            if any(not _real(n) and n not in self.constant for n in user.all_input_nodes):
+                return True  # places that depend on data
             if name in _MOVING:
                 return self._moved(user, node, needed)
-            if torch.Tag.reduction not in getattr(user.target, "tags", ()) and not _chooses(user):
+            if torch.Tag.reduction in getattr(user.target, "tags", ()):
+                return _summed(user, node, needed)
+            if user not in self.own and name in _OPERANDS:
+                return _multiplied(user, node, needed)
+            if not _chooses(user) and (user in self.own or node.meta["val"].numel() < _MAX_MIXED):
                 return self._mixed(user, node, needed)
         except Exception:  # an operator that refuses integers, a shape that is not known
             return True
@@ -182,7 +220,109 @@ class _Back:
         args = user.args if _name(user) != "aten::constant_pad_nd" else (*user.args[:2], -1)
         moved = user.target(*fx.node.map_arg(args, known), **fx.node.map_arg(user.kwargs, known))  # type: ignore[operator]
         for numbers, mask in zip(*([moved], [needed]) if torch.is_tensor(moved) else (moved, needed), strict=True):
-            if mask is not None:
-                arrived = numbers[mask]
-                out[arrived[arrived >= 0]] = True
+            arrived = numbers[mask]
+            out[arrived[arrived >= 0]] = True
         return out.reshape(shape)
+
+
+def _real(node: fx.Node) -> bool:
+    value = node.meta["val"]
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def partly_read(node: fx.Node, live: Collection[fx.Node]) -> tuple[torch.Tensor, int, int] | None:
+    """The constant table that a cut reads, if not all of it is read.
+
+    Returns:
+        The table, the axis that is cut, and how many axes of the cut take its place; None for anything else.
+    """
+    name, args = _name(node), cast(Any, node.args)
+    if name not in _TABLES or not isinstance(args[0], fx.Node):
+        return None
+    source, table = args[0], args[0].meta["val"]
+    dim, rank = (args[1] if len(args) > 1 and isinstance(args[1], int) else 0), 0 if name == "aten::select" else 1
+    if name in ("aten::embedding", "aten::index"):
+        given = (
+            [(0, args[1])] if name == "aten::embedding" else [(k, i) for k, i in enumerate(args[1]) if i is not None]
+        )
+        if len(given) != 1 or given[0][1].meta["val"].dtype in (torch.bool, torch.uint8):
+            return None
+        dim, rank = given[0][0], given[0][1].meta["val"].dim()
+    users = {u for u in source.users if u in live}
+    if not all(_name(u) in _CUTTING and u.args[0] is source for u in users):
+        return None
+    back = _Back(users, (), {n for u in users for n in u.all_input_nodes}, live, {})
+    mask = torch.zeros(table.shape, dtype=torch.bool)
+    for user in users:
+        mask |= back.asked(user, source)
+    return None if bool(mask.all()) else (table, dim % table.dim(), rank)
+
+
+def _seen(user: fx.Node, node: fx.Node, needed: Any) -> torch.Tensor:
+    """Look at the entries through the view itself."""
+    mask = torch.zeros(node.meta["val"].shape, dtype=torch.bool)
+    views = user.target(mask, *user.args[1:], **user.kwargs)  # type: ignore[operator]
+    for view, part in zip(*([views], [needed]) if torch.is_tensor(views) else (views, needed), strict=True):
+        view |= part
+    return mask
+
+
+def _summed(user: fx.Node, node: fx.Node, needed: torch.Tensor) -> Any:
+    """All that goes into an entry of a reduction that is needed."""
+    shape = node.meta["val"].shape
+    dims: Any = user.args[1] if len(user.args) > 1 else user.kwargs.get("dim")
+    dims = [dims] if isinstance(dims, int) else dims
+    if isinstance(dims, bool) or not dims:
+        return True
+    for k in sorted(d % len(shape) for d in dims) if needed.dim() < len(shape) else ():
+        needed = needed.unsqueeze(k)
+    return needed.expand(shape)
+
+
+_OPERANDS = {  # which arguments are the factors of a product, and which axis of the output each of them lacks
+    **{name: {0: -1, 1: -2} for name in _aten("mm", "bmm")},
+    **{name: {1: -1, 2: -2} for name in _aten("addmm", "baddbmm")},
+    "aten::convolution": {},
+}
+
+
+def _multiplied(user: fx.Node, node: fx.Node, needed: torch.Tensor) -> Any:
+    """The rows and columns (or the filters) of a product that are needed."""
+    places = [i for i, a in enumerate(user.args) if a is node]
+    shape = tuple(node.meta["val"].shape)
+    if len(places) != 1:
+        return True
+    if _name(user) == "aten::convolution":
+        if (
+            places == [0] or user.args[6]
+        ):  # pixels are read by their neighbours; a transposed kernel has its inputs first
+            return True
+        filters = needed.any(0).flatten(1).any(1)
+        return filters.reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
+    lacks = _OPERANDS[_name(user)].get(places[0])
+    if lacks is None:
+        return needed.float().sum_to_size(shape) > 0
+    return needed.any(lacks, keepdim=True).expand(shape)
+
+
+def _empty(node: fx.Node) -> bool:
+    tensors = tensors_of(node.meta.get("val", ()))
+    return bool(tensors) and all(t.numel() == 0 for t in tensors)
+
+
+def liveness(graph: fx.GraphModule, reads: Sequence[fx.Node]) -> tuple[set[fx.Node], dict[fx.Node, set[int]]]:
+    """The nodes that the output (or a value read by python) depends on, and which outputs of a node are read."""
+    live: set[fx.Node] = set()
+    used: dict[fx.Node, set[int]] = {}
+    todo = [n for n in graph.graph.nodes if n.op == "output"] + list(reads)
+    while todo:
+        node = todo.pop()
+        if node in live:
+            continue
+        live.add(node)
+        if _empty(node):  # holds nothing of what went into it
+            continue
+        if node.target is operator.getitem:
+            used.setdefault(node.args[0], set()).add(node.args[1])
+        todo += node.all_input_nodes
+    return live, used

@@ -90,6 +90,17 @@ def on_axis(value: Value | None, axis: int, ndim: int) -> list[Value]:
     return [value.with_axes(tuple(axes))]
 
 
+@rule("fake_quantize_per_tensor_affine_cachemask", "fake_quantize_per_channel_affine_cachemask",
+      "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams")  # fmt: skip
+def fake_quantised(context: Context, x: Value, *args: Any) -> tuple[Value, Value]:
+    """Rounded to multiples of a scale, which may be one for each position of an axis."""
+    given = [v for v in args if isinstance(v, Value)]
+    if "channel" in context.node.target._schema.name:
+        given = [v for one in given for v in on_axis(one, args[2] % len(x.axes), len(x.axes))]
+    out = context.engine.elementwise([x, *given])
+    return out, out
+
+
 @rule("native_layer_norm", "_fused_rms_norm", "layer_norm", "rms_norm")
 def layer_norm(context: Context, x: Value, shape: Sequence[int], w: Value | None = None, b: Any = None, *_: Any) -> Any:
     axes = list(range(len(x.axes) - len(shape), len(x.axes)))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from automerge.rules._axes import Unruled
-from automerge.rules._engine import Engine
+from automerge.rules._engine import MAX_BESIDE, Engine
 from automerge.rules._indexing import bare, constant_index, points_into, tie_axis, whole_axes
 from automerge.rules._movement import expanded, gathered, scattered
 from automerge.rules._registry import Context, rule, values_in
@@ -54,7 +54,7 @@ def scatter(context: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
     for v in values_in([x, *args, *kwargs.values()]):
         v.settle()
     if name in ("index_put", "_index_put_impl", "_unsafe_index_put"):
-        return _index_put(context, x, args[0], args[1])
+        return _index_put(context, x, args[0], args[1], bool(args[2:] and args[2]) or kwargs.get("accumulate", False))
     if not isinstance(args[0], int):
         raise Unruled("a write at data-dependent positions")
     dim = args[0] % max(len(x.axes), 1)
@@ -105,7 +105,7 @@ def _index_write(engine: Engine, name: str, x: Value, dim: int, others: Sequence
     return engine.elementwise([x, engine.reduce(written, set(written.axes[dim]))])
 
 
-def _index_put(context: Context, x: Value, indices: Sequence[Value | None], values: Value) -> Value:
+def _index_put(context: Context, x: Value, indices: Sequence[Value | None], values: Value, accumulate: bool) -> Value:
     engine = context.engine
     axes = [k for k, v in enumerate(indices) if v is not None]
     covered = [v for v in indices if v is not None]
@@ -114,10 +114,16 @@ def _index_put(context: Context, x: Value, indices: Sequence[Value | None], valu
         mask = covered[0]
         tail = len(x.axes) - axes[0] - len(mask.axes)
         return engine.elementwise([x, mask.with_axes((*mask.axes, *((),) * tail)), values])
+    if len(axes) == len(x.axes) and all(v.data is not None for v in covered) and np.prod(x.shape) <= MAX_BESIDE:
+        made = _put_exactly(context, x, [v.data.cpu() for v in covered], values, accumulate)
+        if made is not None:
+            return made
     constant = constant_index(covered[0]) if len(axes) == 1 else None
     if constant is not None and constant.ndim == 1 and np.unique(constant).size == constant.size:
         shape = [constant.size if k == axes[0] else m for k, m in enumerate(x.shape)]
-        return scattered(engine, x, expanded(values, shape), axes[0], constant % x.shape[axes[0]])
+        base = plain(x.shape) if accumulate else x
+        made = scattered(engine, base, expanded(values, shape), axes[0], constant % x.shape[axes[0]])
+        return engine.elementwise([x, made]) if accumulate else made
     masks = [n.meta["val"].dtype in (torch.bool, torch.uint8) for n in nodes]
     first, span = axes[0], len(covered[0].axes) if masks == [True] else len(axes)
     if (any(masks) and masks != [True]) or axes != list(range(first, first + len(axes))):
@@ -130,6 +136,11 @@ def _index_put(context: Context, x: Value, indices: Sequence[Value | None], valu
     x = engine.pin_letters(x, {c for k in fixed for c in x.axes[k]}, "written at given positions")
     for v in covered:
         engine.pin_all(v, "written at given positions")
+    # where along the kept axes depends on the other indices
+    where = engine.elementwise(
+        [v.with_axes(v.axes) for k, v in zip(axes, covered, strict=True) if k not in kept.values()]
+    )
+    where = where.with_axes(((),) * (places - len(where.axes)) + where.axes) if kept else plain([])
     rank = len(x.axes) - span + places
     values = values.with_axes(((),) * (rank - len(values.axes)) + values.axes)
     given = {c for d in range(places) if d not in kept for c in values.axes[first + d]}
@@ -137,8 +148,25 @@ def _index_put(context: Context, x: Value, indices: Sequence[Value | None], valu
     middle: dict[int, tuple[int, ...]] = {k: values.axes[first + d] for d, k in kept.items()}
     between = (middle.get(k, ()) for k in range(first, first + span))
     values = values.with_axes((*values.axes[:first], *between, *values.axes[first + places :]))
-    out = engine.elementwise([x, values])
+    if kept:
+        where = engine.reduce(where, {c for d in range(places) if d not in kept for c in where.axes[d]})
+        laid = {k: where.axes[d] for d, k in kept.items()}
+        where = where.with_axes(laid.get(k, ()) for k in range(len(x.axes)))
+    out = engine.elementwise([x, values, where])
     return engine.pin_letters(out, {c for k in fixed for c in out.axes[k]}, "written at given positions")
+
+
+def _put_exactly(
+    context: Context, x: Value, indices: Sequence[torch.Tensor], values: Value, accumulate: bool
+) -> Value | None:
+    """Single entries written at constant places, none of them twice (a diagonal)."""
+    places = torch.arange(int(np.prod(x.shape))).reshape(x.shape)[tuple(indices)]
+    if places.unique().numel() != places.numel():
+        return None
+    written = expanded(values, tuple(places.shape))
+    base = plain(x.shape) if accumulate else x
+    made = _pushed(context, base, written, lambda a, b: a.index_put(tuple(indices), b))
+    return context.engine.elementwise([x, made]) if accumulate else made
 
 
 @rule("masked_scatter")

@@ -159,14 +159,21 @@ def split_apart(b: Builder, x: Layout) -> Built:
 
 
 def drop(b: Builder, x: Layout) -> Built | None:
-    """Keep some of the channels; whole sets only, so that nothing is cut apart."""
+    """Keep some of the channels; whole sets only, so that nothing is cut apart.
+
+    The others are read by a sum: what nobody reads would stay where it is.
+    """
     cuts = [(i, j) for i in range(len(x)) for j in range(i + 2, len(x) + 1) if whole(x, range(i, j))]
     cuts = [c for c in cuts if c != (0, len(x))]
     if not cuts:
         return None
     start, stop = b.pick(cuts)
     d = b.dim
-    return Block(f"x[{start}:{stop}]", lambda self, x: x.narrow(d, start, stop - start)), x[start:stop]
+
+    def forward(self: Block, x: torch.Tensor) -> torch.Tensor:
+        return x.narrow(d, start, stop - start) + x.sin().mean(d, keepdim=True)
+
+    return Block(f"x[{start}:{stop}] + mean", forward), b.retag(x[start:stop])
 
 
 def shared(b: Builder, x: Layout) -> Built:

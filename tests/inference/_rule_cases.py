@@ -99,7 +99,15 @@ def written(d: Draw, *rest: Any) -> Case:
 
 def put(d: Draw) -> Case:
     a, b, k = d.n(3, 4), d.n(2, 3), 2
-    return call(p(a, b), [ints(a, k)], p(k, b), tied=(1,))
+    every, order = torch.arange(a), torch.tensor(d.perm(a))
+    return d.pick(
+        call(p(a, b), [ints(a, k)], p(k, b), tied=(1,)),
+        call(p(a, b), [order[:k]], p(k, b), d.flag(), tied=(1,)),
+        # along a diagonal: every axis tells where on the other one was written
+        call(p(a, a), [every, order], p(a), d.flag(), complete=False),
+        call(p(a, a, b), [every, order], p(a, b), d.flag(), complete=False),
+        call(p(a, b, a), [every[:, None], torch.arange(b), order[:, None]], p(a, b), complete=False),
+    )
 
 
 def scattered(d: Draw, *rest: Any) -> Case:
@@ -400,7 +408,14 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     "tril triu": lambda d: call(p(3, 3), d.pick(0, 1, -1)),
     "grid_sampler_2d grid_sampler": lambda d: sampled(d, 2),
     "grid_sampler_3d": lambda d: sampled(d, 3),
-    "histc": lambda d: call(p(d.n(3, 4)), 3, -1.0, 1.0, complete=False),
+    "fake_quantize_per_tensor_affine_cachemask": lambda d: call(P(d.shape()), 0.3, 1, -8, 7, outs=(0,)),
+    "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams": lambda d: call(
+        P(d.shape()), torch.tensor([0.3]), torch.tensor([1], dtype=torch.int32), torch.tensor([1]), -8, 7, outs=(0,)
+    ),
+    "histc": lambda d: call(p(d.n(3, 4)), 3, -1.0, 1.0),
+    "searchsorted": lambda d: (
+        call(p(d.n()), p(*d.shape())) if d.flag() else (lambda n: call(p(n, d.n()), p(n, d.n())))(d.n())
+    ),
     "_unique2": lambda d: call(p(d.n(3, 4)), complete=False),
     "unique_dim": lambda d: call(p(d.n(3, 4), 2), 0, complete=False),
     "nonzero": lambda d: call(p(d.n(3, 4)), complete=False),

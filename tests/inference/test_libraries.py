@@ -43,6 +43,17 @@ def test_the_number_of_groups_of_torchvision_models(name, groups):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["llama", "bloom", "gptj", "mpt", "prophetnet:Seq2SeqLM", "t5:Seq2SeqLM"])
+def test_the_groups_found_on_one_token_hold_on_several(name):
+    """All distances are 0 there, no rotation turns, and of tables one row is read."""
+    case = catalogue("transformers").build(name)
+    one = {k: v[:1, :1] if isinstance(v, torch.Tensor) and v.dim() == 2 else v for k, v in case.kwargs.items()}
+    symmetry, _ = infer_graph(trace(case.model, case.args, one, values=False))
+    assert symmetry.sets
+    assert verify(case.model, case.args, symmetry, case.kwargs).error < 1e-9
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("library", "name"),
     [

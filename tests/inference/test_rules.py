@@ -25,6 +25,7 @@ WITHOUT: dict[str, str] = {
     "_to_dense": "for sparse tensors",
     "masked_select": "the shape of what comes out depends on values",
     "bincount": "takes integers, which parameters are not",
+    "fake_quantize_per_channel_affine_cachemask": "takes scales in float32 only; see test_verify",
 }
 TWINS: dict[str, str] = {  # no kernel for float64 on this machine: the same rule as an operator that has one
     "cudnn_convolution": "convolution",

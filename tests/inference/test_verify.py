@@ -20,7 +20,7 @@ def units(n: int) -> np.ndarray:
 def by_hand(model: nn.Module, *sets: tuple[int, list[tuple[str, int]]], statistics: frozenset[str] = frozenset()):
     """A symmetry that somebody claims."""
     named = [*model.named_parameters(), *model.named_buffers()]
-    shapes = {n: tuple(t.shape) for n, t in named if t.is_floating_point()}
+    shapes = {n: tuple(t.shape) for n, t in named if t.is_floating_point() or t.is_complex()}
     made = tuple(Generator(n, tuple(Slot(p, axis, units(n)) for p, axis in slots)) for n, slots in sets)
     return Symmetry(shapes, made, statistics)
 
@@ -195,3 +195,96 @@ def test_a_model_that_cannot_be_copied_is_named():
     model = Stubborn(6, 2)
     with pytest.raises(TraceError, match=r"Stubborn cannot be copied.*verify=False"):
         verify(model, torch.randn(4, 3), by_hand(model))
+
+
+def test_complex_weights_are_drawn_and_perturbed_too():
+    class Waves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Parameter(torch.zeros(4, 6, dtype=torch.cfloat))
+            self.b = nn.Parameter(torch.randn(6, 2, dtype=torch.cfloat))
+
+        def forward(self, x):
+            return torch.view_as_real(((x + 0j) @ self.a).tanh() @ self.b).flatten(1)
+
+    model, x = Waves(), torch.randn(3, 4)
+    result = verify(model, x, infer(model, x, verify=False))
+    assert result.reacted
+    assert result.error < 1e-9
+    with pytest.raises(InvarianceError):
+        verify(model, x, by_hand(model, (6, [("a", 1)])))
+
+
+def test_statistics_that_are_constants_keep_their_values():
+    """They are no part of the group, so calibrating them would tell units apart that are alike."""
+
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 2)
+            self.register_buffer("mean", torch.zeros(6), persistent=False)
+            self.register_buffer("var", torch.ones(6), persistent=False)
+
+        def forward(self, x):
+            return self.b(torch.nn.functional.batch_norm(self.a(x), self.mean, self.var).relu())
+
+    assert [g.size for g in infer(Fixed(), torch.randn(8, 3)).generators()] == [6]
+
+
+def test_a_hook_that_holds_on_to_the_original_is_named():
+    class Hooked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.scale = nn.Linear(3, 6), nn.Linear(6, 2), nn.Parameter(torch.rand(6))
+            self.a.register_forward_hook(lambda module, args, out: out * self.scale)
+
+        def forward(self, x):
+            return self.b(self.a(x).relu())
+
+    with pytest.raises(TraceError, match="still reads scale of the original, from a hook"):
+        infer(Hooked(), torch.randn(4, 3))
+
+
+def test_a_model_that_cannot_run_in_float64_is_named():
+    model = nn.Sequential(nn.Linear(3, 6), Lambda(lambda x: x.view(torch.int32).float()), nn.Linear(6, 2))
+    with pytest.raises(TraceError, match=r"does not run in float64.*verify=False"):
+        infer(model, torch.randn(4, 3))
+    assert infer(model, torch.randn(4, 3), verify=False).unruled == ()
+
+
+def test_bits_viewed_as_another_type_are_pinned():
+    model = nn.Sequential(
+        nn.Linear(3, 6), Lambda(lambda x: torch.view_as_real(x.view(torch.complex64) * 2j).flatten(1)), nn.Linear(6, 2)
+    )
+    symmetry = infer(model, torch.randn(4, 3))
+    assert symmetry.sets == ()
+    assert "what an element is" in symmetry.unruled[0]
+
+
+@pytest.mark.parametrize("given", ["channel", "tensor", "number"])
+def test_fake_quantisation_moves_with_its_scales(given):
+    class Aware(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 2)
+            self.register_buffer("scale", 0.05 + 0.1 * torch.rand(6 if given == "channel" else 1))
+
+        def forward(self, x):
+            zeros = torch.zeros(len(self.scale), dtype=torch.int32)
+            w = self.a.weight
+            if given == "channel":
+                w = torch.fake_quantize_per_channel_affine(w, self.scale, zeros, 0, -8, 7)
+            elif given == "tensor":
+                w = torch.fake_quantize_per_tensor_affine(w, self.scale, zeros, -8, 7)
+            else:
+                w = torch.fake_quantize_per_tensor_affine(w, 0.1, 0, -8, 7)
+            return self.b(nn.functional.linear(x, w, self.a.bias).relu())
+
+    model, x = Aware(), torch.randn(4, 3)
+    symmetry = infer(model, x)
+    (group,) = symmetry.generators()
+    assert group.size == 6
+    assert ("scale" in {s.param for s in group.slots}) == (given == "channel")
+    if given == "channel":
+        with pytest.raises(InvarianceError):
+            verify(model, x, by_hand(model, (6, [("a.weight", 0), ("a.bias", 0), ("b.weight", 1)])))

@@ -1,0 +1,388 @@
+"""Groups found on an example must hold on every other input: longer ones, other batches, other random draws.
+
+The examples are chosen so that they hide something: sequences of one (all distances are 0), layers of which a short input
+uses a few outputs, inputs that are filled up with zeros, tensors without entries.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from automerge import infer
+from tests.inference.networks_hostile import Program
+from tests.inference.test_networks import parse, worst_change
+
+CASES: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], list[tuple[Any, ...]], str]] = {}
+KNOWN = torch.Generator().manual_seed(0)
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=KNOWN)
+
+
+def lin(i: int, o: int) -> Callable[[], nn.Module]:
+    return lambda: nn.Linear(i, o)
+
+
+def par(*shape: int) -> Callable[[], nn.Parameter]:
+    return lambda: nn.Parameter(torch.randn(*shape) * 0.5)
+
+
+def add(
+    name: str, sizes: str, args: tuple[Any, ...], others: list[tuple[Any, ...]], forward: Any, **parts: Any
+) -> None:
+    """``args`` are the example, ``others`` what the groups must hold on, too."""
+    assert name not in CASES, name
+    CASES[name] = (lambda: Program(forward, parts), args, others, sizes)
+
+
+ROWS, MORE_ROWS = (draw(3, 4),), [(draw(5, 4),), (draw(1, 4),)]
+ONE, LONGER = (draw(2, 1, 5),), [(draw(2, 4, 5),), (draw(1, 9, 5),)]
+SHORT, LONG = (draw(2, 3, 5),), [(draw(2, 6, 5),), (draw(1, 8, 5),)]
+QKVO: dict[str, Any] = {"q": lin(5, 12), "k": lin(5, 12), "v": lin(5, 12), "out": lin(12, 2)}
+HEADS = "3x8"  # four heads that differ; in each, three dimensions of query and key and three of the value
+
+
+def attend(s: Any, x: torch.Tensor, change: Callable[..., torch.Tensor], heads: int = 4) -> torch.Tensor:
+    """Attention whose scores (given with the length) are changed before the softmax."""
+    q, k, v = (f(x).unflatten(-1, (heads, -1)).transpose(1, 2) for f in (s.q, s.k, s.v))
+    return s.out((change(q @ k.mT, x.shape[1]).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+# ------------------------------------------------------------ constants that are equal only in a sequence of one
+SLOPES = 2.0 ** -torch.arange(1, 5)
+FREQUENCIES = torch.tensor([1.0, 0.5, 0.25, 0.1, 0.05, 0.01])
+DISTANCES = torch.arange(16)[None] - torch.arange(16)[:, None]
+ALIBI = SLOPES[:, None, None] * DISTANCES
+ANGLES = torch.outer(torch.arange(16.0), torch.tensor([1.0, 0.1])).repeat(1, 2)
+WAVES = torch.outer(torch.arange(16.0), FREQUENCIES).sin()
+
+
+def distances(n: int) -> torch.Tensor:
+    return torch.arange(n)[None] - torch.arange(n)[:, None]
+
+
+def rotated(h: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    return h * angles.cos() + torch.cat([-h[..., 2:], h[..., :2]], -1) * angles.sin()
+
+
+def rope(angles: Callable[[int], torch.Tensor]) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        n = x.shape[1]
+        q, k, v = (f(x).unflatten(-1, (2, 4)).transpose(1, 2) for f in (s.q, s.k, s.v))
+        scores = rotated(q, angles(n)) @ rotated(k, angles(n)).mT
+        return s.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    return forward
+
+
+add(
+    "Alibi",
+    HEADS,
+    ONE,
+    LONGER,
+    lambda s, x: attend(s, x, lambda a, n: a + SLOPES[:, None, None] * distances(n)),
+    **QKVO,
+)
+add("AlibiTable", HEADS, ONE, LONGER, lambda s, x: attend(s, x, lambda a, n: a + ALIBI[:, :n, :n]), **QKVO)
+add(
+    "Decay",
+    HEADS,
+    ONE,
+    LONGER,
+    lambda s, x: attend(s, x, lambda a, n: a * SLOPES[:, None, None] ** distances(n).abs()),
+    **QKVO,
+)
+add(
+    "WindowsOfHeads",  # all reach over the whole of a short sequence
+    HEADS,
+    (draw(2, 2, 5),),
+    [(draw(2, 7, 5),)],
+    lambda s, x: attend(
+        s, x, lambda a, n: a.masked_fill(distances(n).abs() >= torch.tensor([2, 3, 4, 5])[:, None, None], -1e9)
+    ),
+    **QKVO,
+)
+_rope = {"q": lin(5, 8), "k": lin(5, 8), "v": lin(5, 8), "out": lin(8, 2)}
+add("Rope", "2 4x2", ONE, LONGER, rope(lambda n: torch.outer(torch.arange(float(n)), ANGLES[1])), **_rope)
+add("RopeTable", "2 4x2", ONE, LONGER, rope(lambda n: ANGLES[:n]), **_rope)
+_waves = {"inp": lin(5, 6), "out": lin(6, 2)}
+for _name, _read in {
+    "computed": lambda n: (torch.arange(float(n))[:, None] * FREQUENCIES).sin(),
+    "product": lambda n: (torch.arange(n).to(FREQUENCIES)[:, None] @ FREQUENCIES[None]).sin(),
+    "slice": lambda n: WAVES[:n],
+    "index": lambda n: WAVES[torch.arange(n)],
+    "embedding": lambda n: F.embedding(torch.arange(n), WAVES),
+    "gather": lambda n: WAVES.repeat(2, 1, 1).gather(1, torch.arange(n)[None, :, None].expand(2, -1, 6))[0],
+    "one by one": lambda n: torch.stack([WAVES[t] for t in range(n)]),
+    "last": lambda n: FREQUENCIES * (n - 1),
+    "rounded": lambda n: (torch.arange(float(n))[:, None] * FREQUENCIES).cos().bfloat16(),
+    "small angles": lambda n: (torch.arange(float(n))[:, None] * FREQUENCIES * 1e-4).float().cos(),
+}.items():
+    add(
+        f"Waves, {_name}",
+        "",
+        ONE,
+        LONGER,
+        lambda s, x, read=_read: s.out((s.inp(x) + read(x.shape[1])).relu()),
+        **_waves,
+    )
+add("PowerOfLength", "", ONE, LONGER, lambda s, x: s.out(s.inp(x).relu() * FREQUENCIES ** (x.shape[1] - 1)), **_waves)
+# ... and masks that are meant to be equal: one row of a table for every layer
+MASKS = torch.tensor([[1.0, 1, 1, 0, 0, 0], [0, 1, 0, 1, 0, 1]])
+add(
+    "MasksOfLayers",
+    "3x4",
+    ROWS,
+    MORE_ROWS,
+    lambda s, x: s.out(s.b(s.a(x).relu() * MASKS[0]).relu() * MASKS[1]),
+    a=lin(4, 6),
+    b=lin(6, 6),
+    out=lin(6, 2),
+)
+
+# ------------------------------------------------------------ layers of which a short input uses a part
+_scores = {"inp": lin(5, 6), "w": lin(6, 12), "v": lin(5, 7), "out": lin(7, 2)}
+add(
+    "Synthesizer",
+    "6 7",
+    SHORT,
+    LONG,
+    lambda s, x: s.out(s.w(s.inp(x).relu())[..., : x.shape[1]].softmax(-1) @ s.v(x)),
+    **_scores,
+)
+add(
+    "SynthesizerPieces",
+    "6 7",
+    SHORT,
+    LONG,
+    lambda s, x: s.out(s.w(s.inp(x).relu()).split([x.shape[1], 12 - x.shape[1]], -1)[0].softmax(-1) @ s.v(x)),
+    **_scores,
+)
+add(
+    "ScoresOfTheMean",
+    "6 7",
+    SHORT,
+    LONG,
+    lambda s, x: s.out(s.w(s.inp(x).relu()).tanh().mean(1)[:, : x.shape[1]].softmax(-1)[:, None] @ s.v(x)),
+    **_scores,
+)
+add(
+    "KernelByLength",
+    "6",
+    (draw(2, 3, 8), draw(2, 4)),
+    [(draw(2, 5, 8), draw(2, 4))],
+    lambda s, x, z: torch.einsum("btf,bft->bf", x, s.b(s.a(z).relu()).view(2, 8, 10)[:, :, : x.shape[1]]),
+    a=lin(4, 6),
+    b=lin(6, 80),
+)
+add(
+    "FiltersByLength",
+    "6",
+    (draw(2, 5, 3),),
+    [(draw(2, 5, 7),)],
+    lambda s, x: s.out(s.c(s.inp(x).relu())[:, : x.shape[2]].softmax(1).mT @ x.mT),
+    inp=lambda: nn.Conv1d(5, 6, 1),
+    c=lambda: nn.Conv1d(6, 9, 1),
+    out=lin(5, 2),
+)
+add("DeadOutputs", "6", ROWS, MORE_ROWS, lambda s, x: s.out(s.inp(x).relu()[:, :6]), inp=lin(4, 10), out=lin(6, 2))
+# ... and an index that depends on data cuts nothing
+add(
+    "PaddedVocabulary",
+    "8",
+    (torch.tensor([[1, 2, 3]]),),
+    [(torch.tensor([[4, 5], [0, 12]]),)],
+    lambda s, x: s.out(s.e(x))[..., :13],
+    e=lambda: nn.Embedding(13, 8),
+    out=lin(8, 16),
+)
+
+
+# ------------------------------------------------------------ inputs filled up to a fixed length
+def zeros_behind(h: torch.Tensor, n: int) -> torch.Tensor:
+    return torch.cat([h, h.new_zeros(h.shape[0], n - h.shape[1], h.shape[2])], 1)
+
+
+def in_a_buffer(h: torch.Tensor, n: int) -> torch.Tensor:
+    buffer = h.new_zeros(h.shape[0], n, h.shape[2])
+    buffer[:, : h.shape[1]] = h
+    return buffer
+
+
+FILL: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
+    "padded": lambda h, n: F.pad(h, (0, 0, 0, n - h.shape[1])),
+    "padded in front": lambda h, n: F.pad(h, (0, 0, n - h.shape[1], 0)),
+    "padded unequally": lambda h, n: F.pad(h, (0, 0, 1, n - h.shape[1] - 1)),
+    "joined": zeros_behind,
+    "written": in_a_buffer,
+    "padded flat": lambda h, n: F.pad(h.flatten(1), (0, (n - h.shape[1]) * h.shape[2])).view(-1, n, h.shape[2]),
+}
+_mix = {"inp": lin(5, 6), "mix": par(10, 4), "out": lin(6, 2)}
+for (_name, _fill), _x in itertools.product(FILL.items(), (SHORT, ONE)):
+    if _name == "padded flat":
+        continue
+    add(
+        f"Tokens {_name} from {_x[0].shape[1]}",
+        "6",
+        _x,
+        LONG,
+        lambda s, x, fill=_fill: s.out((fill(s.inp(x).relu(), 10).mT @ s.mix).mT.tanh()),
+        **_mix,
+    )
+    add(
+        f"Input {_name} from {_x[0].shape[1]}",
+        "6",
+        _x,
+        LONG,
+        lambda s, x, fill=_fill: s.out(s.inp(fill(x, 10).flatten(1)).relu()),
+        inp=lin(50, 6),
+        out=lin(6, 2),
+    )
+add(  # where the features of later tokens are is not known, so the features stay as well
+    "Tokens padded flat",
+    "",
+    SHORT,
+    LONG,
+    lambda s, x: s.out(F.pad(s.inp(x).relu().flatten(1), (0, 48 - 6 * x.shape[1]))),
+    inp=lin(5, 6),
+    out=lin(48, 2),
+)
+add(
+    "TableOverPadding",
+    "6",
+    SHORT,
+    LONG,
+    lambda s, x: s.out((FILL["padded"](s.inp(x), 10) + s.table).tanh().mean(1)),
+    inp=lin(5, 6),
+    table=par(10, 6),
+    out=lin(6, 2),
+)
+# ... channels filled up with zeros are exchangeable, on one side or on both
+add(
+    "ChannelsFilledUp",
+    "5 6",
+    ROWS,
+    MORE_ROWS,
+    lambda s, x: s.out(F.pad(s.inp(x).relu(), (2, 3)) + s.c(x)),
+    inp=lin(4, 6),
+    c=lin(4, 11),
+    out=lin(11, 2),
+)
+
+# ------------------------------------------------------------ random numbers are drawn anew
+for _name, _sizes, _draw in (
+    ("mask", "", lambda h: h * (torch.rand(8) < 0.5)),
+    ("bernoulli", "", lambda h: h * torch.bernoulli(torch.full((8,), 0.5))),
+    ("in place", "", lambda h: h * torch.empty(8).bernoulli_(0.5)),
+    ("order", "", lambda h: h[:, torch.randperm(8)]),
+    ("places", "", lambda h: h[:, torch.randint(0, 8, (8,))]),
+    ("scale", "8", lambda h: h * torch.rand(1)),
+):
+    add(
+        f"Random {_name}",
+        _sizes,
+        ROWS,
+        MORE_ROWS,
+        lambda s, x, f=_draw: s.out(f(s.inp(x).relu())),
+        inp=lin(4, 8),
+        out=lin(8, 2),
+    )
+
+# ------------------------------------------------------------ tensors without entries show nothing
+add(
+    "NoBoxes",
+    "6",
+    (draw(3, 4), draw(0, 4)),
+    [(draw(3, 4), draw(2, 4))],
+    lambda s, x, b: (s.out(s.inp(x).relu()), s.out_b(s.inp_b(b).relu())),
+    inp=lin(4, 6),
+    out=lin(6, 2),
+    inp_b=lin(4, 5),
+    out_b=lin(5, 2),
+)
+
+
+def _experts(s: Any, x: torch.Tensor) -> torch.Tensor:
+    out = torch.zeros(x.shape[0], 2, dtype=x.dtype)
+    for e in range(3):
+        rows = ((x[:, 0] > 99).long() == e).nonzero()[:, 0]  # all go to the first
+        out = out.index_add(0, rows, s.down[e](s.up[e](x[rows]).relu()))
+    return out
+
+
+add(
+    "ExpertsWithoutTokens",
+    "6",
+    ROWS,
+    MORE_ROWS,
+    _experts,
+    up=lambda: nn.ModuleList(nn.Linear(4, 6) for _ in range(3)),
+    down=lambda: nn.ModuleList(nn.Linear(6, 2) for _ in range(3)),
+)
+
+# ------------------------------------------------------------ writes along a diagonal
+add(  # the rows of the second index are those of the first: neither axis is constant
+    "DiagonalWritten",
+    "6",
+    ROWS,
+    MORE_ROWS,
+    lambda s, x: s.out((s.inp(x) @ s.w.index_put((torch.arange(6), torch.arange(6)), s.d)).relu()),
+    inp=lin(4, 6),
+    w=par(6, 6),
+    d=par(6),
+    out=lin(6, 2),
+)
+add(
+    "DiagonalAdded",
+    "6",
+    ROWS,
+    MORE_ROWS,
+    lambda s, x: s.out((s.inp(x) @ s.w.index_put((torch.arange(6), torch.arange(6)), s.d, accumulate=True)).relu()),
+    inp=lin(4, 6),
+    w=par(6, 6),
+    d=par(6),
+    out=lin(6, 2),
+)
+add(  # over the bound of what is followed entry by entry, or with an axis left over: pinned, but sound
+    "DiagonalOfRows",
+    "3",
+    ROWS,
+    MORE_ROWS,
+    lambda s, x: s.out(
+        torch.einsum("bi,iok->bo", s.inp(x), s.w.index_put((torch.arange(6), torch.arange(6)), s.d)).relu()
+    ),
+    inp=lin(4, 6),
+    w=par(6, 6, 3),
+    d=par(6, 3),
+    out=lin(6, 2),
+)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_groups_hold_on_other_inputs(name: str) -> None:
+    factory, args, others, sizes = CASES[name]
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return factory()
+
+    symmetry = infer(make(), args)
+    assert sorted(g.size for g in symmetry.generators()) == parse(sizes), str(symmetry)
+    assert not symmetry.unruled
+    for given in (args, *others):
+        assert worst_change(make, given, {}, symmetry) < 1e-6
+
+
+def test_what_nobody_reads_is_reported() -> None:
+    factory, args, _, _ = CASES["Synthesizer"]
+    symmetry = infer(factory(), args)
+    assert any("do not read all of" in n and "w.weight (54 of 72 numbers)" in n for n in symmetry.notes)
+    assert any(p.param == "w.weight" and p.axis == 0 and "not read" in p.reason for p in symmetry.pins)
