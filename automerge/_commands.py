@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from automerge import _demo
 from automerge._canvas import check_picture, new_figure
 from automerge._console import Console, follow
@@ -75,8 +73,6 @@ def verify(options: argparse.Namespace) -> None:
     specs = [parse_input(text) for text in options.input]
     given = None if options.symmetry is None else _read_symmetry(options.symmetry)
     model = build_model(options.factory, options.seed)
-    if given is not None:
-        _check_fits(given, model, options)
     args, kwargs = draw_inputs(specs, options.seed)
     symmetry = given
     if symmetry is None:
@@ -96,6 +92,8 @@ def _verified(model: Any, args: Any, symmetry: Symmetry, kwargs: Any, options: a
     """The outcome of the test; a file that fails it is bad input and not a defect of a rule."""
     try:
         return verify_symmetry(model, args, symmetry, kwargs, seed=options.seed)
+    except SymmetryError as error:
+        raise UsageError(f"--symmetry {options.symmetry} does not fit {options.factory}: {error}") from error
     except InvarianceError as error:
         if options.symmetry is None:
             raise
@@ -241,18 +239,6 @@ def _weights(text: str) -> list[float]:
         raise UsageError(
             f"--weights {text!r} is not a list of numbers with commas, one weight per checkpoint"
         ) from error
-
-
-def _check_fits(symmetry: Symmetry, model: nn.Module, options: argparse.Namespace) -> None:
-    """A symmetry from a file is of this architecture."""
-    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
-    for name, shape in symmetry.shapes.items():
-        found = f"of the shape {tuple(own[name].shape)}" if name in own else "missing"
-        if name not in own or tuple(own[name].shape) != tuple(shape):
-            raise UsageError(
-                f"--symmetry {options.symmetry} is of another architecture than {options.factory}: its {name}, of the shape "
-                f"{tuple(shape)}, is {found} there"
-            )
 
 
 def _read_symmetry(path: Path) -> Symmetry:

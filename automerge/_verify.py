@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from automerge._double import Calibrate, Double, double_precision, widen
-from automerge._errors import InvarianceError, TraceError
+from automerge._errors import InvarianceError, SymmetryError, TraceError
 from automerge._tree_io import map_tensors, tensors_of
 from automerge.groups import Element
 from automerge.symmetry import Symmetry
@@ -234,10 +234,12 @@ def verify(
 
     Raises:
         InvarianceError: naming the first operator whose value differs.
+        SymmetryError: if the symmetry is of another architecture.
     """
     start = time.perf_counter()
     positional, keywords = normalise_args(args, kwargs)
     subject = _Subject(model)
+    _check_fits(symmetry, subject.tensors, model)
     inputs: list[tuple[Any, Any]] = [(positional, keywords), fresh_inputs(positional, keywords, seed)]
     free = {n: t for n, t in subject.tensors.items() if symmetry.aliases.get(n, n) in symmetry.shapes}
     rest = {n: t.detach().clone() for n, t in subject.tensors.items() if n not in free}
@@ -395,10 +397,20 @@ def _failure(
             where = f"{a.target}{module} at {a.meta.get('source', '?')}"
             break
     return InvarianceError(
-        f"a random element of the inferred group changes the output by {error:.1e} (relative); the first operator whose values "
-        f"differ is {where}. This is a defect of the rule for that operator or one before it: please report it, and pin "
-        "the operator with automerge.register_rule meanwhile"
+        f"a random element of the group changes the output by {error:.1e} (relative); the first operator whose values "
+        f"differ is {where}"
     )
+
+
+def _check_fits(symmetry: Symmetry, tensors: Mapping[str, torch.Tensor], model: nn.Module) -> None:
+    """The symmetry is of this architecture."""
+    for name, shape in symmetry.shapes.items():
+        if name not in tensors or tuple(tensors[name].shape) != tuple(shape):
+            found = f"has the shape {tuple(tensors[name].shape)}" if name in tensors else "does not exist"
+            raise SymmetryError(
+                f"the symmetry is of another architecture: its {name}, of the shape {tuple(shape)}, {found} in this "
+                f"{type(model).__name__}; infer it again"
+            )
 
 
 def _still_used(model: nn.Module, graph: fx.GraphModule) -> str | None:

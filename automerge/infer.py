@@ -10,7 +10,7 @@ import numpy as np
 from torch import fx, nn
 
 from automerge._assemble import Assembler
-from automerge._errors import TraceError, UnknownOperatorError
+from automerge._errors import InvarianceError, TraceError, UnknownOperatorError
 from automerge._machine import physical_memory, readable
 from automerge._search import search
 from automerge._structure import Structure
@@ -73,7 +73,13 @@ def infer(
     if large:
         object.__setattr__(symmetry, "notes", (*symmetry.notes, large))
     elif verify:
-        outcome = check_symmetry(model, args, symmetry, kwargs)
+        try:
+            outcome = check_symmetry(model, args, symmetry, kwargs)
+        except InvarianceError as error:
+            raise InvarianceError(
+                f"{error}. This is a defect of the rule for that operator or one before it: please report it, and pin the "
+                "operator with automerge.register_rule meanwhile"
+            ) from error
         notes = [check_replay(model, args, kwargs, graph), None if outcome.reacted else str(outcome)]
         symmetry.stats.update(verify_seconds=time.perf_counter() - done, verified=outcome.error)  # type: ignore[attr-defined]
         object.__setattr__(symmetry, "notes", (*symmetry.notes, *(n for n in notes if n)))

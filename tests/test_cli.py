@@ -495,8 +495,8 @@ def test_a_symmetry_of_another_architecture(tmp_path: Path, capsys: pytest.Captu
     assert run("inspect", F + "mlp", *SHAPE, "--json", file) == 0
     capsys.readouterr()
     for factory, shape, words in (
-        ("batchnorm", "2,1,4,4", "1.weight, of the shape (12, 16), is of the shape (6,) there"),
-        ("table", "3,4", "1.weight, of the shape (12, 16), is missing there"),
+        ("batchnorm", "2,1,4,4", "1.weight, of the shape (12, 16), has the shape (6,) in this"),
+        ("table", "3,4", "1.weight, of the shape (12, 16), does not exist in this"),
     ):
         message = fails(capsys, "verify", F + factory, "--input", shape, "--symmetry", file)
         assert words in message

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from automerge import Generator, InvarianceError, Slot, Symmetry, TraceError, infer, verify
+from automerge import Generator, InvarianceError, Slot, Symmetry, SymmetryError, TraceError, infer, verify
 from automerge._verify import trial_elements
 
 
@@ -288,3 +288,20 @@ def test_fake_quantisation_moves_with_its_scales(given):
     if given == "channel":
         with pytest.raises(InvarianceError):
             verify(model, x, by_hand(model, (6, [("a.weight", 0), ("a.bias", 0), ("b.weight", 1)])))
+
+
+def test_the_symmetry_of_another_model_is_told_apart_from_a_defect() -> None:
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(5, 3)
+    other = infer(nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2)), x)
+    with pytest.raises(
+        SymmetryError, match=r"its 0\.weight, of the shape \(6, 3\), has the shape \(4, 3\) in this Sequential"
+    ):
+        verify(net, x, other)
+    longer = infer(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 2)), x)
+    with pytest.raises(SymmetryError, match=r"its 4\.weight, of the shape \(2, 2\), does not exist"):
+        verify(net, x, longer)
+    row = np.arange(2)[:, None]
+    wrong = Symmetry(infer(net, x).shapes, (Generator(2, (Slot("2.weight", 0, row), Slot("2.bias", 0, row))),))
+    with pytest.raises(InvarianceError, match="a random element of the group changes the output by") as caught:
+        verify(net, x, wrong)
+    assert "report" not in str(caught.value)
