@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -37,11 +38,25 @@ def physical_memory() -> int | None:
         return None
 
 
-def release_at_once(size: int = 1 << 17) -> None:
-    """Let memory of tensors above some bytes go back to the system when they are freed; glibc keeps up to 32 MiB each.
+@contextmanager
+def releasing(size: int = 1 << 17) -> Iterator[None]:
+    """Within, memory of tensors above some bytes goes back to the system when they are freed; glibc keeps up to 32 MiB each.
 
     For the whole process, and only with glibc; elsewhere nothing happens.
     """
+    _depth.append(size)
+    _threshold(size)
+    try:
+        yield
+    finally:
+        _depth.pop()
+        _threshold(_depth[-1] if _depth else 32 << 20)  # what glibc adapts itself to
+
+
+_depth: list[int] = []
+
+
+def _threshold(size: int) -> None:
     try:
         ctypes.CDLL(None).mallopt(-3, size)  # M_MMAP_THRESHOLD
     except (AttributeError, OSError, TypeError):

@@ -71,7 +71,10 @@ class Task:
         moved: list[Mapping[str, torch.Tensor]] = [
             _Moved(symmetry, d, e) for d, e in zip(self.states, elements, strict=True)
         ]
-        return [{name: self.store.keep(value) for name, value in m.items()} for m in moved] if kept else moved
+        if not kept:
+            return moved
+        with self.store.working():
+            return [{name: self.store.keep(value) for name, value in m.items()} for m in moved]
 
 
 class _Moved(Mapping[str, torch.Tensor]):

@@ -11,12 +11,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 
 from automerge._errors import OutputError
-from automerge._machine import release_at_once
+from automerge._machine import releasing
 
 
 class Store:
@@ -44,7 +45,6 @@ class Store:
             if not self.folder.is_dir():
                 raise OutputError(f"offload: {self.folder} is no directory; create it first")
             self._file(0).close()
-            release_at_once()
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """A tensor without values; one on another device than the CPU is in its memory.
@@ -64,6 +64,10 @@ class Store:
         if self.folder is None or tensor.device.type != "cpu":
             return tensor
         return self.empty(tensor.shape, tensor.dtype, tensor.device).copy_(tensor)
+
+    def working(self) -> AbstractContextManager[None]:
+        """Around work that makes large tensors on the way: on a disk, what it frees must not stay with the process."""
+        return nullcontext() if self.folder is None else releasing()
 
     def free(self) -> int | None:
         """The bytes that the directory's disk has left; None in memory."""

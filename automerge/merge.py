@@ -258,21 +258,27 @@ def average(
         {'w': tensor([0.7500, 0.7500])}
     """
     out: StateDict = {}
-    for name, first in state_dicts[0].items():
-        values = [first.detach(), *(s[name].detach().to(first.device) for s in state_dicts[1:])]
-        if first.is_floating_point() or first.is_complex():
-            wide = torch.complex128 if first.is_complex() else torch.float64
-            total = torch.zeros(first.shape, dtype=wide, device=first.device)
-            for value, weight in zip(values, weights, strict=True):
-                if weight:  # an infinite entry of a mask times zero is no number
-                    total.add_(value.to(wide), alpha=weight)
-            out[name] = store.keep(total.to(first.dtype))
-        else:
-            out[name] = merge_integers(name, values)
+    with store.working():
+        for name, first in state_dicts[0].items():
+            values = [first.detach(), *(s[name].detach().to(first.device) for s in state_dicts[1:])]
+            if first.is_floating_point() or first.is_complex():
+                out[name] = store.keep(_mean(values, weights))
+            else:
+                out[name] = merge_integers(name, values)
     for alias, name in (aliases or {}).items():
         if alias in out and name in out:
             out[alias] = out[name]
     return out
+
+
+def _mean(values: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """The weighted mean in float64, in the type of the first."""
+    wide = torch.complex128 if values[0].is_complex() else torch.float64
+    total = torch.zeros(values[0].shape, dtype=wide, device=values[0].device)
+    for value, weight in zip(values, weights, strict=True):
+        if weight:  # an infinite entry of a mask times zero is no number
+            total.add_(value.to(wide), alpha=weight)
+    return total.to(values[0].dtype)
 
 
 # -------------------------------------------------------------------- stages

@@ -139,11 +139,14 @@ class FrankWolfe(Matcher):
             check(needed, self.max_memory, len(values), self.dtype, self.schedule, store)
             resumed = self._resumed(blocks, symmetry, count)
         dtype = getattr(torch, self.dtype)
-        objective = Objective(blocks, values, dtype=dtype, block_weights=self.block_weights, ranks=ranks, store=store)
-        mine = None if resumed is None else [resumed[m] for m in objective.mine]
-        search = _Search(self, objective, progress, mine)
-        search.seconds["setup"] = time.perf_counter() - begin
-        elements = search.run() if objective.bundles else [{} for _ in values]
+        with store.working():
+            objective = Objective(
+                blocks, values, dtype=dtype, block_weights=self.block_weights, ranks=ranks, store=store
+            )
+            mine = None if resumed is None else [resumed[m] for m in objective.mine]
+            search = _Search(self, objective, progress, mine)
+            search.seconds["setup"] = time.perf_counter() - begin
+            elements = search.run() if objective.bundles else [{} for _ in values]
         everywhere = [e for share in ranks.gather(elements) for e in share]
         moved = tuple(blocks.structure.element(symmetry, perms) for perms in everywhere)
         search.seconds["total"] = time.perf_counter() - begin
