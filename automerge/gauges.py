@@ -22,7 +22,8 @@ from torch import nn
 
 from automerge._errors import InvarianceError
 from automerge._norm_folds import NormFinder, NormFold
-from automerge._verify import _difference, _Subject, fresh_inputs, randomised
+from automerge._subject import Subject, fresh_inputs, randomised
+from automerge._verify import relative_difference
 from automerge.symmetry import Generator, Slot, Symmetry
 from automerge.trace import normalise_args
 
@@ -149,7 +150,7 @@ def canonicalise(
         for k in range(2):
             inputs = fresh_inputs(*given, seed=seed + 100 + k)
             before = {n: v.double() if v.is_floating_point() else v for n, v in state.items()}
-            own = _difference(probe.subject.outputs(before, *inputs), probe.subject.outputs(wide, *inputs))
+            own = relative_difference(probe.subject.outputs(before, *inputs), probe.subject.outputs(wide, *inputs))
             error = max(error, own)
             if not own <= _EXACT:
                 raise InvarianceError(
@@ -167,7 +168,7 @@ class _Probe:
     def __init__(
         self, model: nn.Module, given: tuple[Any, Any], symmetry: Symmetry, state: Mapping[str, torch.Tensor], seed: int
     ) -> None:
-        self.subject, self.symmetry = _Subject(model), symmetry
+        self.subject, self.symmetry = Subject(model), symmetry
         self.rng = np.random.default_rng(seed)
         self.inputs = [fresh_inputs(*given, seed=seed + k) for k in range(2)]
         base = randomised(state, symmetry.statistics, seed)
@@ -180,7 +181,7 @@ class _Probe:
         return [t for given in self.inputs for t in self.subject.outputs({**state, **aliases}, *given)]
 
     def _same(self, state: StateDict) -> bool:
-        return _difference(self.here, self._outputs(state)) <= _EXACT
+        return relative_difference(self.here, self._outputs(state)) <= _EXACT
 
     def _slope(self, piece: Slot, factors: np.ndarray) -> torch.Tensor:
         """The change of the outputs per change of the logarithm of a piece, its units weighted by ``factors``."""

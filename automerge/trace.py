@@ -9,64 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import keyword
-import operator
-import os
-import sys
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules import module as _nn_module
 from torch.nn.parameter import is_lazy
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils.weak import TensorWeakRef
 
-from automerge._aliases import Tracked, overlaps, read, shadow, write
-from automerge._double import plainly
 from automerge._errors import TraceError
 from automerge._opaque import opaque_modules
-from automerge._tree_io import map_tensors, tensors_of
-
-aten = torch.ops.aten
-_TORCH_DIR = os.path.dirname(torch.__file__) + os.sep  # torchvision's files are a model's own
-_HERE = os.path.dirname(__file__) + os.sep
+from automerge._recorder import NO_NESTED, Readers, Recorder
+from automerge._recorder import TraceInfo as TraceInfo  # public here
+from automerge._tree_io import tensors_of
 
 Args = torch.Tensor | Sequence[Any]
-
-
-@dataclass
-class TraceInfo:
-    """What a trace knows beside its graph; found at ``graph_module.meta["trace"]``.
-
-    Attributes:
-        names: placeholder name -> state-dict name, for parameters and persistent buffers.
-        aliases: further state-dict names of tied tensors -> the first name.
-        inputs: placeholder name -> path of the tensor in ``(args, kwargs)``.
-        outputs: the number of output tensors.
-        data_dependent: where a python value was read from a tensor that depends on inputs or parameters.
-        reads: nodes whose values python read (``.item()``, ``.tolist()``, ``if tensor``); they must not change either.
-        rewritten: state-dict names that the forward pass writes to (they are put back).
-        unknown: places where a tensor of unknown provenance entered (treated as a constant).
-        overlaps: ``(name, other, places)``: state-dict tensors in one memory under several shapes; entry i of ``name`` is
-            entry ``places[i]`` of ``other``, or none of its entries where that is -1.
-    """
-
-    names: dict[str, str] = field(default_factory=dict)
-    aliases: dict[str, str] = field(default_factory=dict)
-    inputs: dict[str, str] = field(default_factory=dict)
-    outputs: int = 0
-    data_dependent: list[str] = field(default_factory=list)
-    reads: list[str] = field(default_factory=list)
-    rewritten: list[str] = field(default_factory=list)
-    unknown: list[str] = field(default_factory=list)
-    overlaps: list[tuple[str, str, torch.Tensor]] = field(default_factory=list)
 
 
 def normalise_args(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -119,11 +76,11 @@ def trace(
         )
     positional, keywords = normalise_args(args, kwargs)
     _check_traceable(model, (positional, keywords))
-    recorder = _Recorder(model, values, constants)
+    recorder = Recorder(model, values, constants)
     positional, keywords = recorder.add_inputs(positional, keywords)
     with prepared(model), recorder.watch_modules():
         try:
-            with torch.no_grad(), opaque_modules(recorder, model), recorder, _Readers(recorder):
+            with torch.no_grad(), opaque_modules(recorder, model), recorder, Readers(recorder):
                 result = model(*positional, **keywords)
         except TraceError:
             raise
@@ -152,7 +109,7 @@ def _check_traceable(model: nn.Module, inputs: Any) -> None:
                 f"{name} is on the meta device and has no values; materialise the model first (to_empty, then load)"
             )
         if tensor.is_nested:
-            raise TraceError(f"{name} is a nested tensor, {_NO_NESTED}")
+            raise TraceError(f"{name} is a nested tensor, {NO_NESTED}")
         if tensor.layout is not torch.strided:
             raise TraceError(f"{name} is a sparse tensor ({tensor.layout}); pass a dense one (tensor.to_dense())")
 
@@ -167,7 +124,7 @@ def record(
     Raises:
         TraceError: if no tensor comes out.
     """
-    recorder = _Recorder(nn.Module(), values=True)
+    recorder = Recorder(nn.Module(), values=True)
     copies = []
     for i, tensor in enumerate(tensors):
         copies.append(_materialised(tensor))
@@ -239,330 +196,3 @@ def _put_back(module: nn.Module, attributes: dict[str, Any]) -> None:
                 held.update(value)
         elif held is not value:
             now[name] = value
-
-
-class _Recorder(TorchDispatchMode):
-    """Writes every dispatched operator into an fx graph; in-place operators become functional ones."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self, model: nn.Module, values: bool, constants: Collection[str] = ()) -> None:
-        super().__init__()
-        self.values = values
-        self.graph = fx.Graph()
-        self.root = nn.Module()
-        self.info = TraceInfo()
-        self.paths = {id(m): name for name, m in model.named_modules()}
-        self.stack: list[str] = []
-        # by identity and by place in memory; tensors die while the model runs, and both are given out again
-        self.tracked: dict[int, tuple[TensorWeakRef, Tracked, tuple[Any, ...] | None]] = {}
-        self.layouts: dict[tuple[Any, ...], tuple[StorageWeakRef, Tracked]] = {}
-        self.alive: list[torch.Tensor] = []
-        self.tainted: set[fx.Node] = set()
-        self.varying: set[fx.Node] = set()
-        self.states: list[tuple[torch.Tensor, fx.Node]] = []
-        self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._add_state(model, constants)
-
-    # ------------------------------------------------------------ placeholders
-    def _add_state(self, model: nn.Module, constants: Collection[str]) -> None:
-        persistent = set(model.state_dict(keep_vars=True))
-        tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-        first: dict[tuple[Any, ...], str] = {}
-        beside: dict[int, list[tuple[str, torch.Tensor]]] = {}  # by storage
-        for name, tensor in tensors:
-            if name not in persistent or not isinstance(tensor, torch.Tensor):
-                continue
-            if name in constants:
-                self.kept.append((tensor, tensor.detach().clone()))
-                continue
-            key = (id(tensor),) if tensor.numel() == 0 else _layout(tensor)
-            if key in first:
-                self.info.aliases[name] = first[key]
-                if id(tensor) not in self.tracked:
-                    self._register(tensor, self.layouts[key][1])
-                continue
-            first[key] = name
-            node = self._placeholder(name, tensor, "state")
-            if tensor.numel():
-                near = beside.setdefault(tensor.untyped_storage().data_ptr(), [])
-                self.info.overlaps += overlaps(name, tensor, near)
-                near.append((name, tensor))
-            self.states.append((tensor, node))
-            self.info.names[node.name] = name
-
-    def restore(self) -> None:
-        """Put back parameters and buffers that the forward pass wrote to."""
-        for tensor, node in self.states:
-            before = node.meta["val"]
-            if tensor.numel() and before.data_ptr() != tensor.data_ptr() and before.shape == tensor.shape:
-                self.info.rewritten.append(node.meta["name"])
-                with torch.no_grad():
-                    tensor.detach().copy_(before)
-        for tensor, value in self.kept:
-            with torch.no_grad():
-                tensor.detach().copy_(value)
-
-    def _placeholder(self, name: str, tensor: torch.Tensor, kind: str) -> fx.Node:
-        word = "".join(c if c.isascii() and c.isalnum() else "_" for c in name).strip("_") or kind
-        usable = word[0].isalpha() and word != "self" and not keyword.iskeyword(word)
-        node = self.graph.placeholder(word if usable else f"{kind}_{word}")
-        node.target = node.name  # two names may make one word
-        node.meta.update(val=tensor.detach(), kind=kind, name=name, module="", source="")
-        self._register(tensor, Tracked(node))
-        self.alive.append(tensor)
-        self.tainted.add(node)
-        if kind == "input" or tensor.is_floating_point() or tensor.is_complex():
-            self.varying.add(node)
-        return node
-
-    def add_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Make a placeholder for every input tensor; returns inputs with fresh tensors, so that none is changed."""
-
-        def visit(path: str, tensor: torch.Tensor) -> torch.Tensor:
-            copy = tensor.detach().clone()
-            node = self._placeholder(path or "input", copy, "input")
-            self.info.inputs[node.name] = path
-            return copy
-
-        return map_tensors(visit, args, "args"), map_tensors(visit, kwargs, "kwargs")
-
-    # ------------------------------------------------------------ where we are
-    @contextlib.contextmanager
-    def watch_modules(self) -> Iterator[None]:
-        def enter(module: nn.Module, _: Any) -> None:
-            self.stack.append(self.paths.get(id(module), self.stack[-1] if self.stack else ""))
-
-        def leave(module: nn.Module, _: Any, __: Any) -> None:
-            if self.stack:
-                self.stack.pop()
-
-        handles = [
-            _nn_module.register_module_forward_pre_hook(enter),
-            _nn_module.register_module_forward_hook(leave, always_call=False),
-        ]
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", message=r"Using `torch\.compile\(module\)` when there are global hooks"
-                )
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def where(self) -> str:
-        return f" in module {self.stack[-1]!r}" if self.stack and self.stack[-1] else ""
-
-    # ------------------------------------------------------------ tensors and nodes
-    def _register(self, tensor: torch.Tensor, tracked: Tracked) -> None:
-        layout = None
-        if tensor.layout is torch.strided and tensor.numel():
-            layout = _layout(tensor)
-            self.layouts[layout] = (StorageWeakRef(tensor.untyped_storage()), tracked)
-        else:
-            self.alive.append(tensor)
-        self.tracked[id(tensor)] = (TensorWeakRef(tensor), tracked, layout)
-
-    def _lookup(self, tensor: torch.Tensor) -> Tracked:
-        known = self.tracked.get(id(tensor))
-        strided = tensor.layout is torch.strided and tensor.numel() > 0
-        layout = _layout(tensor) if strided else None
-        if known is not None and known[0]() is tensor and known[2] == layout:
-            return known[1]
-        # x.data and the like make tensors that no operator announced; x.data = y points x elsewhere
-        place = self.layouts.get(layout) if layout is not None else None
-        if place is not None and not place[0].expired():
-            return place[1]
-        found = Tracked(self._constant(tensor))
-        self._register(tensor, found)
-        return found
-
-    def knows(self, tensor: torch.Tensor) -> bool:
-        """Whether this very object was registered."""
-        known = self.tracked.get(id(tensor))
-        return known is not None and known[0]() is tensor
-
-    def _constant(self, tensor: torch.Tensor) -> fx.Node:
-        name = f"_constant_{len(self.info.unknown)}"
-        value = tensor.detach().clone()
-        self.root.register_buffer(name, value)
-        node = self.graph.get_attr(name)
-        node.meta.update(val=value, module=self.stack[-1] if self.stack else "", source=_source())
-        self.info.unknown.append(f"{name}{self.where()}")
-        return node
-
-    def emit(self, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
-        node = self.graph.call_function(target, args, kwargs)
-        sources = node.all_input_nodes
-        if any(n in self.tainted for n in sources):
-            self.tainted.add(node)
-        if any(n in self.varying for n in sources):
-            self.varying.add(node)
-        node.meta.update(val=self.example(node, value), module=self.stack[-1] if self.stack else "", source=_source())
-        return node
-
-    def example(self, node: fx.Node, value: Any, own: bool = False) -> Any:
-        """What a node keeps of its value: the value itself (a copy with ``own``), or its shape, type and strides."""
-        if not isinstance(value, torch.Tensor):
-            return type(value)(self.example(node, v) for v in value) if type(value) in (list, tuple) else value
-        if not self.values and node in self.varying:
-            return shadow(value)
-        return value.detach().clone() if own else value
-
-    # ------------------------------------------------------------ dispatch
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if isinstance(func, torch._ops.HigherOrderOperator):
-            with self:
-                return plainly(func)(*args, **kwargs)
-        if any(isinstance(a, torch.ScriptObject) for a in args):
-            raise TraceError(
-                f"{func._schema.name}{self.where()} reads packed (quantised) weights, which are no tensors; infer on the "
-                "model before it is quantised"
-            )
-
-        def to_node(_: str, tensor: torch.Tensor) -> fx.Node:
-            return self.node_of(tensor)
-
-        node_args, node_kwargs = map_tensors(to_node, tuple(args)), map_tensors(to_node, dict(kwargs))
-        if func in _READS:
-            for node in node_args:
-                self.note_read(node)
-            return func(*args, **kwargs)
-        if func._schema.is_mutable:
-            return write(self, func, args, kwargs, node_args, node_kwargs)
-        out = func(*args, **kwargs)
-        if isinstance(out, torch.Tensor) and out.is_nested:
-            raise TraceError(f"the model makes a nested tensor{self.where()} ({_source()}), {_NO_NESTED}")
-        if func.overloadpacket in _UNFILLED and not out.is_meta:
-            out.zero_()  # what lies in memory by chance is no constant with distinct entries
-        self.record(func, args, node_args, node_kwargs, out)
-        if func is aten.nonzero.default and node_args[0] in self.tainted:
-            self.info.data_dependent.append(f"{_source()}{self.where()}")
-        return out
-
-    def note_read(self, node: Any) -> None:
-        """Python sees a tensor's values: from here on the trace holds for those values only."""
-        if isinstance(node, fx.Node) and node in self.tainted:
-            self.info.data_dependent.append(f"{_source()}{self.where()}")
-            self.info.reads.append(node.name)
-
-    def record(self, func: Any, args: Any, node_args: Any, node_kwargs: Any, out: Any) -> fx.Node:
-        """Emit one functional operator and register its outputs, as views of their base where the schema says so."""
-        if isinstance(out, torch.Tensor):
-            node = self.emit(func, node_args, node_kwargs, out.detach())
-            self._track(func, args, node_args, node_kwargs, out, node, None)
-            return node
-        node = self.emit(func, node_args, node_kwargs, out)
-        if isinstance(out, list | tuple):
-            for i, value in enumerate(out):
-                if isinstance(value, torch.Tensor):
-                    item = self.emit(operator.getitem, (node, i), {}, value)
-                    self._track(func, args, node_args, node_kwargs, value, item, i)
-        return node
-
-    def _track(
-        self, func: Any, args: Any, node_args: Any, node_kwargs: Any, out: torch.Tensor, node: fx.Node, item: int | None
-    ) -> None:
-        base = None
-        if func._schema.returns and func._schema.returns[0].alias_info is not None and args:
-            source = args[0]
-            if isinstance(source, torch.Tensor):
-                if out is source:
-                    return
-                base = self._lookup(source)
-        held = node.meta["val"]
-        self._register(
-            out, Tracked(node) if base is None else base.view(func, node_args, node_kwargs, item, node, held)
-        )
-
-    def node_of(self, tensor: torch.Tensor) -> fx.Node:
-        """The node that holds a tensor's present value."""
-        return read(self, self._lookup(tensor))
-
-    def record_call(self, target: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Emit a call that is no operator, and register its output tensor or tuple of tensors."""
-        with _disable_current_modes(), torch._C.DisableTorchFunction():
-            node = self.emit(target, args, kwargs, out)
-            if isinstance(out, torch.Tensor):
-                self._register(out, Tracked(node))
-            else:
-                for i, value in enumerate(out):
-                    self._register(value, Tracked(self.emit(operator.getitem, (node, i), {}, value)))
-
-    def finish(self, result: Any) -> fx.GraphModule:
-        outputs = tensors_of(result)
-        if not outputs:
-            raise TraceError("the model returned no tensor; automerge needs an output that it can compare")
-        if not any(t.numel() for t in outputs):
-            raise TraceError(
-                f"every output on the example inputs is empty ({', '.join(str(tuple(t.shape)) for t in outputs[:3])}), so "
-                "nothing shows how the model works; give inputs with at least one row"
-            )
-        with torch.no_grad():
-            nodes = tuple(self.node_of(t) for t in outputs)
-        self.graph.output(nodes)
-        self.info.outputs = len(nodes)
-        module = fx.GraphModule(self.root, self.graph)
-        module.meta["trace"] = self.info
-        return module
-
-
-_NO_NESTED = "which has no shape to follow; pad the sequences (torch.nested.to_padded_tensor) for inference"
-_UNFILLED = (
-    aten.empty,
-    aten.empty_like,
-    aten.empty_strided,
-    aten.empty_permuted,
-    aten.new_empty,
-    aten.new_empty_strided,
-)
-_READS = (aten._local_scalar_dense.default, aten.item.default, aten.equal.default, aten.is_nonzero.default)
-
-
-class _Readers(TorchFunctionMode):
-    """Notes the ways in which python reads a whole tensor without any operator."""
-
-    def __init__(self, recorder: _Recorder) -> None:
-        super().__init__()
-        self.recorder = recorder
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _WHOLE_READS and isinstance(args[0], torch.Tensor):
-            self.recorder.note_read(self.recorder.node_of(args[0]))
-        if func is torch.nn.functional.one_hot:
-            return _one_hot(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _one_hot(index: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
-    """`one_hot` without its look at the smallest and largest index when the number of classes is known."""
-    if num_classes <= 0:
-        return torch.ops.aten.one_hot(index, num_classes)
-    zeros = index.new_zeros((*index.shape, num_classes))
-    return zeros.scatter(-1, index.unsqueeze(-1), 1)
-
-
-_WHOLE_READS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}
-
-
-def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return (
-        tensor.data_ptr(),
-        tuple(tensor.shape),
-        tuple(tensor.stride()),
-        tensor.dtype,
-        tensor.is_neg(),
-        tensor.is_conj(),
-    )
-
-
-def _source() -> str:
-    frame = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith((_TORCH_DIR, _HERE, "<")):
-            return f"{name}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return ""

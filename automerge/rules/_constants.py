@@ -91,39 +91,10 @@ def _kinds(cells: np.ndarray) -> np.ndarray:
 _ONE_TO_ONE = frozenset(  # but for rounding, and for a factor or exponent of 0
     f"aten::{name}"
     for name in (
-        *(
-            "mul",
-            "div",
-            "pow",
-            "add",
-            "sub",
-            "rsub",
-            "neg",
-            "reciprocal",
-            "sqrt",
-            "rsqrt",
-            "sin",
-            "cos",
-            "tan",
-            "polar",
-        ),
-        *(
-            "exp",
-            "exp2",
-            "expm1",
-            "log",
-            "log2",
-            "log10",
-            "log1p",
-            "sigmoid",
-            "tanh",
-            "atan",
-            "erf",
-            "softplus",
-            "complex",
-        ),
+        "mul", "div", "pow", "add", "sub", "rsub", "neg", "reciprocal", "sqrt", "rsqrt", "sin", "cos", "tan", "polar",
+        "complex", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sigmoid", "tanh", "atan", "erf", "softplus",
     )
-)
+)  # fmt: skip
 
 
 def veils(node: fx.Node, live: Collection[fx.Node]) -> bool:

@@ -19,8 +19,9 @@ from torch import nn
 
 from automerge._double import double_precision
 from automerge._errors import AutomergeError
+from automerge._subject import Change, fresh_inputs, randomised
 from automerge._tree_io import tensors_of
-from automerge._verify import Change, fresh_inputs, randomised, within_rounding
+from automerge._verify import within_rounding
 from automerge.groups import Element
 from automerge.infer import infer
 from automerge.symmetry import Generator, Symmetry

@@ -1,0 +1,131 @@
+"""A float64 copy of a model that answers under other weights and inputs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from automerge._double import Calibrate, Double, double_precision, widen
+from automerge._errors import TraceError
+from automerge._tree_io import map_tensors, tensors_of
+from automerge.trace import prepared
+
+
+def randomised(state: Mapping[str, torch.Tensor], statistics: frozenset[str], seed: int) -> dict[str, torch.Tensor]:
+    """Float64 weights without coincidences: zeros, ones and tiny scales of a fresh initialisation are replaced.
+
+    Signs are kept where a tensor has only one, so that variances stay positive.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    out: dict[str, torch.Tensor] = {}
+    for name, value in state.items():
+        if value.is_complex():
+            parts = randomised({f"{name} parts": torch.view_as_real(value.resolve_conj())}, frozenset(), seed)
+            out[name] = torch.view_as_complex(*parts.values())
+            continue
+        if not value.is_floating_point() or value.numel() == 0:
+            out[name] = value
+            continue
+        w = value.detach().to("cpu", torch.float64)
+        noise = torch.randn(w.shape, generator=rng, dtype=torch.float32)  # in float32: several times faster
+        if name in statistics:
+            positive = bool((w > 0).all())
+            out[name] = w.abs().clamp(min=0.1) * torch.exp(0.3 * noise) if positive else w + 0.3 * noise
+        elif w.numel() > 1 and float(w.abs().max()) < 1e-3:
+            out[name] = 0.2 * (noise if bool((w == 0).any()) else torch.exp(0.3 * noise) * torch.sign(w)).double()
+        else:
+            zero = w == 0
+            w = w.mul(torch.exp(0.2 * noise))
+            out[name] = torch.where(zero, 0.1 * noise, w) if bool(zero.any()) else w
+        out[name] = out[name].to(value.device)
+    return out
+
+
+def fresh_inputs(args: Any, kwargs: Any, seed: int) -> tuple[Any, Any]:
+    """Other inputs of the same kind: new float values, flipped integer ones; masks stay."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def change(_: str, x: torch.Tensor) -> torch.Tensor:
+        if x.is_floating_point():
+            finite = torch.isfinite(x)
+            if not bool(finite.all()) or (
+                x.numel() > 2 and bool(((x == 0) | (x == 1)).all()) and x.unique().numel() == 2
+            ):
+                return x
+            scale = float(x.std()) if x.numel() > 1 else 0.0
+            noise = torch.randn(x.shape, generator=rng, dtype=torch.float64).to(x.device, x.dtype)
+            return float(x.mean()) + (scale if scale > 1e-6 else 1.0) * noise
+        if x.dtype in (torch.int64, torch.int32, torch.int16, torch.int8) and x.dim():
+            return x.flip(x.dim() - 1)
+        return x
+
+    return map_tensors(change, args), map_tensors(change, kwargs)
+
+
+def _memo(model: nn.Module) -> dict[int, Any]:
+    """Stand-ins for tensors that cannot be copied: results of earlier passes that a module keeps."""
+    kept = (v for m in model.modules() for v in vars(m).values() if isinstance(v, torch.Tensor) and not v.is_leaf)
+    return {id(t): t.detach().clone() for t in kept}
+
+
+Change = Callable[[str, torch.Tensor], torch.Tensor]
+"""What is done to a tensor on its way into the model, by its name."""
+
+
+def unchanged(name: str, value: torch.Tensor) -> torch.Tensor:
+    return value
+
+
+class Subject:
+    """A float64 copy of the model whose weights can be set; one tensor at a time, so that no third copy is made."""
+
+    def __init__(self, model: nn.Module) -> None:
+        try:
+            self.model = copy.deepcopy(model, _memo(model)).double().eval()
+        except Exception as error:
+            raise TraceError(
+                f"{type(model).__name__} cannot be copied for verification ({type(error).__name__}: {error}); "
+                "pass verify=False to skip it"
+            ) from error
+        self.tensors = named_tensors(self.model)
+
+    def load(self, state: Mapping[str, torch.Tensor], change: Change = unchanged) -> None:
+        """Set the weights, changed on the way."""
+        with torch.no_grad():
+            for name, value in state.items():
+                if name in self.tensors and self.tensors[name].shape == value.shape:
+                    self.tensors[name].copy_(change(name, value))
+
+    def calibrate(
+        self, state: dict[str, torch.Tensor], args: Any, kwargs: Any, *, fixed: Collection[str] = ()
+    ) -> dict[str, torch.Tensor]:
+        """The state with BatchNorm statistics near those of the data, so that signals neither die out nor explode.
+
+        What is ``fixed`` (statistics that are constants) keeps its values.
+        """
+        self.outputs(state, args, kwargs, mode=Calibrate)
+        own = {n: t for n, t in self.tensors.items() if n not in fixed}
+        return {n: own[n].detach().clone() if n in own and not torch.equal(own[n], v) else v for n, v in state.items()}
+
+    def outputs(
+        self,
+        state: Mapping[str, torch.Tensor],
+        args: Any,
+        kwargs: Any,
+        change: Change = unchanged,
+        mode: type[Double] = Double,
+    ) -> list[torch.Tensor]:
+        """The float64 outputs under some weights; random operators draw the same numbers every time."""
+        self.load(state, change)
+        with prepared(self.model), double_precision(mode), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            result = self.model(*map_tensors(widen, args), **map_tensors(widen, kwargs))
+            return [t.detach().clone() for t in tensors_of(result)]
+
+
+def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
