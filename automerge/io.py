@@ -6,34 +6,28 @@ to a temporary name in the same directory and is then renamed, so that an interr
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import pickle
 import stat
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from automerge._errors import CheckpointError, OutputError
 from automerge._files import check_writable, replacement, status_of
+from automerge._reading import TIED, check_head, cleaned, read_safetensors, read_torch
 from automerge._shards import SUFFIX as SHARDS
 from automerge._shards import check_index, read_shards, split_shards, write_shards
 
 StateDict = dict[str, torch.Tensor]
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")  # the last two of Lightning and Hugging Face
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
-_TIED = "automerge.tied"
 SHARD_BYTES = 5 * 10**9  # as Hugging Face
-_RESAVE = "re-save the weights with safetensors.torch.save_file(model.state_dict(), 'name.safetensors')"
 
 
 # -------------------------------------------------------------------- reading
@@ -81,14 +75,14 @@ def load_state_dict(path: str | os.PathLike[str], names: Collection[str] | None 
     if status.st_size == 0:
         raise CheckpointError(f"{file} is empty (0 bytes); save it again")
     try:
-        _check_head(file)
+        check_head(file)
         if suffix == SHARDS:
-            raw: object = read_shards(file, _read_safetensors)
+            raw: object = read_shards(file, read_safetensors)
         else:
-            raw = _read_safetensors(file) if suffix == ".safetensors" else _read_torch(file)
+            raw = read_safetensors(file) if suffix == ".safetensors" else read_torch(file)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
-    out = _clean(raw, str(file), names)
+    out = cleaned(raw, str(file), names)
     return with_ties(out, names) if isinstance(names, Mapping) else out
 
 
@@ -117,97 +111,6 @@ def with_ties(state_dict: Mapping[str, torch.Tensor], expected: Mapping[str, tor
         if name not in out and alias in out:
             out[name] = out[alias]
     return out | {alias: out[name] for alias, name in ties.items() if alias not in out and name in out}
-
-
-def _check_head(file: Path) -> None:
-    """Refuse what downloads leave behind in place of a file."""
-    with file.open("rb") as handle:
-        head = handle.read(64).lstrip().lower()
-    if head.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{file} is a pointer of Git LFS and not the file itself; fetch that with 'git lfs pull'")
-    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise CheckpointError(f"{file} is a web page and not a checkpoint; download the file itself")
-
-
-def _read_safetensors(file: Path) -> StateDict:
-    try:
-        with safe_open(str(file), framework="pt") as handle:
-            metadata = handle.metadata() or {}
-            out = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{file} is truncated or not a safetensors file ({error}); copy or download it again"
-        ) from error
-    for alias, name in _ties(metadata.get(_TIED, "{}"), file).items():
-        if alias in out and name in out and torch.equal(out[alias], out[name]):
-            out[alias] = out[name]
-    return out
-
-
-def _ties(text: str, file: Path) -> dict[str, str]:
-    try:
-        ties = json.loads(text)
-    except ValueError:
-        ties = None
-    if not isinstance(ties, dict) or not all(isinstance(name, str) for name in ties.values()):
-        raise CheckpointError(f"{file} has a damaged entry {_TIED} in its header; save it again")
-    return ties
-
-
-def _read_torch(file: Path) -> object:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols that it then refuses
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        with file.open("rb") as handle:
-            head = handle.read(2)
-        if head[:1] == b"\x80" or head == b"PK":
-            raise CheckpointError(
-                f"{file} is refused: it is a pickle that holds code or objects other than tensors (or is damaged), and "
-                f"loading it could run that code; {_RESAVE}"
-            ) from error
-        raise CheckpointError(f"{file} is truncated or not a PyTorch checkpoint; copy or download it again") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise
-        first = str(error).split("\n", 1)[0].split(". ", 1)[0]
-        reason = f" ({first})" if isinstance(error, RuntimeError) and first else ""
-        raise CheckpointError(
-            f"{file} is truncated or not a PyTorch checkpoint{reason}; copy or download it again"
-        ) from error
-
-
-def _clean(raw: object, label: str, names: Collection[str] | None) -> StateDict:
-    """Unwrap, strip prefixes, and make sure that names map to tensors."""
-    if isinstance(raw, Mapping):
-        for wrapper in _WRAPPERS:
-            if isinstance(raw.get(wrapper), Mapping):
-                raw = raw[wrapper]
-                break
-    if not isinstance(raw, Mapping):
-        raise CheckpointError(f"{label} holds a {type(raw).__name__}, not a mapping of names to tensors; {_RESAVE}")
-    for name, value in raw.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise CheckpointError(
-                f"{label} is not a mapping of names to tensors: the entry {name!r} is a {type(value).__name__}; "
-                f"{_RESAVE}"
-            )
-    if not raw:
-        raise CheckpointError(f"{label} is empty: it holds no tensor; save the model's state_dict() again")
-    if "n_averaged" in raw and len(raw) > 1 and "n_averaged" not in (names or ()):
-        rest = {name: value for name, value in raw.items() if name != "n_averaged"}
-        raw = rest if all(name.startswith("module.") for name in rest) else raw  # of an AveragedModel
-    cut = _prefix_length(raw, names)
-    return {name[cut:]: value.detach() if value.requires_grad else value for name, value in raw.items()}
-
-
-def _prefix_length(keys: Collection[str], names: Collection[str] | None) -> int:
-    """How many characters of every key are wrappers' prefixes; the fewest that lead to a name of the architecture."""
-    cuts = [0]
-    while prefix := next((p for p in _PREFIXES if all(k.startswith(p, cuts[-1]) for k in keys)), ""):
-        cuts.append(cuts[-1] + len(prefix))
-    return next((cut for cut in cuts if any(k[cut:] in names for k in keys)), cuts[-1]) if names else cuts[-1]
 
 
 # -------------------------------------------------------------------- checking
@@ -403,7 +306,7 @@ def save_state_dict(
 
     def write(target: Path, names: Collection[str], header: Mapping[str, str]) -> None:
         own = {alias: name for alias, name in tied.items() if alias in names}
-        ties = {_TIED: json.dumps(own)} if own else {}
+        ties = {TIED: json.dumps(own)} if own else {}
         save_file(_owned({n: state_dict[n] for n in names}), str(target), metadata={**header, **ties, "format": "pt"})
 
     try:

@@ -1,0 +1,113 @@
+"""What checkpoint files hold: read without running code, unwrapped, and refused in one sentence."""
+
+from __future__ import annotations
+
+import errno
+import json
+import pickle
+import warnings
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from automerge._errors import CheckpointError
+
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
+TIED = "automerge.tied"
+_RESAVE = "re-save the weights with safetensors.torch.save_file(model.state_dict(), 'name.safetensors')"
+
+
+def check_head(file: Path) -> None:
+    """Refuse what downloads leave behind in place of a file."""
+    with file.open("rb") as handle:
+        head = handle.read(64).lstrip().lower()
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{file} is a pointer of Git LFS and not the file itself; fetch that with 'git lfs pull'")
+    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise CheckpointError(f"{file} is a web page and not a checkpoint; download the file itself")
+
+
+def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, mapped into memory; names that are recorded as tied share one tensor."""
+    try:
+        with safe_open(str(file), framework="pt") as handle:
+            metadata = handle.metadata() or {}
+            out = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{file} is truncated or not a safetensors file ({error}); copy or download it again"
+        ) from error
+    for alias, name in _ties(metadata.get(TIED, "{}"), file).items():
+        if alias in out and name in out and torch.equal(out[alias], out[name]):
+            out[alias] = out[name]
+    return out
+
+
+def _ties(text: str, file: Path) -> dict[str, str]:
+    try:
+        ties = json.loads(text)
+    except ValueError:
+        ties = None
+    if not isinstance(ties, dict) or not all(isinstance(name, str) for name in ties.values()):
+        raise CheckpointError(f"{file} has a damaged entry {TIED} in its header; save it again")
+    return ties
+
+
+def read_torch(file: Path) -> object:
+    """What a file of ``torch.save`` holds, if that is tensors and plain containers."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols that it then refuses
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        with file.open("rb") as handle:
+            head = handle.read(2)
+        if head[:1] == b"\x80" or head == b"PK":
+            raise CheckpointError(
+                f"{file} is refused: it is a pickle that holds code or objects other than tensors (or is damaged), and "
+                f"loading it could run that code; {_RESAVE}"
+            ) from error
+        raise CheckpointError(f"{file} is truncated or not a PyTorch checkpoint; copy or download it again") from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        first = str(error).split("\n", 1)[0].split(". ", 1)[0]
+        reason = f" ({first})" if isinstance(error, RuntimeError) and first else ""
+        raise CheckpointError(
+            f"{file} is truncated or not a PyTorch checkpoint{reason}; copy or download it again"
+        ) from error
+
+
+def cleaned(raw: object, label: str, names: Collection[str] | None) -> dict[str, torch.Tensor]:
+    """Unwrap, strip prefixes, and make sure that names map to tensors."""
+    if isinstance(raw, Mapping):
+        for wrapper in _WRAPPERS:
+            if isinstance(raw.get(wrapper), Mapping):
+                raw = raw[wrapper]
+                break
+    if not isinstance(raw, Mapping):
+        raise CheckpointError(f"{label} holds a {type(raw).__name__}, not a mapping of names to tensors; {_RESAVE}")
+    for name, value in raw.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise CheckpointError(
+                f"{label} is not a mapping of names to tensors: the entry {name!r} is a {type(value).__name__}; "
+                f"{_RESAVE}"
+            )
+    if not raw:
+        raise CheckpointError(f"{label} is empty: it holds no tensor; save the model's state_dict() again")
+    if "n_averaged" in raw and len(raw) > 1 and "n_averaged" not in (names or ()):
+        rest = {name: value for name, value in raw.items() if name != "n_averaged"}
+        raw = rest if all(name.startswith("module.") for name in rest) else raw  # of an AveragedModel
+    cut = _prefix_length(raw, names)
+    return {name[cut:]: value.detach() if value.requires_grad else value for name, value in raw.items()}
+
+
+def _prefix_length(keys: Collection[str], names: Collection[str] | None) -> int:
+    """How many characters of every key are wrappers' prefixes; the fewest that lead to a name of the architecture."""
+    cuts = [0]
+    while prefix := next((p for p in _PREFIXES if all(k.startswith(p, cuts[-1]) for k in keys)), ""):
+        cuts.append(cuts[-1] + len(prefix))
+    return next((cut for cut in cuts if any(k[cut:] in names for k in keys)), cuts[-1]) if names else cuts[-1]
