@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -14,13 +15,14 @@ from typing import Any
 
 import torch
 
+import automerge
 from zoo.experiments._experiment import Experiment, Lab, Record, Row, Unit
 from zoo.experiments._figures import save
 from zoo.experiments._settings import Setting
 from zoo.train import write_atomically
 
 Say = Callable[[str], None]
-_PACKAGES = ("automerge", "torch", "numpy", "scipy", "scikit-learn")
+_PACKAGES = ("torch", "numpy", "scipy", "scikit-learn")
 
 
 def run(
@@ -85,7 +87,8 @@ def page(experiment: Experiment, record: Record) -> str:
     commands = "\n".join(dict.fromkeys(str(r["command"]) for r in record.runs))
     seconds = sum(float(r["seconds"]) for r in record.runs)
     last = record.runs[-1]
-    packages = ", ".join(f"{k} {v}" for k, v in last["versions"].items())
+    made = " and ".join(dict.fromkeys(r["versions"]["automerge"] for r in record.runs if "automerge" in r["versions"]))
+    packages = ", ".join(f"{k} {v}" for k, v in {**last["versions"], "automerge": made or "-"}.items())
     sizes = "; ".join(
         f"{s['title']}: {s['parameters']:,} parameters, {s['samples']:,} training samples, single networks "
         f"{100 * s['accuracy']:.1f} %"
@@ -107,14 +110,23 @@ def page(experiment: Experiment, record: Record) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Python and the packages that matter."""
-    found = {"python": platform.python_version()}
+    """This package with its commit, Python, and the packages that matter."""
+    found = {"automerge": "+".join([automerge.__version__, *_commit()]), "python": platform.python_version()}
     for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _commit() -> list[str]:
+    """The commit that is checked out, ``dirty`` behind it if files differ; nothing outside a repository."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        return [subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()]
+    except (OSError, subprocess.CalledProcessError):
+        return []
 
 
 def described(setting: Setting, runs: Path) -> dict[str, Any]:
