@@ -29,6 +29,7 @@ from automerge.objective import Objective
 from automerge.renormalise import reset_batchnorm
 from automerge.symmetry import Symmetry
 from tests._all_pairs import AllPairs
+from tests.benchmarks.large import table as large_table
 from tests.benchmarks.peer import peer_table
 from zoo.data import digits
 from zoo.models.mlp import MLP
@@ -247,6 +248,7 @@ def main() -> None:
         rev=rev,
         iterations="\n".join(iterations_table()),
         number="\n".join(number_table()),
+        large="\n".join(large_table()),
         quality="\n".join(quality),
         peers="\n".join(peers),
         sets=", ".join(SETS),
@@ -272,6 +274,13 @@ ResNet20, width x2. The plain all-pairs formulas (in `tests/_all_pairs.py`) eval
 published code does. The estimate is what `FrankWolfe(max_memory=...)` is held against.
 
 {number}
+
+## Whole matches of large networks
+
+`python -m tests.benchmarks.large`: three networks of torchvision with fresh weights each, by the clock on two threads.
+*Memory* is what the search holds beside the models.
+
+{large}
 
 ## What the search finds
 
