@@ -7,7 +7,7 @@ replayed on the new base when they are next read.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -242,23 +242,37 @@ def _order(op: Any, args: tuple[Any, ...], ndim: int) -> list[int]:
     return order
 
 
-def overlaps(
-    name: str, tensor: torch.Tensor, others: Sequence[tuple[str, torch.Tensor]]
-) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """Where a tensor shares entries with others of the same storage (a transposed twin, a view of a flat parameter)."""
-    for other, known in others:
-        if tensor.numel() and known.numel() and _meet(tensor, known):
+def overlaps(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Where tensors share entries with earlier ones (a transposed twin, a view of a flat parameter).
+
+    Yields:
+        ``(name, other, places)``: entry i of ``name`` is entry ``places[i]`` of ``other``, or none where that is -1.
+    """
+    beside: dict[Any, list[tuple[str, torch.Tensor]]] = {}
+    for name, tensor in tensors:
+        if tensor.layout is not torch.strided or tensor.numel() == 0:
+            continue
+        for other, known in (near := beside.setdefault(memory_of(tensor), [])):
+            if not _meet(tensor, known):
+                continue
             mine = _addresses(tensor)
             theirs, order = _addresses(known).sort()
             at = torch.searchsorted(theirs, mine).clamp(max=theirs.numel() - 1)
             places = torch.where(theirs[at] == mine, order[at], -1)
             if bool((places >= 0).any()):
                 yield name, other, places.reshape(tensor.shape)
+        near.append((name, tensor))
+
+
+def memory_of(tensor: torch.Tensor) -> tuple[str, int]:
+    """What tensors that share memory have in common; without values there is no address, but a storage."""
+    storage = tensor.untyped_storage()
+    return tensor.device.type, storage._cdata if tensor.is_meta else storage.data_ptr()
 
 
 def _meet(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors reach into one stretch of one storage."""
-    if a.dtype != b.dtype or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+    """Whether two tensors reach into one stretch of the storage that they share."""
+    if a.dtype != b.dtype:
         return False
     first = [t.storage_offset() for t in (a, b)]
     last = [t.storage_offset() + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in (a, b)]

@@ -6,7 +6,6 @@ Every process reads its share of the checkpoints (`Ranks.shares`), the matcher's
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from automerge._empty import loaded
 from automerge._errors import MatchingError
 from automerge._fixed import infer_common, shared_constants
 from automerge._merge_checks import merge_integers
@@ -103,9 +103,7 @@ def _symmetry(
     with ranks.together():
         if ranks.rank == 0:
             shared = {n for n, value in mine.items() if all(other.get(n) == value for other in everywhere)}
-            own = copy.deepcopy(network)
-            own.load_state_dict(states[0])
-            text = infer_common(own, shared, args, kwargs).to_json()
+            text = infer_common(loaded(network, states[0]), shared, args, kwargs).to_json()
     return Symmetry.from_json(next(t for t in ranks.gather(text) if t is not None))
 
 

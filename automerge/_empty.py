@@ -1,16 +1,19 @@
-"""Architectures without values, and modules that take weights over where they are."""
+"""Copies of an architecture with the weights of a checkpoint; what shares memory in the one shares it in the other."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from automerge._aliases import memory_of, overlaps
 from automerge._errors import CheckpointError
 from automerge._offload import Store
+from automerge.io import tied_names
 
 
 def is_empty(network: nn.Module) -> bool:
@@ -27,6 +30,26 @@ def lacking(network: nn.Module) -> str | None:
             if any(isinstance(t, torch.Tensor) and t.is_meta and id(t) not in held for t in tree_leaves(value)):
                 return f"{path}.{name}" if path else name
     return None
+
+
+def loaded(network: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A copy of a module with some weights, copied.
+
+    ``deepcopy`` gives every parameter memory of its own, so that parameters over one memory (``nn.Parameter(w.t())``) would
+    be independent in the copy, and so would their groups.
+    """
+    memo: dict[Any, Any] = {}
+    held: dict[Any, dict[int, torch.Tensor]] = {}
+    for tensor in (*network.parameters(), *network.buffers()):
+        if tensor.layout is torch.strided and tensor.numel():
+            held.setdefault(memory_of(tensor), {})[id(tensor)] = tensor
+    for together in (t for t in held.values() if len(t) > 1):
+        for key, tensor in together.items():
+            if type(tensor) is nn.Parameter:
+                memo[key] = nn.Parameter(deepcopy(tensor.data, memo), tensor.requires_grad)
+    own = deepcopy(network, memo)
+    own.load_state_dict(dict(weights))
+    return own
 
 
 def carrying(network: nn.Module, weights: Mapping[str, torch.Tensor], store: Store) -> nn.Module:
@@ -47,10 +70,19 @@ def carrying(network: nn.Module, weights: Mapping[str, torch.Tensor], store: Sto
             f"the architecture's {name} is on the meta device, and the checkpoints do not hold it; build the architecture on "
             "the CPU"
         )
+    state = network.state_dict()
+    ties = tied_names(state)
+    if shared := next(overlaps((n, t) for n, t in state.items() if n not in ties), None):
+        if is_empty(network):
+            raise CheckpointError(
+                f"the architecture's {shared[0]} and {shared[1]} share memory in several shapes; build the architecture on "
+                "the CPU"
+            )
+        return loaded(network, weights)
     memo: dict[int, torch.Tensor] = {}
     for name, own in network.state_dict(keep_vars=True).items():
         if isinstance(own, torch.Tensor) and id(own) not in memo:
-            value = weights[name].detach()
+            value = weights[ties.get(name, name)].detach()
             value = value if value.dtype == own.dtype else store.keep(value.to(own.dtype))
             memo[id(own)] = nn.Parameter(value, own.requires_grad) if isinstance(own, nn.Parameter) else value
     return deepcopy(network, memo)

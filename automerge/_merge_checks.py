@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from automerge._aliases import overlaps
 from automerge._data import Batches, device_of, evaluating, preserving, run_batch
 from automerge._errors import AutomergeError, CheckpointError, MatchingError, SymmetryError
 from automerge._repair_report import Renormaliser
@@ -56,12 +57,21 @@ def check_models(
 
 
 def check_ties(network: nn.Module, dicts: Sequence[Mapping[str, torch.Tensor]]) -> None:
-    """Names that the architecture ties must hold equal values."""
+    """Names that the architecture ties, or that share its memory, must hold equal values."""
     for alias, name in tied_names(network.state_dict()).items():
         for number, state in enumerate(dicts):
             if state[alias] is not state[name] and not torch.equal(state[alias], state[name]):
                 raise CheckpointError(
                     f"model {number}: {alias} and {name} are one tensor in the architecture, but differ here"
+                )
+    own = network.state_dict()
+    ties = tied_names(own)
+    for name, other, places in overlaps((n, t) for n, t in own.items() if n not in ties):
+        both = places >= 0
+        for number, state in enumerate(dicts):
+            if not torch.equal(state[name].cpu()[both], state[other].cpu().reshape(-1)[places[both]]):
+                raise CheckpointError(
+                    f"model {number}: {name} and {other} share memory in the architecture, but differ here"
                 )
 
 

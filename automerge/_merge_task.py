@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from automerge._empty import carrying, is_empty
+from automerge._empty import carrying, is_empty, loaded
 from automerge._fixed import infer_common, moved_constants, shared_constants
 from automerge._merge_checks import Model, check_models
 from automerge._offload import Store
@@ -49,9 +48,7 @@ class Task:
             return self.models[0]
         if self.store.folder is not None:
             return carrying(self.network, self.states[0], self.store)
-        own = deepcopy(self.network)
-        own.load_state_dict(dict(self.states[0]))
-        return own
+        return loaded(self.network, self.states[0])
 
     def infer(self, args: Any, kwargs: Mapping[str, Any] | None, verify: bool) -> Symmetry:
         """The models' symmetry; what they share stays."""

@@ -86,7 +86,6 @@ class Recorder(TorchDispatchMode):
         persistent = set(model.state_dict(keep_vars=True))
         tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         first: dict[tuple[Any, ...], str] = {}
-        beside: dict[int, list[tuple[str, torch.Tensor]]] = {}  # by storage
         for name, tensor in tensors:
             if name not in persistent or not isinstance(tensor, torch.Tensor):
                 continue
@@ -101,12 +100,9 @@ class Recorder(TorchDispatchMode):
                 continue
             first[key] = name
             node = self._placeholder(name, tensor, "state")
-            if tensor.numel():
-                near = beside.setdefault(tensor.untyped_storage().data_ptr(), [])
-                self.info.overlaps += overlaps(name, tensor, near)
-                near.append((name, tensor))
             self.states.append((tensor, node))
             self.info.names[node.name] = name
+        self.info.overlaps += overlaps((n.meta["name"], t) for t, n in self.states)
 
     def restore(self) -> None:
         """Put back parameters and buffers that the forward pass wrote to."""

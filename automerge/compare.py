@@ -21,6 +21,7 @@ from automerge._canvas import new_figure
 from automerge._compare_data import DataSets, about, as_items
 from automerge._comparison import Comparison, Row, Score
 from automerge._data import Batch, Batches, evaluating, logits_of, run_batch
+from automerge._empty import loaded
 from automerge._errors import AutomergeError
 from automerge._fixed import infer_common, shared_constants
 from automerge._merge_checks import Model, check_models, check_weights
@@ -117,9 +118,7 @@ def compare(
     fixes = {"none": "none", **fixes}
     work = _Work(network, [dict(d) for d in dicts], share, sets, chosen, fixes, progress)  # runs on all data
     if symmetry is None:
-        own = deepcopy(network)
-        own.load_state_dict(dict(dicts[0]))
-        symmetry = infer_common(own, shared_constants(network, dicts), args, kwargs)
+        symmetry = infer_common(loaded(network, dicts[0]), shared_constants(network, dicts), args, kwargs)
     work.symmetry = symmetry
     rows = work.run()
     models_scores = tuple(work.score((network, d), "report") for d in dicts)
