@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from automerge._empty import loaded
+from automerge._copies import loaded
 from automerge._errors import MatchingError
 from automerge._fixed import infer_common, shared_constants
 from automerge._merge_checks import merge_integers

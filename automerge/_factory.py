@@ -21,8 +21,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset, IterableDataset
 
+from automerge._copies import lacking
 from automerge._data import Batches, listed
-from automerge._empty import lacking
 from automerge._errors import AutomergeError
 
 _DTYPES = {

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from automerge._empty import carrying, is_empty, loaded
+from automerge._copies import carrying, is_empty, loaded
 from automerge._fixed import infer_common, moved_constants, shared_constants
 from automerge._merge_checks import Model, check_models
 from automerge._offload import Store

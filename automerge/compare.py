@@ -20,8 +20,8 @@ from torch import nn
 from automerge._canvas import new_figure
 from automerge._compare_data import DataSets, about, as_items
 from automerge._comparison import Comparison, Row, Score
+from automerge._copies import loaded
 from automerge._data import Batch, Batches, evaluating, logits_of, run_batch
-from automerge._empty import loaded
 from automerge._errors import AutomergeError
 from automerge._fixed import infer_common, shared_constants
 from automerge._merge_checks import Model, check_models, check_weights

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from automerge import compare, infer, merge
+from automerge._copies import loaded
 from automerge._distributed import merge_share
-from automerge._empty import loaded
 from automerge._errors import CheckpointError
 from automerge._ranks import ALONE
 from automerge.io import save_state_dict

@@ -91,8 +91,13 @@ class Gains:
         """Whether every bundle has one axis of this tree and at most one more, and the products are large."""
         bundles = [self.objective.bundles[b] for b, _ in places]
         simple = len({b for b, _ in places}) == len(places) and all(len(x.dims) <= 2 for x in bundles)
-        cost = sum(x.weights[0].numel() * x.weights.shape[x.dims[k]] for x, (_, k) in zip(bundles, places, strict=True))
+        cost = sum(self._cost(b, k) for b, k in places)
         return simple and cost >= _SMALL and self.objective.ranks.size == 1
+
+    def _cost(self, b: int, k: int) -> int:
+        """The multiplications of one contraction."""
+        bundle = self.objective.bundles[b]
+        return bundle.weights[0].numel() * bundle.weights.shape[bundle.dims[k]]
 
     def _whole(
         self, m: int, places: Sequence[tuple[int, int]], rest: Mapping[int, torch.Tensor]
@@ -114,7 +119,7 @@ class Gains:
         """Bring kept gains up to date, if that is cheaper than to compute them again."""
         bundles = [self.objective.bundles[b] for b, _ in places]
         changes = [self._change(m, x, k, kept) for x, (_, k) in zip(bundles, places, strict=True)]
-        costs = [x.weights[0].numel() * x.weights.shape[x.dims[k]] for x, (_, k) in zip(bundles, places, strict=True)]
+        costs = [self._cost(b, k) for b, k in places]
         shares = [c.share(x, k) for c, x, (_, k) in zip(changes, bundles, places, strict=True)]
         if sum(c * s for c, s in zip(costs, shares, strict=True)) > _WORTH * sum(costs):
             return False

@@ -148,6 +148,7 @@ class Polisher:
         """Take the best element of some gains, if it gains; returns the gain."""
         blocks = self.objective.blocks
         sigma = {k: blocks.structure.induced(perms, blocks.spaces[k].roles) for k in self.trees[root]}
+        rest: dict[int, torch.Tensor] | None = None
         after: dict[int, torch.Tensor] | None = None
         if root in self.quadratic:
             rest = self._rest(m, root)
@@ -157,7 +158,7 @@ class Polisher:
             gain = sum(self._gain(m, k, sigma[k], g) for k, g in gains.items())
         if gain <= self._threshold:
             return 0.0
-        rest = self._rest(m, root)
+        rest = rest or self._rest(m, root)
         self._accept(m, perms, sigma, rest, after or self._after(m, sigma, rest))
         return gain
 
