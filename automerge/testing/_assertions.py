@@ -243,8 +243,10 @@ def _check_symmetry(symmetry: Any) -> None:
         raise AutomergeError(f"expected a Symmetry, as infer gives it, got a {type(symmetry).__name__}")
 
 
-def _check_testable(subject: _Subject, state: State, inputs: Sequence[Given], symmetry: Symmetry) -> None:
-    """The symmetry is of this architecture, and there are outputs: numbers that are none agree with any claim."""
+def _outputs_before(
+    subject: _Subject, state: State, inputs: Sequence[Given], symmetry: Symmetry
+) -> list[list[torch.Tensor]]:
+    """The outputs for each input; the symmetry must be of this architecture, and numbers that are none agree with any claim."""
     moved = {slot.param for g in symmetry.generators() for slot in g.slots}
     for name in sorted(moved):
         if name not in state:
@@ -258,6 +260,7 @@ def _check_testable(subject: _Subject, state: State, inputs: Sequence[Given], sy
         raise AssertionError(
             "the outputs hold no finite number, so nothing can be compared; give other inputs or weights"
         )
+    return before
 
 
 def _lively(subject: _Subject, inputs: Sequence[Given], symmetry: Symmetry, seed: int) -> State | None:
@@ -339,9 +342,8 @@ def _check(
     alone: bool = False,
 ) -> None:
     generators = symmetry.generators()
-    _check_testable(subject, state, inputs, symmetry)
+    before = _outputs_before(subject, state, inputs, symmetry)
     rng = np.random.default_rng(seed)
-    before = [subject.run(state, given) for given in inputs]
 
     def error(moved: State) -> float:
         worst = 0.0

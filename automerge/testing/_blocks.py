@@ -161,7 +161,7 @@ def split_apart(b: Builder, x: Layout) -> Built:
 def drop(b: Builder, x: Layout) -> Built | None:
     """Keep some of the channels; whole sets only, so that nothing is cut apart.
 
-    The others are read by a sum: what nobody reads would stay where it is.
+    The others are read by a mean: what nobody reads would stay where it is.
     """
     cuts = [(i, j) for i in range(len(x)) for j in range(i + 2, len(x) + 1) if whole(x, range(i, j))]
     cuts = [c for c in cuts if c != (0, len(x))]
