@@ -18,10 +18,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 
 from automerge._errors import TraceError
+from automerge._machine import releasing
 from automerge._opaque import opaque_modules
 from automerge._recorder import NO_NESTED, Readers, Recorder
 from automerge._recorder import TraceInfo as TraceInfo  # public here
 from automerge._tree_io import tensors_of
+
+_LARGE = 8 << 20  # bytes; a smaller tensor's memory stays in the heap, which the notes taken meanwhile break up
 
 Args = torch.Tensor | Sequence[Any]
 
@@ -78,7 +81,7 @@ def trace(
     _check_traceable(model, (positional, keywords))
     recorder = Recorder(model, values, constants)
     positional, keywords = recorder.add_inputs(positional, keywords)
-    with prepared(model), recorder.watch_modules():
+    with prepared(model), recorder.watch_modules(), releasing(_LARGE):
         try:
             with torch.no_grad(), opaque_modules(recorder, model), recorder, Readers(recorder):
                 result = model(*positional, **keywords)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import platform
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from automerge import TraceError, infer, trace
 from automerge.infer import infer_graph
 from automerge.testing import Network, networks
 from tests.inference.networks_hostile import Program
+from zoo.coverage._peak import Peak
 
 
 def replay(graph: fx.GraphModule, model: nn.Module, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -474,3 +476,27 @@ def test_quantised_weights_are_refused():
 def test_an_example_without_rows_is_refused():
     with pytest.raises(TraceError, match=r"every output .* is empty \(\(0, 2\)\).*at least one row"):
         infer(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(0, 4))
+
+
+class Scores(nn.Module):
+    """Attention over 2000 positions: each of its scores takes 15 MiB."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, key, value = self.qkv(x).chunk(3, -1)
+        scores = (query @ key.transpose(-1, -2)) * 0.3
+        return x + (scores + scores.new_zeros(len(scores))).softmax(-1) @ value
+
+
+def test_activations_are_freed_as_the_model_runs() -> None:
+    """Of 20 layers with 60 MiB of scores each only those of one layer are held, and the heap is not left in pieces."""
+    model, x = nn.Sequential(*(Scores() for _ in range(20))), torch.randn(2000, 8)
+    trace(model, x[:2], values=False)
+    with Peak() as peak:
+        trace(model, x, values=False)
+    if peak.bytes is None or platform.libc_ver()[0] != "glibc":
+        pytest.skip("the peak of memory is measured on Linux with glibc")
+    assert peak.bytes < 250 * 2**20
