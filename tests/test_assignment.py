@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
 from automerge import _assignment
-from automerge._assignment import assign
+from automerge._assignment import assign, potentials
 
 
 @pytest.fixture(autouse=True)
@@ -35,15 +35,46 @@ def test_brute_force(seed: int, n: int, ties: bool) -> None:
     assert gain[np.arange(n), found].sum() == pytest.approx(best, abs=1e-12)
 
 
-@given(seed=st.integers(0, 2**30), n=st.integers(64, 90), low_rank=st.booleans())
-@settings(max_examples=20, deadline=None)
-def test_the_optimum_is_scipys_with_whatever_is_installed(seed: int, n: int, low_rank: bool) -> None:
-    rng = np.random.default_rng(seed)
-    gain = rng.normal(size=(n, 3)) @ rng.normal(size=(3, n)) if low_rank else rng.normal(size=(n, n))
-    rows, columns = linear_sum_assignment(gain, maximize=True)
+KINDS = {
+    "noise": lambda rng, n: rng.normal(size=(n, n)),
+    "low rank": lambda rng, n: rng.normal(size=(n, 3)) @ rng.normal(size=(3, n)),
+    "rows alike": lambda rng, n: np.repeat(rng.normal(size=(1, n)), n, axis=0) + 1e-3 * rng.normal(size=(n, n)),
+    "dead units": lambda rng, n: rng.normal(size=(n, n)) * (rng.random(n) < 0.5) * (rng.random((n, 1)) < 0.5),
+    "constant": lambda rng, n: np.full((n, n), rng.normal()),
+    "few values": lambda rng, n: rng.integers(0, 3, (n, n)).astype(float),
+    "heavy tails": lambda rng, n: rng.standard_cauchy((n, n)),
+}
+
+
+@given(
+    seed=st.integers(0, 2**30),
+    n=st.integers(64, 150),
+    kind=st.sampled_from(sorted(KINDS)),
+    scale=st.sampled_from([1.0, 1e-20, 1e20]),
+    dtype=st.sampled_from([np.float32, np.float64]),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_optimum_is_scipys_with_whatever_is_installed(
+    seed: int, n: int, kind: str, scale: float, dtype: type
+) -> None:
+    gain = (KINDS[kind](np.random.default_rng(seed), n) * scale).astype(dtype)
+    rows, columns = linear_sum_assignment(gain.astype(np.float64), maximize=True)
+    before = gain.copy()
     found = assign(gain)
+    assert np.array_equal(gain, before)
     assert sorted(found) == list(range(n))
-    assert gain[np.arange(n), found].sum() == pytest.approx(gain[rows, columns].sum(), rel=1e-12)
+    best = gain[rows, columns].sum(dtype=float)
+    assert gain[rows, found].sum(dtype=float) == pytest.approx(best, abs=1e-12 * n * float(np.abs(gain).max()), rel=0)
+
+
+def test_potentials_spread_what_the_rows_want() -> None:
+    """All rows want the same few columns; after the potentials most have one of their own."""
+    rng = np.random.default_rng(0)
+    gain = (rng.normal(size=(200, 200)) + 5 * rng.normal(size=200)).astype(np.float32)
+    wanted = [np.unique((gain - price).argmax(axis=1)).size for price in (0, potentials(gain))]
+    assert wanted[0] < 20
+    assert wanted[1] > 120
+    assert not potentials(np.ones((5, 5))).any()
 
 
 def test_another_package_of_that_name_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,6 +117,7 @@ def signature(objective: Objective, reference: int = 0) -> tuple[list[torch.Tens
     if 0 <= itself < objective.count:
         for gain in gains:
             gain[itself].fill_diagonal_(1.0)
+    others = [m for m in range(objective.count) if m != itself]
     for bundle in objective.bundles:
         for space, dim in zip(bundle.spaces, bundle.dims, strict=True):
             front = bundle.weights.movedim(dim, 1)
@@ -126,9 +127,10 @@ def signature(objective: Objective, reference: int = 0) -> tuple[list[torch.Tens
             middle = first.mean(dim=0)
             first = first - middle
             square = 0.5 * first.square().sum(dim=1)
-            for m in (m for m in range(objective.count) if m != itself):
+            for m in others:
                 own = flat[m] - middle
-                gains[space][m] += first @ own.T - square[:, None] - 0.5 * own.square().sum(dim=1)[None]
+                gains[space][m].addmm_(first, own.T).sub_(square[:, None])
+                gains[space][m].sub_(own.square_().sum(dim=1), alpha=0.5)
     return vertices(objective, gains)
 
 
@@ -144,7 +146,8 @@ def _sorted(front: torch.Tensor, moving: Sequence[int]) -> torch.Tensor:
     value = front.permute(0, 1, *rest, *moving).flatten(2 + len(rest))
     if value.device.type != "cpu":
         return value.sort(dim=-1).values
-    return torch.from_numpy(np.sort(value.numpy(), axis=-1))
+    array, large = value.numpy(), value.shape[-2:].numel() >= THREADED**2
+    return torch.from_numpy(np.stack(in_threads(np.sort, list(array), large)))
 
 
 def barycentre(objective: Objective) -> list[torch.Tensor]:
