@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from automerge import _demo
 from automerge._canvas import check_picture, new_figure
 from automerge._console import Console, follow
-from automerge._distributed import merge_share
+from automerge._distributed import Shared, merge_share
 from automerge._errors import InvarianceError, SymmetryError
 from automerge._factory import (
     UsageError,
@@ -26,7 +27,7 @@ from automerge._factory import (
 )
 from automerge._files import check_writable, write_text
 from automerge._merge_checks import check_weights
-from automerge._ranks import Group
+from automerge._ranks import Group, Ranks
 from automerge._shards import SUFFIX as SHARDS
 from automerge._shards import check_index
 from automerge._verify import verify as verify_symmetry
@@ -157,49 +158,61 @@ def _merge_shared(options: argparse.Namespace) -> None:
         raise UsageError(f"AUTOMERGE_TIMEOUT={seconds!r} is not a number of seconds")
     ranks = Group(float(seconds))
     try:
+        shared = _share(options, ranks, console)
         with ranks.together():
             if ranks.rank == 0:
-                _check_output(options.output, options.force)
-            _check_merge(options)
-            kept = options.matching or options.resume or options.offload
-            if options.matcher != "frank-wolfe" or options.data is not None or kept:
-                raise UsageError(
-                    "with several processes --matcher is frank-wolfe without --matching, --resume and --offload, and --data "
-                    "and its repair come after"
-                )
-            if not options.input:
-                raise UsageError("with several processes give an example input with --input SHAPE")
-            args, kwargs = draw_inputs([parse_input(text) for text in options.input], options.seed)
-            model = build_model(options.factory, options.seed)
-            weights = (
-                None if options.weights is None else check_weights(_weights(options.weights), len(options.checkpoints))
-            )
-        shared = merge_share(
+                _write_shared(options, ranks, shared)
+    finally:
+        ranks.close()
+    interrupted = bool(shared.matching.stats["interrupted"])
+    if ranks.rank == 0 and interrupted and options.matching is not None:
+        console.show(f"the search was interrupted; go on with --resume {options.matching}")
+    if interrupted:
+        raise KeyboardInterrupt
+    if ranks.rank == 0:
+        console.show(f"merged {len(options.checkpoints)} checkpoints in {ranks.size} processes\n{shared.matching}")
+        console.show(f"written to {options.output}")
+
+
+def _share(options: argparse.Namespace, ranks: Ranks, console: Console) -> Shared:
+    """Check everything on all processes, then merge."""
+    with ranks.together():
+        if ranks.rank == 0:
+            _check_output(options.output, options.force)
+            if options.matching is not None:
+                _check_output(options.matching, options.force, "--matching")
+        _check_merge(options)
+        if options.matcher != "frank-wolfe" or options.data is not None:
+            raise UsageError("with several processes --matcher is frank-wolfe, and --data and its repair come after")
+        resume = None if options.resume is None else Matching.load(options.resume)
+        args, kwargs = draw_inputs([parse_input(text) for text in options.input], options.seed)
+        model = build_model(options.factory, options.seed, empty=options.offload is not None)
+        weights = (
+            None if options.weights is None else check_weights(_weights(options.weights), len(options.checkpoints))
+        )
+    with console.stage("merge") if ranks.rank == 0 else nullcontext() as advance:
+        return merge_share(
             ranks,
             model,
             options.checkpoints,
             args,
             kwargs,
-            matcher=FrankWolfe(),
+            matcher=FrankWolfe(resume=resume, offload=options.offload),
             weights=weights,
             reference=options.reference,
+            progress=None if advance is None else follow(advance),
         )
-        with ranks.together():
-            if ranks.rank == 0:
-                made: dict[str, Any] = {
-                    "inputs": [
-                        {"file": f, "sha256": h} for f, h in zip(options.checkpoints, shared.hashes, strict=True)
-                    ]
-                }
-                made |= {"processes": ranks.size, "matcher": shared.matching.matcher}
-                save_state_dict(
-                    options.output, shared.state_dict, {"automerge.provenance": json.dumps(made)}, options.force
-                )
-    finally:
-        ranks.close()
-    if ranks.rank == 0:
-        console.show(f"merged {len(options.checkpoints)} checkpoints in {ranks.size} processes\n{shared.matching}")
-        console.show(f"written to {options.output}")
+
+
+def _write_shared(options: argparse.Namespace, ranks: Ranks, shared: Shared) -> None:
+    """What process 0 writes: the matching if asked for, and the result of a search that was not interrupted."""
+    if options.matching is not None:
+        shared.matching.save(options.matching, options.force)
+    if shared.matching.stats["interrupted"]:
+        return
+    inputs = [{"file": f, "sha256": h} for f, h in zip(options.checkpoints, shared.hashes, strict=True)]
+    made = {"inputs": inputs, "processes": ranks.size, "matcher": shared.matching.matcher}
+    save_state_dict(options.output, shared.state_dict, {"automerge.provenance": json.dumps(made)}, options.force)
 
 
 def _check_output(path: Path, force: bool, option: str = "-o") -> None:

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from automerge._copies import loaded
+from automerge._copies import carrying, is_empty, loaded
 from automerge._errors import MatchingError
 from automerge._fixed import infer_common, shared_constants
 from automerge._merge_checks import merge_integers
+from automerge._offload import Store
 from automerge._ranks import Ranks
 from automerge.io import StateDict, hash_state_dict, read_checkpoint, tied_names
 from automerge.matchers import FrankWolfe, Matching, Progress
@@ -29,7 +30,7 @@ class Shared:
     """What every process has at the end.
 
     Attributes:
-        state_dict: the merged weights.
+        state_dict: the merged weights, on process 0; elsewhere, and after an interrupted search, nothing.
         matching: of all models.
         hashes: SHA-256 of every checkpoint's tensors.
         seconds: per stage.
@@ -61,7 +62,8 @@ def merge_share(
         paths: of all checkpoints, at least one per process.
         args: example inputs.
         kwargs: example keyword inputs.
-        matcher: its options.
+        matcher: its options. What it offloads (``offload``), this process's share of the rest goes to as well; then the
+            network may be on the meta device.
         weights: one per checkpoint; equal if None.
         reference: the checkpoint in whose coordinates the result is written; the universe's if None.
         progress: as for `automerge.match`.
@@ -75,26 +77,36 @@ def merge_share(
     seconds: dict[str, float] = {}
     states: list[StateDict] = []
     with ranks.together():
+        store = Store(matcher.offload)
         if len(paths) < max(2, ranks.size):
             raise MatchingError(
                 f"{len(paths)} checkpoints for {ranks.size} processes: give at least two, and one per process"
             )
         for m in ranks.shares(len(paths))[ranks.rank]:
             states.append(read_checkpoint(paths[m], network))
+        network = carrying(network, states[0], store) if is_empty(network) else network
     hashes = [h for share in ranks.gather([hash_state_dict(s) for s in states]) for h in share]
     seconds["read"] = time.perf_counter() - begin
-    symmetry = _symmetry(ranks, network, states, args, kwargs)
+    symmetry = _symmetry(ranks, network, states, args, kwargs, store)
     seconds["infer"] = time.perf_counter() - begin - seconds["read"]
     matching = matcher.match_share(states, symmetry, progress, ranks)
     seconds["match"] = matching.stats["seconds"]["total"]
     share = [1.0 / len(paths)] * len(paths) if weights is None else [w / sum(weights) for w in weights]
-    merged = _average(ranks, states, matching, share, reference, network)
+    merged: StateDict = {}
+    if not matching.stats["interrupted"]:
+        with store.working():
+            merged = _average(ranks, states, matching, share, reference, network, store)
     seconds["total"] = time.perf_counter() - begin
     return Shared(merged, matching, hashes, seconds)
 
 
 def _symmetry(
-    ranks: Ranks, network: nn.Module, states: Sequence[StateDict], args: Any, kwargs: Mapping[str, Any] | None
+    ranks: Ranks,
+    network: nn.Module,
+    states: Sequence[StateDict],
+    args: Any,
+    kwargs: Mapping[str, Any] | None,
+    store: Store,
 ) -> Symmetry:
     """Process 0 infers, and tells the others; buffers that are the same in all models stay."""
     text: str | None = None
@@ -103,7 +115,8 @@ def _symmetry(
     with ranks.together():
         if ranks.rank == 0:
             shared = {n for n, value in mine.items() if all(other.get(n) == value for other in everywhere)}
-            text = infer_common(loaded(network, states[0]), shared, args, kwargs).to_json()
+            own = loaded(network, states[0]) if store.folder is None else carrying(network, states[0], store)
+            text = infer_common(own, shared, args, kwargs).to_json()
     return Symmetry.from_json(next(t for t in ranks.gather(text) if t is not None))
 
 
@@ -114,8 +127,9 @@ def _average(
     share: Sequence[float],
     reference: int | None,
     network: nn.Module,
+    store: Store,
 ) -> StateDict:
-    """The weighted mean of all models, tensor by tensor, in float64."""
+    """The weighted mean of all models, tensor by tensor, in float64; for process 0."""
     elements = matching.to_universe
     if reference is not None:
         back = elements[reference].inverse()
@@ -127,14 +141,18 @@ def _average(
         place = symmetry.aliases.get(name, name)
         if not (first.is_floating_point() or first.is_complex()):
             with ranks.together():
-                out[name] = merge_integers(name, [v for vs in ranks.gather([s[name] for s in states]) for v in vs])
+                whole = merge_integers(name, [v for vs in ranks.gather([s[name] for s in states]) for v in vs])
+            if ranks.rank == 0:
+                out[name] = whole
             continue
         wide = torch.complex128 if first.is_complex() else torch.float64
         total = torch.zeros(first.shape, dtype=wide)
         for m, state in zip(mine, states, strict=True):
             total.add_(elements[m].apply_to(place, state[name]).to(wide), alpha=share[m])
         dtypes = ranks.gather(str(first.dtype))
-        out[name] = ranks.sum(total).to(getattr(torch, dtypes[0].removeprefix("torch.")))
+        whole = ranks.sum(total).to(getattr(torch, dtypes[0].removeprefix("torch.")))
+        if ranks.rank == 0:
+            out[name] = store.keep(whole)
     for alias, name in {**symmetry.aliases, **tied_names(network.state_dict())}.items():
         if alias in out and name in out:
             out[alias] = out[name]

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,6 +65,15 @@ class Ranks(ABC):
         return tuple(float(v) for v in out)
 
     @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within, Ctrl-C of several processes is heard by `stopping`, where all of them are at the same point."""
+        yield
+
+    def stopping(self) -> bool:
+        """Whether any process was asked to stop; the same on all. One alone is interrupted as python does it."""
+        return False
+
+    @contextmanager
     def together(self) -> Iterator[None]:
         """Do something that may fail on one process: then it fails on all, with that one's message.
 
@@ -116,6 +127,7 @@ class Group(Ranks):
         # does: imported later, they would keep the group, and with it the threads of gloo, beyond `close`.
         import torch.distributed.nn.functional  # noqa: F401
 
+        self._asked = False
         with _noticing(self):
             self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             dist.init_process_group("gloo", timeout=timedelta(seconds=seconds))
@@ -141,6 +153,27 @@ class Group(Ranks):
             out: list[Any] = [None] * self.size
             dist.all_gather_object(out, value)
             return out
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """See `Ranks.listening`; SIGTERM, by which launchers end processes, is heard too."""
+
+        def ask(*_: object) -> None:
+            self._asked = True
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def stopping(self) -> bool:
+        """See `Ranks.stopping`."""
+        return self.add(float(self._asked))[0] > 0
 
     def close(self) -> None:
         """Let go of the others, and join the threads that spoke to them: one that outlives the interpreter aborts."""

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from automerge import cli
 from automerge._ranks import ALONE, Ranks
+from automerge.io import load_state_dict
 from automerge.matchers import FrankWolfe, Matching, match
 from tests import _factories
 from tests import _symmetries as hand
@@ -202,7 +203,7 @@ def test_a_process_that_dies_ends_the_others(checkpoints: list[Path], tmp_path: 
     victim = 1
     out = tmp_path / "out.safetensors"
     before = sorted(p.name for p in tmp_path.iterdir())
-    running = start(2, "-c", _SLOW, victim, *arguments(checkpoints, out))
+    running = start(2, "-c", _SLOW, victim, 100, *arguments(checkpoints, out))
     line = running[victim].stdout.readline()  # type: ignore[union-attr]
     assert line == "matching\n", running[victim].communicate()
     os.kill(running[victim].pid, signal.SIGKILL)
@@ -221,9 +222,40 @@ from automerge.matchers import _search
 step = _search.Search._turn
 def slow(self, *given):
     if os.environ["RANK"] == sys.argv[1]:
-        print("matching", flush=True)
-        time.sleep(100)
+        print("matching", file=sys.__stdout__, flush=True)
+        time.sleep(float(sys.argv[2]))
     return step(self, *given)
 _search.Search._turn = slow
-sys.exit(cli.main(sys.argv[2:]))
+sys.exit(cli.main(sys.argv[3:]))
 """
+
+
+def test_processes_offload_what_they_hold_and_write_shards(checkpoints: list[Path], tmp_path: Path) -> None:
+    """The same as in memory, bit for bit; nothing is left in the directory."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    index = tmp_path / "merged.safetensors.index.json"
+    more = ["--matching", tmp_path / "matching.safetensors"]
+    first = ends(start(2, "-m", "automerge", *arguments(checkpoints, tmp_path / "one.safetensors"), *more))
+    second = ends(start(2, "-m", "automerge", *arguments(checkpoints, index), "--offload", disk))
+    assert all(code == 0 for code, _, _ in first + second), first + second
+    one, two = load_file(tmp_path / "one.safetensors"), load_state_dict(index)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[n], two[n]) for n in one)
+    assert not list(disk.iterdir())
+    assert len(Matching.load(tmp_path / "matching.safetensors")) == 3
+
+
+def test_an_interrupt_of_one_process_ends_all_with_the_best_so_far(checkpoints: list[Path], tmp_path: Path) -> None:
+    out, kept = tmp_path / "out.safetensors", tmp_path / "matching.safetensors"
+    running = start(2, "-c", _SLOW, 0, 0.2, *arguments(checkpoints, out), "--matching", kept)
+    assert running[0].stdout.readline() == "matching\n", running[0].communicate()  # type: ignore[union-attr]
+    os.kill(running[1].pid, signal.SIGINT)
+    first, second = ends(running)
+    assert first[0] == second[0] == 130, (first, second)
+    assert f"the search was interrupted; go on with --resume {kept}" in first[1]
+    assert not out.exists()
+    assert Matching.load(kept).stats["interrupted"]
+    done = ends(start(2, "-m", "automerge", *arguments(checkpoints, out), "--resume", kept))
+    assert all(code == 0 for code, _, _ in done), done
+    assert out.exists()

@@ -139,7 +139,7 @@ class FrankWolfe(Matcher):
             check(needed, self.max_memory, len(values), self.dtype, self.schedule, store)
             resumed = self._resumed(blocks, symmetry, count)
         dtype = getattr(torch, self.dtype)
-        with store.working():
+        with store.working(), ranks.listening():
             objective = Objective(
                 blocks, values, dtype=dtype, block_weights=self.block_weights, ranks=ranks, store=store
             )

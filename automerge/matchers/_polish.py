@@ -97,6 +97,8 @@ class Polisher:
         The assignments are solved side by side.
         """
         ranks, mine = self.objective.ranks, self.objective.mine
+        if ranks.stopping():
+            raise KeyboardInterrupt
         asked = {
             (n - mine.start, r): self._ask(n - mine.start, r)
             for n, r in wave

@@ -181,6 +181,8 @@ class Search:
     def _turn(self, state: State, models: slice) -> tuple[float, float, float]:
         """One Frank-Wolfe step of some models, wherever they are: gain, gap, step."""
         mine, ranks = self.objective.mine, self.objective.ranks
+        if ranks.stopping():
+            raise KeyboardInterrupt
         start, stop = max(models.start, mine.start), min(models.stop, mine.stop)
         here = slice(start - mine.start, max(start, stop) - mine.start)
         if models.stop - models.start > 1 or ranks.size == 1:
