@@ -58,7 +58,8 @@ class Objective:
 
     Args:
         blocks: the decomposition.
-        models: N state dicts, all with the parameters that the blocks name.
+        models: N state dicts, all with the parameters that the blocks name. The work is done where the first one's first
+            block is.
         dtype: in which the blocks are held.
         block_weights: "uniform"; "normalised", which divides every block by its mean squared norm; or a number that is not
             negative by the name of a parameter, by which the inner products of its blocks are multiplied (one for the rest).
@@ -95,8 +96,10 @@ class Objective:
         given = {} if isinstance(block_weights, str) else _given(block_weights, models)
         ties = tied_names(models[0]) if given else {}
         groups: dict[tuple[int, ...], list[torch.Tensor]] = {}
+        first = models[0][blocks.blocks[0].param].device if models and blocks.blocks else None
+        self.device = torch.device("cpu") if first is None else first
         for block in blocks.blocks:
-            spaces, value = _canonical(block, models, dtype)
+            spaces, value = _canonical(block, models, dtype, self.device)
             if given:
                 value = value * math.sqrt(given.get(ties.get(block.param, block.param), 1.0))
             elif block_weights == "normalised":
@@ -106,7 +109,6 @@ class Objective:
         self.bundles = [
             Bundle(spaces, _dims(len(spaces)), self._side_by_side(groups.pop(spaces))) for spaces in sorted(groups)
         ]
-        self.device = self.bundles[0].weights.device if self.bundles else torch.device("cpu")
         self.touching = {
             s: [b for b, bundle in enumerate(self.bundles) if s in bundle.spaces] for s in self.space_numbers
         }
@@ -195,7 +197,7 @@ def _dims(moving: int) -> tuple[int, ...]:
 
 
 def _canonical(
-    block: Block, models: Sequence[Mapping[str, torch.Tensor]], dtype: torch.dtype
+    block: Block, models: Sequence[Mapping[str, torch.Tensor]], dtype: torch.dtype, device: torch.device
 ) -> tuple[tuple[int, ...], torch.Tensor]:
     """A block of all models as ``(N, n1, pinned, n2, ...)``, its moving axes sorted by space.
 
@@ -203,7 +205,7 @@ def _canonical(
     """
     moving = sorted((s, k) for k, s in enumerate(block.spaces) if s is not None)
     pinned = [k for k, s in enumerate(block.spaces) if s is None]
-    values = [block.read(model[block.param]) for model in models]
+    values = [block.read(model[block.param]).to(device) for model in models]
     if any(v.is_complex() for v in values):
         wide = torch.complex128 if dtype is torch.float64 else torch.complex64
         values = [torch.view_as_real(v.to(wide).resolve_conj()) for v in values]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from automerge._data import Batch, Batches
+from automerge._data import Batch, Batches, device_of
 from automerge._errors import MatchingError
 from automerge._statistics import CrossMoments, Mask, Observed, attention_mask, collect
 from automerge.io import StateDict
@@ -57,7 +57,7 @@ def _site(observed: Sequence[Observed], kind: str) -> Site:
 def _gram(moments: CrossMoments, kind: str) -> torch.Tensor:
     """Correlations, or mean products, of all units of all models: ``(N, n, N, n)``."""
     if kind == "correlation":
-        return correlation(moments.joint())
+        return correlation(moments.joint(), moments.means)
     return moments.joint() + moments.means[:, :, None, None] * moments.means
 
 
@@ -91,4 +91,4 @@ def runnable(matcher: object, models: Sequence[Model], data: Any) -> tuple[nn.Mo
         raise MatchingError(
             f"{name} runs the models: give at least one of them as a module (its architecture runs the other state dicts)"
         )
-    return network, data if isinstance(data, Batches) else Batches(data)
+    return network, Batches(data, device=device_of(network))
