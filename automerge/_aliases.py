@@ -121,6 +121,7 @@ def write(recorder: Any, func: Any, args: Any, kwargs: Any, node_args: Any, node
     out = func(*args, **kwargs)
     if func.overloadpacket in _METADATA:
         return _retarget(recorder, func, args, node_args, node_kwargs, out)
+    _record_new(recorder, func, node_args, node_kwargs, out)
     functional, drop = functional_of(func)
     plain_kwargs = {k: v for k, v in node_kwargs.items() if k not in drop}
     values = [t.detach() for t in targets]
@@ -139,6 +140,23 @@ def write(recorder: Any, func: Any, args: Any, kwargs: Any, node_args: Any, node
         if isinstance(value, torch.Tensor) and not recorder.knows(value):
             recorder._register(value, recorder._lookup(value))
     return out
+
+
+def _record_new(recorder: Any, func: Any, node_args: Any, node_kwargs: Any, out: Any) -> None:
+    """What an operator returns beside what it writes to (an activation, beside the noise that it keeps)."""
+    single = not isinstance(out, list | tuple)
+    returned = [out] if single else out
+    new = [
+        (i, value)
+        for i, (value, about) in enumerate(zip(returned, func._schema.returns, strict=True))
+        if isinstance(value, torch.Tensor) and about.alias_info is None
+    ]
+    if not new:
+        return
+    whole = recorder.emit(func, node_args, node_kwargs, out.detach() if single else out)
+    for i, value in new:
+        node = whole if single else recorder.emit(operator.getitem, (whole, i), {}, value.detach())
+        recorder._register(value, Tracked(node))
 
 
 _METADATA = {aten.transpose_, aten.t_, aten.unsqueeze_, aten.squeeze_, aten.swapaxes_, aten.swapdims_, aten.detach_}

@@ -78,7 +78,7 @@ def verify(options: argparse.Namespace) -> None:
     symmetry = given
     if symmetry is None:
         with console.stage("infer"):
-            symmetry = infer(model, args, kwargs, verify=False)
+            symmetry = infer(model, args, kwargs)
     with console.stage("verify"):
         outcome = _verified(model, args, symmetry, kwargs, options)
     if not outcome.reacted:

@@ -32,6 +32,12 @@ def lacking(network: nn.Module) -> str | None:
     return None
 
 
+def copied(network: nn.Module) -> nn.Module:
+    """A copy of a module, with what it keeps of earlier passes by value (the weight of ``torch.nn.utils.weight_norm``)."""
+    kept = (v for m in network.modules() for v in vars(m).values() if isinstance(v, torch.Tensor) and not v.is_leaf)
+    return deepcopy(network, {id(t): t.detach().clone() for t in kept})
+
+
 def loaded(network: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
     """A copy of a module with some weights, copied.
 

@@ -210,14 +210,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def preserving(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None = None) -> Iterator[None]:
-    """Buffers that a forward pass writes to (counters, running averages) are put back on the way out."""
-    buffers = list(model.buffers())
+    """Buffers that a forward pass writes to or replaces (counters, running averages) are put back on the way out."""
+    places = [(module, name, own) for module in model.modules() for name, own in module._buffers.items()]
+    buffers = [own for _, _, own in places if own is not None]
     if state_dict is not None:
         buffers += [state_dict[name] for name, _ in model.named_buffers() if name in state_dict]
     kept = [buffer.detach().clone() for buffer in buffers]
     try:
         yield
     finally:
+        for module, name, own in places:
+            module._buffers[name] = own
         with torch.no_grad():
             for buffer, value in zip(buffers, kept, strict=True):
                 buffer.copy_(value)

@@ -24,7 +24,7 @@ class Double(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         if isinstance(func, torch._ops.HigherOrderOperator):
             with self:
-                return plainly(func)(*args, **kwargs)
+                return plainly(func, *args, **kwargs)
         args = tuple(_wider(a) for a in args)
         if "dtype" in kwargs:
             kwargs["dtype"] = _wider(kwargs["dtype"])
@@ -39,18 +39,32 @@ class Double(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def plainly(operator: Any) -> Any:
-    """A higher-order operator (flex attention, a conditional) as the function of plain operators that it stands for.
+def plainly(operator: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a higher-order operator (flex attention, a conditional) as the function of plain operators that it stands for.
 
     Raises:
         TraceError: if it has none.
     """
-    function = operator.py_kernels.get(torch._C.DispatchKey.CompositeExplicitAutograd)
-    if function is None:
+    known = {torch.ops.higher_order.cond: _conditional, torch.ops.higher_order.while_loop: _loop}
+    function = known.get(operator) or operator.py_kernels.get(torch._C.DispatchKey.CompositeExplicitAutograd)
+    if function is None or operator._name in _OUTSIDE:
         raise TraceError(
             f"{operator._name} is a higher-order operator without a plain form; write it out for inference"
         )
-    return function
+    return function(*args, **kwargs)
+
+
+_OUTSIDE = ("scan", "associative_scan", "map_impl")  # what these compute themselves would not be seen
+
+
+def _conditional(predicate: Any, yes: Any, no: Any, operands: Any = ()) -> Any:
+    return (yes if bool(predicate) else no)(*operands)
+
+
+def _loop(condition: Any, body: Any, carried: Any, others: Any = ()) -> Any:
+    while bool(condition(*carried, *others)):
+        carried = body(*carried, *others)
+    return tuple(carried)
 
 
 def _wider(argument: Any) -> Any:

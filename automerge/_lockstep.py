@@ -32,6 +32,8 @@ _SHARE = 0.25
 class Held(TorchDispatchMode):
     """Measures the most bytes of results that were alive at a time: ``peak``."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self.peak = 0

@@ -20,7 +20,7 @@ class Evaluation:
         loss: mean cross-entropy per label in nats; None if the labels are no classes.
         samples: the number of labels.
         metrics: further metrics, means over the batches weighted by their sizes.
-        average: for an ensemble, what was averaged: ``probabilities`` or ``logits``.
+        average: for an ensemble, what was averaged: ``probabilities`` or ``logits``; ``outputs`` where there are no classes.
         members: the number of networks.
     """
 

@@ -13,8 +13,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+from automerge._double import plainly
 
 _VIEWS = ("_unsafe_view", "detach", "alias", "lift_fresh", "_reshape_alias")
 _RECENT = 8
@@ -83,10 +86,11 @@ class _Output:
 
 @dataclass
 class Uses:
-    """How often each named tensor was read by an operator that is no view, and by which."""
+    """How often each named tensor was read by an operator that is no view, and by which; and how often each output was."""
 
     count: dict[str, int] = field(default_factory=dict)
     operators: dict[str, list[str]] = field(default_factory=dict)
+    outputs: dict[Key, int] = field(default_factory=dict)
 
     def add(self, name: str, operator: str) -> None:
         self.count[name] = self.count.get(name, 0) + 1
@@ -102,6 +106,8 @@ class Observer(TorchDispatchMode):
             change ``event.value`` in place.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, tensors: Mapping[str, torch.Tensor], listener: Callable[[Event], None]) -> None:
         super().__init__()
         self._by_storage: dict[int, tuple[str, torch.Tensor]] = {}
@@ -110,12 +116,16 @@ class Observer(TorchDispatchMode):
                 self._by_storage.setdefault(tensor.untyped_storage().data_ptr(), (name, tensor))
         self._listener = listener
         self._recent: deque[_Output] = deque(maxlen=_RECENT)
+        self._made: dict[int, tuple[StorageWeakRef, Key]] = {}
         self.uses = Uses()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            with self:
+                return plainly(func, *args, **kwargs)
         name = func.overloadpacket.__name__
         if not (func.is_view or name in _VIEWS):
             self._count(name, args, kwargs)
@@ -142,6 +152,10 @@ class Observer(TorchDispatchMode):
             found = self._find(leaf)
             if found is not None:
                 self.uses.add(found[0], operator)
+            elif isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided:
+                made = self._made.get(leaf.untyped_storage()._cdata)
+                if made is not None:
+                    self.uses.outputs[made[1]] = self.uses.outputs.get(made[1], 0) + 1
 
     def _view(self, value: Any, axis: int) -> View | None:
         """The named tensor's axis and range that ``axis`` of ``value`` runs over."""
@@ -177,6 +191,10 @@ class Observer(TorchDispatchMode):
         self._listener(event)
         if event.weight is not None or event.bias is not None:
             self._recent.append(_Output(event.value, event.value._version, event.key, event.channel))
+            storage = (
+                event.value.untyped_storage()
+            )  # a weak reference keeps its address from being given to another one
+            self._made[storage._cdata] = (StorageWeakRef(storage), event.key)
 
     def _matmul(self, name: str, args: Any, kwargs: Any, out: torch.Tensor) -> None:
         left, right = args[-2:]

@@ -94,13 +94,14 @@ class _Walk:
         if node.op == "placeholder":
             return self._placeholder(node)
         if node.op == "get_attr":
-            return getattr(self.graph, str(node.target))
+            return getattr(self.graph, str(node.target)).cpu()
         if node.target is operator.getitem:
             return self.held[_args(node)[0]][_args(node)[1]]
         moving = [n for n in node.all_input_nodes if isinstance(self.held[n], Gaussian | tuple)]
         if not moving:
             args, kwargs = _mapped(node, lambda n: self.held[n])
-            return _target(node)(*args, **kwargs)
+            here = {"device": "cpu"} if kwargs.get("device") is not None else {}  # all of the work is done on the CPU
+            return _target(node)(*args, **{**kwargs, **here})
         name = operator_of(node)
         rule = _RULES.get(name)
         if rule is not None:
@@ -253,6 +254,8 @@ def _sum(walk: _Walk, node: fx.Node) -> Gaussian:
     if isinstance(one, Gaussian) and isinstance(two, Gaussian):
         if one.axis != two.axis or one.mean.shape != two.mean.shape:
             raise UnknownError("a sum of values with other channels")
+        if one is two:
+            return one.affine(torch.tensor(1.0 + sign, dtype=torch.float64), torch.zeros((), dtype=torch.float64))
         return replace(one, mean=one.mean + sign * two.mean, covariance=one.covariance + sign**2 * two.covariance)
     x, other = (one, two) if isinstance(one, Gaussian) else (two, one)
     if not isinstance(x, Gaussian) or not len(x.mean):
@@ -314,6 +317,9 @@ def _mean(walk: _Walk, node: fx.Node) -> Gaussian:
         count = math.prod(before[d] for d in dims)
         keeps = len(after) == len(before)
         axis = x.axis if keeps else x.axis - sum(d < x.axis for d in dims)
+    elif operator_of(node) == "avg_pool2d":
+        kernel = [int(str(k)) for k in _args(node)[1]]
+        count, axis = math.prod(kernel * (3 - len(kernel))), x.axis
     else:
         count, axis = max(math.prod(before[2:]) // max(math.prod(after[2:]), 1), 1), x.axis
     return Gaussian(x.mean, x.covariance / count, axis, after)

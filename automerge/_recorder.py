@@ -78,7 +78,8 @@ class Recorder(TorchDispatchMode):
         self.tainted: set[fx.Node] = set()
         self.varying: set[fx.Node] = set()
         self.states: list[tuple[torch.Tensor, fx.Node]] = []
-        self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.kept: list[tuple[str, torch.Tensor, torch.Tensor, int]] = []
+        self.buffers = {id(t): name for name, t in model.named_buffers()}
         self._add_state(model, constants)
 
     # ------------------------------------------------------------ placeholders
@@ -90,7 +91,7 @@ class Recorder(TorchDispatchMode):
             if name not in persistent or not isinstance(tensor, torch.Tensor):
                 continue
             if name in constants:
-                self.kept.append((tensor, tensor.detach().clone()))
+                self.keep(name, tensor, tensor.detach().clone())
                 continue
             key = (id(tensor),) if tensor.numel() == 0 else _layout(tensor)
             if key in first:
@@ -112,9 +113,15 @@ class Recorder(TorchDispatchMode):
                 self.info.rewritten.append(node.meta["name"])
                 with torch.no_grad():
                     tensor.detach().copy_(before)
-        for tensor, value in self.kept:
-            with torch.no_grad():
-                tensor.detach().copy_(value)
+        for name, tensor, value, version in self.kept:
+            if _version(tensor) != version:
+                self.info.rewritten.append(name)
+                with torch.no_grad():
+                    tensor.detach().copy_(value)
+
+    def keep(self, name: str, tensor: torch.Tensor, value: torch.Tensor) -> None:
+        """Remember what a tensor that is no parameter held before the forward pass (a cache, a counter)."""
+        self.kept.append((name, tensor, value, _version(tensor)))
 
     def _placeholder(self, name: str, tensor: torch.Tensor, kind: str) -> fx.Node:
         word = "".join(c if c.isascii() and c.isalnum() else "_" for c in name).strip("_") or kind
@@ -203,6 +210,7 @@ class Recorder(TorchDispatchMode):
         node = self.graph.get_attr(name)
         node.meta.update(val=value, module=self.stack[-1] if self.stack else "", source=_source())
         self.info.unknown.append(f"{name}{self.where()}")
+        self.keep(self.buffers.get(id(tensor), f"a tensor of its own{self.where()}"), tensor, value)
         return node
 
     def emit(self, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
@@ -228,7 +236,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if isinstance(func, torch._ops.HigherOrderOperator):
             with self:
-                return plainly(func)(*args, **kwargs)
+                return plainly(func, *args, **kwargs)
         if any(isinstance(a, torch.ScriptObject) for a in args):
             raise TraceError(
                 f"{func._schema.name}{self.where()} reads packed (quantised) weights, which are no tensors; infer on the "
@@ -344,6 +352,10 @@ class Readers(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _WHOLE_READS and isinstance(args[0], torch.Tensor):
             self.recorder.note_read(self.recorder.node_of(args[0]))
+        if func is torch.Tensor.__deepcopy__:  # copies memory without any operator
+            out = args[0].detach().clone()
+            args[1][id(args[0])] = out
+            return out
         if func is torch.nn.functional.one_hot:
             return _one_hot(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
@@ -358,6 +370,11 @@ def _one_hot(index: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
 
 
 _WHOLE_READS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:

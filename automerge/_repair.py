@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from automerge._data import Batch, Batches, run_batch
+from automerge._data import Batch, Batches, evaluating, run_batch
 from automerge._lockstep import Held, replicas, run_together, several
 from automerge._moments import Moments
 from automerge._observe import Event, Key, Observer, View
@@ -35,7 +36,7 @@ class Site:
         channels: the number of output channels.
         groups: groups of a transposed convolution; 1 otherwise.
         free: bool, ``(channels,)``: which of them may be corrected.
-        norm: without a bias, the running mean of the BatchNorm that reads the output and nothing else does.
+        norm: without a bias, the running mean of the BatchNorm that alone reads the output.
     """
 
     key: Key
@@ -95,7 +96,8 @@ class Plan:
     steps: tuple[Site | Norm, ...]
     skipped: Mapping[str, str]
     written: frozenset[str] = frozenset()
-    """Buffers that the network itself writes to in a pass: what a repair runs must not reach its result."""
+    """Tensors that the network itself writes to in a pass (counters, ``Embedding(max_norm=...)``): what a repair runs must
+    not reach its result."""
     held: int = 0
     """The most bytes of activations that the run of the batch held at a time."""
 
@@ -107,6 +109,15 @@ class Plan:
         """The step that observes an event."""
         number = self.place(event)
         return None if number is None else self.steps[number]
+
+
+@contextmanager
+def watching(model: nn.Module) -> Iterator[None]:
+    """`evaluating` for an `Observer`: what a compiler makes of a model shows no operators, and in inference mode tensors do
+    not tell whether they were written to.
+    """
+    with torch.inference_mode(False), evaluating(model), torch.compiler.set_stance("force_eager"):
+        yield
 
 
 # -------------------------------------------------------------------- planning
@@ -164,11 +175,14 @@ def make_plan(
     """
     record = _Record()
     observer = Observer(tensors, record)
-    before = {name: tensors[name].clone() for name, _ in model.named_buffers() if name in tensors}
+    before = {name: tensor._version for name, tensor in tensors.items()}
     with Held() as held, observer:
         output = run_batch(model, tensors, batch)
-    written = frozenset(name for name, value in before.items() if not torch.equal(value, tensors[name]))
+    written = frozenset(name for name, version in before.items() if tensors[name]._version != version)
     reasons = record.reasons
+    for site in record.sites.values():
+        if not written.isdisjoint({site.weight.name, *([site.bias.name] if site.bias else ())}):
+            reasons.setdefault(site.key, "the network itself writes to it")
     _mark_shared(record, observer)
     if symmetry is None and not whole:
         _mark_final(record, observer, output)
@@ -187,7 +201,8 @@ def make_plan(
         if key not in reasons and reset and key in record.normalised and not whole:
             reasons[key] = f"its output is normalised by {record.normalised[key]}, whose reset does the same"
         follower = record.normalised.get(key)
-        if site.bias is None and follower is not None and ("norm", follower, 0, 0) not in reasons:
+        alone = observer.uses.outputs.get(key) == 1
+        if site.bias is None and follower is not None and alone and ("norm", follower, 0, 0) not in reasons:
             site = replace(site, norm=follower)
         if key not in reasons:
             steps.append(site)

@@ -7,13 +7,13 @@ Each model runs as that graph, so only what a later operator still needs stays i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from automerge._copies import copied
 from automerge._data import Batch, device_of
 from automerge._errors import CheckpointError, MatchingError, TraceError
 from automerge._places import Place, Survey, survey
@@ -285,7 +285,7 @@ class _Run:
     """All models on one batch after the other."""
 
     def __init__(self, network: nn.Module, states: Sequence[State], symmetry: Symmetry) -> None:
-        self.network = deepcopy(network)
+        self.network = copied(network)
         self.symmetry = symmetry
         self.states = [_fitted(self.network, s, k) for k, s in enumerate(states)]
         self.graphs: dict[str, fx.GraphModule] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +14,14 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from automerge._double import double_precision, widen
-from automerge._errors import InvarianceError, SymmetryError, TraceError
-from automerge._subject import Change, Subject, fresh_inputs, named_tensors, randomised, unchanged
+from automerge._diagnosis import OtherPathError, Setting, failure
+from automerge._errors import AutomergeError, SymmetryError, TraceError
+from automerge._longer import longer_inputs
+from automerge._subject import Change, Subject, fresh_inputs, named_tensors, randomised
 from automerge._tree_io import map_tensors, tensors_of
 from automerge.groups import Element
 from automerge.symmetry import Symmetry
-from automerge.trace import normalise_args, prepared, trace
+from automerge.trace import normalise_args, prepared
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Verification:
             errors, so that nothing was checked.
         randomised: False if the model gave no finite output with randomised weights, so that its own were used.
         seconds: wall time.
+        longer: how many inputs of other sizes the model ran on, with two elements or three each.
     """
 
     error: float
@@ -42,13 +45,15 @@ class Verification:
     randomised: bool
     seconds: float
     reacted: bool = True
+    longer: int = 0
 
     def __str__(self) -> str:
         if not self.reacted:
             return f"not verified: the outputs do not react to the weights that move, on {self.inputs} inputs"
         own = "" if self.randomised else ", with the model's own weights"
+        sizes = f" and others on {self.longer} of other sizes" if self.longer else ""
         return (
-            f"verified: {self.elements} random elements on {self.inputs} inputs change the float64 output by at most "
+            f"verified: {self.elements} random elements on {self.inputs} inputs{sizes} change the float64 output by at most "
             f"{self.error:.1e} (relative){own}, in {self.seconds:.1f} s"
         )
 
@@ -105,7 +110,8 @@ def verify(
     """Check a symmetry on the model: random group elements must leave the float64 output unchanged.
 
     The weights and normalisation statistics are randomised first, because a fresh initialisation (zeros, ones, layer
-    scales of 1e-6) hides mistakes. The elements take turns on the example and on a fresh input.
+    scales of 1e-6) hides mistakes. The elements take turns on the example and on a fresh input. Then a few are tried on
+    inputs whose short axes are longer, where the model runs on them: a sequence of one hides distances. (On the CPU only.)
 
     Args:
         model: the model; it is copied, not changed.
@@ -117,46 +123,109 @@ def verify(
         tolerance: the largest relative difference that passes.
 
     Raises:
-        InvarianceError: naming the first operator whose value differs.
+        InvarianceError: naming the first operator whose value differs, and the inputs where these are longer.
         SymmetryError: if the symmetry is of another architecture.
     """
     start = time.perf_counter()
     positional, keywords = normalise_args(args, kwargs)
     subject = Subject(model)
     _check_fits(symmetry, subject.tensors, model)
-    inputs: list[tuple[Any, Any]] = [(positional, keywords), fresh_inputs(positional, keywords, seed)]
+    example = (positional, keywords)
+    setting = _randomised(subject, symmetry, example, seed) or _own(model, subject, example)
+    worst, drowned, count = _tried(model, symmetry, setting, elements, seed, tolerance)
+    reacted = not count or (not drowned and _reacts(setting, symmetry))
+    longer = 0
+    if setting.randomised and symmetry.sets:
+        for error, other in _check_longer(model, setting, symmetry, seed, tolerance):
+            worst, longer = max(worst, error), longer + 1
+            reacted = reacted or (not drowned and _reacts(other, symmetry))
+    seconds = time.perf_counter() - start
+    return Verification(worst, count, len(setting.inputs), setting.randomised, seconds, reacted, longer)
+
+
+def _randomised(subject: Subject, symmetry: Symmetry, example: tuple[Any, Any], seed: int) -> Setting | None:
+    """The example and a fresh input under randomised weights; None if the model gives no finite output then."""
+    inputs = [example, fresh_inputs(*example, seed)]
     free = {n: t for n, t in subject.tensors.items() if symmetry.aliases.get(n, n) in symmetry.shapes}
     rest = {n: t.detach().clone() for n, t in subject.tensors.items() if n not in free}
     base = rest | _alias(randomised(free, symmetry.statistics, seed), symmetry)
     try:
-        base = subject.calibrate(base, *inputs[0], fixed=rest)
+        base = subject.calibrate(base, *example, fixed=rest)
         before = [subject.outputs(base, *i) for i in inputs]
-        ok = all(_finite(o) for o in before)
     except Exception:
-        ok = False
-    if not ok:
-        base = {n: t.detach().to(subject.tensors[n].dtype, copy=True) for n, t in named_tensors(model).items()}
-        inputs = inputs[:1]
-        try:
-            before = [subject.outputs(base, *i) for i in inputs]
-        except Exception as problem:
-            raise TraceError(
-                f"{type(model).__name__} does not run in float64, as verification needs ({type(problem).__name__}: "
-                f"{problem}); pass verify=False to skip it"
-            ) from problem
+        return None
+    return Setting(subject, base, inputs, before, True) if all(map(_finite, before)) else None
+
+
+def _own(model: nn.Module, subject: Subject, example: tuple[Any, Any]) -> Setting:
+    """The example under the model's own weights."""
+    base = {n: t.detach().to(subject.tensors[n].dtype, copy=True) for n, t in named_tensors(model).items()}
+    try:
+        return Setting(subject, base, [example], [subject.outputs(base, *example)], False)
+    except Exception as problem:
+        raise TraceError(
+            f"a copy of {type(model).__name__} does not run in float64, as verification needs ({type(problem).__name__}: "
+            f"{problem}); pass verify=False to skip it"
+        ) from problem
+
+
+def _tried(
+    model: nn.Module, symmetry: Symmetry, setting: Setting, elements: int, seed: int, tolerance: float
+) -> tuple[float, bool, int]:
+    """The largest difference under random elements, whether one drowned in rounding errors, and how many were tried.
+
+    Raises:
+        InvarianceError: if one changes the outputs.
+    """
     worst, drowned, count = 0.0, False, 0
-    for element in trial_elements(symmetry, elements * len(inputs), seed):
-        turn, count = count % len(inputs), count + 1
-        run, move = partial(subject.outputs, base, *inputs[turn]), partial(_moved, symmetry, element)
-        error = relative_difference(before[turn], run(move))
+    for element in trial_elements(symmetry, elements * len(setting.inputs), seed):
+        turn, count = count % len(setting.inputs), count + 1
+        before, run, move = setting.before[turn], partial(setting.run, turn), partial(_moved, symmetry, element)
+        error = relative_difference(before, run(move))
         if not error <= tolerance:
-            if not within_rounding(error, before[turn], run, relative_difference):
-                raise _failure(model, subject, base, move, inputs[turn], error)
+            if not within_rounding(error, before, run, relative_difference):
+                raise failure(model, symmetry, setting, turn, move, error)
             drowned = True
         else:
             worst = max(worst, error)
-    reacted = not count or (not drowned and _reacts(subject, base, symmetry, inputs, before))
-    return Verification(worst, count, len(inputs), ok, time.perf_counter() - start, reacted)
+    return worst, drowned, count
+
+
+def _check_longer(
+    model: nn.Module, setting: Setting, symmetry: Symmetry, seed: int, tolerance: float
+) -> Iterator[tuple[float, Setting]]:
+    """The differences on inputs of other sizes, as far as the model runs on them.
+
+    On the CPU only: elsewhere an index out of range ends the process's use of the device.
+    """
+    subject = setting.subject
+    if any(t.device.type != "cpu" for t in subject.tensors.values()):
+        return
+    sizes = {n for shape in symmetry.shapes.values() for n in shape}
+    for group in longer_inputs(*setting.inputs[0], seed, sizes):
+        for i, make in enumerate(group):
+            given = make()
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    before = subject.outputs(setting.base, *given)
+            except Exception:
+                continue  # no inputs for this model
+            if not _finite(before):
+                continue
+            other = Setting(subject, setting.base, [given], [before], True, other_sizes=True)
+            try:
+                yield _tried(model, symmetry, other, 2, seed, tolerance)[0], other
+            except OtherPathError as error:
+                shapes = " and ".join(str(tuple(t.shape)) for t in tensors_of(given))
+                text = f"the groups hold on the example, but not on inputs of the shapes {shapes}: {error}"
+                raise OtherPathError(text, error.graph) from error
+            except AutomergeError:
+                raise
+            except Exception:
+                continue  # an input that the model takes with some weights only
+            if i == 0:
+                break
 
 
 def within_rounding(
@@ -192,13 +261,7 @@ def _jitter(size: float, seed: int, name: str, value: torch.Tensor) -> torch.Ten
     return value * noise.to(value.device, torch.float64).mul_(size).add_(1)
 
 
-def _reacts(
-    subject: Subject,
-    base: Mapping[str, torch.Tensor],
-    symmetry: Symmetry,
-    inputs: Sequence[tuple[Any, Any]],
-    before: Sequence[Any],
-) -> bool:
+def _reacts(setting: Setting, symmetry: Symmetry) -> bool:
     """Whether the outputs depend on what the group moves: a dead output would agree with any claim."""
     names = {s.param for g in symmetry.sets for s in g.slots}
 
@@ -206,8 +269,8 @@ def _reacts(
         key = symmetry.aliases.get(name, name)
         return _jitter(1e-2, 1, key, value) if key in names else value
 
-    for values, given in zip(before, inputs, strict=True):
-        run = partial(subject.outputs, base, *given)
+    for turn, values in enumerate(setting.before):
+        run = partial(setting.run, turn)
         change = relative_difference(values, run(perturbed))
         if change > 1e-8 and not within_rounding(change, values, run, relative_difference, 1):
             return True
@@ -256,36 +319,6 @@ def _alias(state: dict[str, torch.Tensor], symmetry: Symmetry) -> dict[str, torc
     return {n: state[symmetry.aliases.get(n, n)] for n in state}
 
 
-def _failure(
-    model: nn.Module, subject: Subject, base: Any, move: Change, given: tuple[Any, Any], error: float
-) -> Exception:
-    where = "the output"
-    graphs = []
-    for change in (unchanged, move):
-        subject.load(base, change)
-        with torch.no_grad(), double_precision(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            graphs.append(trace(subject.model, map_tensors(widen, given[0]), map_tensors(widen, given[1])))
-    held = _still_used(model, graphs[0])
-    if held:
-        return TraceError(
-            f"a copy of the model still reads {held} of the original, from a hook or a function that holds on to it, so "
-            "nothing can be verified (or merged) on copies; read the tensor from the module that the hook is called with"
-        )
-    for a, b in zip(graphs[0].graph.nodes, graphs[1].graph.nodes, strict=False):
-        x, y = a.meta.get("val"), b.meta.get("val")
-        if a.op != "call_function" or not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
-            continue
-        if _multiset_differs(x, y):
-            module = f" in module {a.meta['module']!r}" if a.meta.get("module") else ""
-            where = f"{a.target}{module} at {a.meta.get('source', '?')}"
-            break
-    return InvarianceError(
-        f"a random element of the group changes the output by {error:.1e} (relative); the first operator whose values "
-        f"differ is {where}"
-    )
-
-
 def _check_fits(symmetry: Symmetry, tensors: Mapping[str, torch.Tensor], model: nn.Module) -> None:
     """The symmetry is of this architecture."""
     for name, shape in symmetry.shapes.items():
@@ -295,27 +328,6 @@ def _check_fits(symmetry: Symmetry, tensors: Mapping[str, torch.Tensor], model: 
                 f"the symmetry is of another architecture: its {name}, of the shape {tuple(shape)}, {found} in this "
                 f"{type(model).__name__}; infer it again"
             )
-
-
-def _still_used(model: nn.Module, graph: fx.GraphModule) -> str | None:
-    """The name of one of a model's tensors that entered the trace of its copy as a constant."""
-    constants = [c.double() for c in graph.buffers() if c.is_floating_point() and c.unique().numel() > 1]
-    for name, tensor in model.state_dict().items():
-        if any(c.shape == tensor.shape and torch.equal(c, tensor.detach().to(c)) for c in constants):
-            return name
-    return None
-
-
-@torch.no_grad()
-def _multiset_differs(x: torch.Tensor, y: torch.Tensor) -> bool:
-    """Whether two tensors differ by more than a permutation of their entries."""
-    if x.shape != y.shape:
-        return True
-    if x.is_complex():
-        x, y = torch.view_as_real(x), torch.view_as_real(y)
-    a, b = x.double().flatten().sort().values, y.double().flatten().sort().values
-    a, b = torch.nan_to_num(a, posinf=0.0, neginf=0.0), torch.nan_to_num(b, posinf=0.0, neginf=0.0)
-    return bool((a - b).abs().max() > 1e-8 * (a.abs().max() + 1e-30)) if a.numel() else False
 
 
 def check_replay(model: nn.Module, args: Any, kwargs: Any, graph: fx.GraphModule) -> str | None:

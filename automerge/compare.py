@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,14 +19,15 @@ from torch import nn
 from automerge._canvas import new_figure
 from automerge._compare_data import DataSets, about, as_items
 from automerge._comparison import Comparison, Row, Score
-from automerge._copies import loaded
-from automerge._data import Batch, Batches, evaluating, logits_of, run_batch
+from automerge._copies import copied, loaded
+from automerge._data import Batch, Batches, evaluating, logits_of, preserving, run_batch
 from automerge._errors import AutomergeError
 from automerge._fixed import infer_common, shared_constants
 from automerge._merge_checks import Model, check_models, check_weights
 from automerge._repair_report import Renormaliser
+from automerge._scores import IGNORED, class_axis, likely_axis
 from automerge.datafree import GaussianRepair, RowNorms
-from automerge.evaluate import IGNORED, Network, Source, barrier, class_axis, evaluate, predictions
+from automerge.evaluate import Network, Source, barrier, evaluate, predictions
 from automerge.fitting import LeastSquares
 from automerge.io import tied_names
 from automerge.landscape import plane
@@ -184,6 +184,8 @@ class _Work:
     progress: Report | None
     symmetry: Symmetry = field(init=False)
     best: tuple[Row, list[dict[str, torch.Tensor]]] | None = None
+    axis: int = 1
+    """Of the classes in the scores."""
 
     def __post_init__(self) -> None:
         ensemble: list[Network] = [(self.network, d) for d in self.dicts]
@@ -191,26 +193,29 @@ class _Work:
         with about("data"):
             predictions(ensemble[:1], self._calibration())
         for name, batch in (("select", self.sets.select[0]), ("report", self.sets.report[0])):
-            with about(name), evaluating(self.network):
-                self._check_classes(logits_of(run_batch(self.network, None, batch)), batch.labels)
+            with about(name), evaluating(self.network), preserving(self.network):
+                self._check_classes(logits_of(run_batch(self.network, None, batch)), batch)
         self.pseudo: dict[str, list[torch.Tensor]] = {}
         for name in ("select", "report"):
             batches: list[Batch] = getattr(self.sets, name)
             items = as_items(batches, [torch.zeros(0)] * len(batches))
             with about(name):
-                self.pseudo[name] = predictions(ensemble, items, **self._shape(batches))
+                self.pseudo[name] = predictions(ensemble, items, **self._shape(batches), class_axis=self.axis)
                 if not any(bool((p != IGNORED).any()) for p in self.pseudo[name]):
                     raise AutomergeError("the models' outputs are NaN on all of it; are there infinite inputs?")
                 self.score(ensemble, name)
         self.average_loss: float | None = None
 
-    def _check_classes(self, scores: torch.Tensor, labels: Any) -> None:
-        if scores.ndim == 0 or scores.shape[-1 if scores.ndim < 3 else 1] < 2:
+    def _check_classes(self, scores: torch.Tensor, batch: Batch) -> None:
+        labels = batch.labels
+        found = class_axis(scores, labels) if isinstance(labels, torch.Tensor) else None
+        self.axis = likely_axis(scores, batch) if found is None else found
+        if scores.ndim == 0 or scores.shape[self.axis if scores.ndim > 1 else -1] < 2:
             raise AutomergeError(
                 f"the model gives one score per sample (outputs {tuple(scores.shape)}), and comparing needs classes; for "
                 "other outputs use merge() with each matcher, and evaluate(metrics=...)"
             )
-        if isinstance(labels, torch.Tensor) and class_axis(scores, labels) is None:
+        if isinstance(labels, torch.Tensor) and found is None:
             raise AutomergeError(
                 f"comparing needs labels that are classes, or none at all: labels {tuple(labels.shape)} of type "
                 f"{labels.dtype} do not fit scores {tuple(scores.shape)}"
@@ -223,7 +228,7 @@ class _Work:
     def score(self, source: Source, name: str) -> Score:
         """A network on the selection's or the report's data."""
         batches: list[Batch] = getattr(self.sets, name)
-        shape = self._shape(batches)
+        shape = {**self._shape(batches), "class_axis": self.axis}
         same = evaluate(source, as_items(batches, self.pseudo[name]), **shape)
         assert same.accuracy is not None
         if any(b.labels is None for b in batches):
@@ -273,7 +278,7 @@ class _Work:
     def _moved(self, matcher: Matcher) -> tuple[list[dict[str, torch.Tensor]], float | None]:
         models: list[Model] = [*self.dicts]
         if matcher.needs_data:
-            own = deepcopy(self.network)
+            own = copied(self.network)
             own.load_state_dict(self.dicts[0])
             models[0] = own
         found = match(models, self.symmetry, matcher, data=self._calibration())

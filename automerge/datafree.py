@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
-from automerge._data import Batch, Batches, bind, device_of, evaluating
+from automerge._data import Batch, Batches, bind, device_of
 from automerge._errors import AutomergeError
 from automerge._gauss import Gaussian
 from automerge._moments import Moments
 from automerge._propagation import propagate
-from automerge._repair import Site, Tensors, channel_change, fold, make_plan
+from automerge._repair import Site, Tensors, channel_change, fold, make_plan, watching
 from automerge._repair_report import LayerRepair, Renormaliser, RepairReport, on_devices, shares
 from automerge.symmetry import Symmetry
 from automerge.trace import trace
@@ -64,7 +64,7 @@ class RowNorms(Renormaliser):
         share = shares(weights, len(endpoints))
         batch = next(iter(Batches(data, inputs, kwargs, device_of(model))))
         layers = []
-        with evaluating(model):
+        with watching(model):
             tensors = bind(model, merged, copy=True)
             ends = [bind(model, e) for e in endpoints]
             plan = make_plan(model, tensors, batch, symmetry, False)
@@ -146,7 +146,7 @@ class GaussianRepair(Renormaliser):
         """See `Renormaliser`."""
         share = shares(weights, len(endpoints))
         batch = next(iter(Batches(data, inputs, kwargs, device_of(model))))
-        with evaluating(model):
+        with watching(model):
             tensors = bind(model, merged, copy=True)
             plan = make_plan(model, tensors, batch, symmetry, False)
             graph = trace(model, batch.args, batch.kwargs, values=False)

@@ -9,25 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from copy import deepcopy
-from math import log
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from automerge._copies import copied
 from automerge._data import Batch, Batches, bind, checked_state, device_of, evaluating, logits_of, preserving, run_batch
 from automerge._errors import AutomergeError, CheckpointError
 from automerge._measures import Agreement, Barrier, CycleError, Evaluation, Similarity
 from automerge._repair_report import Renormaliser
+from automerge._scores import IGNORED, check_range, class_axis, combine, likely_axis, predicted
 from automerge._similarity import similarity
 from automerge.renormalise import reset_batchnorm
 
 Network = nn.Module | tuple[nn.Module, Mapping[str, torch.Tensor]]
 Source = Network | list[Network]
 Metric = Callable[[Any, Any], float | torch.Tensor]
-IGNORED = -100
 
 
 # -------------------------------------------------------------------- running sources
@@ -64,45 +63,6 @@ def _network(part: Network) -> tuple[nn.Module, dict[str, torch.Tensor] | None]:
     )
 
 
-def class_axis(scores: torch.Tensor, labels: torch.Tensor) -> int | None:
-    """The axis of the classes, if the labels are class indices that fit the scores."""
-    if labels.is_floating_point() or scores.ndim != labels.ndim + 1:
-        return None
-    for axis in (1, scores.ndim - 1):
-        if (*scores.shape[:axis], *scores.shape[axis + 1 :]) == tuple(labels.shape):
-            return axis
-    return None
-
-
-def _combine(outputs: list[Any], average: str, axis: int) -> torch.Tensor:
-    """Log-probabilities, classes last, of one network or of the mean of several."""
-    found = [logits_of(o) for o in outputs]
-    if any(s.is_complex() for s in found):
-        raise AutomergeError(
-            "the scores are complex numbers, which have no order; wrap the model so that it returns real ones"
-        )
-    scores = [s.movedim(axis, -1).double() for s in found]
-    if average == "logits":
-        return torch.stack(scores).mean(0).log_softmax(-1)
-    return torch.stack([s.log_softmax(-1) for s in scores]).logsumexp(0) - log(len(scores))
-
-
-def _predicted(log_probabilities: torch.Tensor) -> torch.Tensor:
-    """The most probable class, on the last axis; where there is NaN, no class."""
-    lost = log_probabilities.isnan().any(-1)
-    return log_probabilities.argmax(-1).masked_fill(lost, IGNORED)
-
-
-def _check_range(labels: torch.Tensor, classes: int, number: int) -> None:
-    if not labels.numel():
-        return
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= classes:
-        raise AutomergeError(
-            f"batch {number} has labels from {low} to {high}, and the scores are of {classes} classes, 0 to {classes - 1}"
-        )
-
-
 __all__ = [
     "Agreement",
     "Barrier",
@@ -128,6 +88,7 @@ def evaluate(
     average: Literal["probabilities", "logits"] = "probabilities",
     inputs: int = 1,
     kwargs: Mapping[str, Any] | None = None,
+    class_axis: int | None = None,
 ) -> Evaluation:
     """Accuracy, mean cross-entropy and any further metric of a network or an ensemble.
 
@@ -135,11 +96,13 @@ def evaluate(
         source: a module, a pair ``(module, state_dict)``, or a list of those (an ensemble).
         data: batches with labels, ``(inputs, labels)``; integer labels of shape ``(batch, ...)`` with scores ``(batch,
             classes, ...)`` or ``(batch, ..., classes)``. Labels of -100 do not count, as in torch.
-        metrics: callables ``(output, labels) -> float``, as a mapping from names, a sequence or one; for an ensemble
-            the output is the mean of the probabilities or logits.
+        metrics: callables ``(output, labels) -> float``, as a mapping from names, a sequence or one; for an ensemble of
+            classifiers the output is the mean of the logits, or the logarithm of the mean of the probabilities.
         average: what an ensemble averages.
         inputs: how many of a batch's items are positional inputs.
         kwargs: keyword inputs for every batch.
+        class_axis: the axis of the classes in the scores; by default where the labels say: 1 or the last. Where both would
+            fit (as many tokens as classes), as in earlier batches, or else 1 as in torch.
 
     Raises:
         AutomergeError: if the data are empty, have no labels, or the labels are no classes and no metric is given.
@@ -155,7 +118,7 @@ def evaluate(
     if average not in ("probabilities", "logits"):
         raise AutomergeError(f"average must be 'probabilities' or 'logits', got {average!r}")
     named = _named(metrics)
-    tally = _Tally()
+    tally = _Tally(class_axis)
     with _Runner(source) as runner:
         for number, batch in enumerate(_batches(runner, data, inputs, kwargs)):
             if batch.labels is None:
@@ -170,7 +133,8 @@ def evaluate(
 class _Tally:
     """Sums over batches."""
 
-    def __init__(self) -> None:
+    def __init__(self, axis: int | None) -> None:
+        self.order = (1, -1) if axis is None else (axis,)
         self.correct = self.loss = 0.0
         self.samples = self.weight = 0
         self.classes = True
@@ -178,7 +142,7 @@ class _Tally:
 
     def add(self, outputs: list[Any], labels: Any, metrics: Mapping[str, Metric], average: str, number: int) -> None:
         scores = logits_of(outputs[0])
-        axis = class_axis(scores, labels) if isinstance(labels, torch.Tensor) else None
+        axis = class_axis(scores, labels, self.order) if isinstance(labels, torch.Tensor) else None
         size = int(labels.shape[0]) if isinstance(labels, torch.Tensor) and labels.ndim else 1
         if axis is None:
             if not metrics:
@@ -190,12 +154,14 @@ class _Tally:
             self.classes = False
             self.samples += size
         else:
-            log_probabilities = _combine(outputs, average, axis)
+            if axis != self.order[0]:  # the other one did not fit: it is this one from now on
+                self.order = (axis, *self.order)
+            log_probabilities = combine(outputs, average, axis)
             flat, wanted = log_probabilities.flatten(0, -2), labels.flatten().long()
             valid = wanted != IGNORED
-            _check_range(wanted[valid], flat.shape[-1], number)
+            check_range(wanted[valid], flat.shape[-1], number)
             self.samples += int(valid.sum())
-            self.correct += float((_predicted(flat) == wanted)[valid].sum())
+            self.correct += float((predicted(flat) == wanted)[valid].sum())
             self.loss += float(F.nll_loss(flat[valid], wanted[valid], reduction="sum")) if valid.any() else 0.0
         self.weight += size
         if metrics:
@@ -209,7 +175,7 @@ class _Tally:
         count = max(self.samples, 1)
         means = {name: value / max(self.weight, 1) for name, value in self.metrics.items()}
         if not self.classes:
-            return Evaluation(None, None, self.samples, means, average, members)
+            return Evaluation(None, None, self.samples, means, average and "outputs", members)
         return Evaluation(self.correct / count, self.loss / count, self.samples, means, average, members)
 
 
@@ -217,7 +183,7 @@ def _mean_output(outputs: list[Any], average: str, axis: int | None) -> torch.Te
     """The mean output of an ensemble: of the logits, or log-probabilities where there are classes."""
     if average == "logits" or axis is None:
         return torch.stack([logits_of(o) for o in outputs]).mean(0)
-    return _combine(outputs, average, axis).movedim(-1, axis)
+    return combine(outputs, average, axis).movedim(-1, axis)
 
 
 def _named(metrics: Mapping[str, Metric] | Sequence[Metric] | Metric | None) -> dict[str, Metric]:
@@ -247,7 +213,13 @@ def _batches(runner: _Runner, data: Any, inputs: int, kwargs: Mapping[str, Any] 
 
 
 def agreement(
-    a: Source, b: Source, data: Any, *, inputs: int = 1, kwargs: Mapping[str, Any] | None = None, class_axis: int = -1
+    a: Source,
+    b: Source,
+    data: Any,
+    *,
+    inputs: int = 1,
+    kwargs: Mapping[str, Any] | None = None,
+    class_axis: int | None = None,
 ) -> Agreement:
     """The share of predictions (largest score) on which two sources agree; labels are ignored.
 
@@ -257,7 +229,7 @@ def agreement(
         data: batches.
         inputs: how many of a batch's items are positional inputs.
         kwargs: keyword inputs for every batch.
-        class_axis: the axis of the classes in the scores.
+        class_axis: the axis of the classes in the scores, by default as in `predictions`.
 
     Raises:
         AutomergeError: if the data are empty.
@@ -266,12 +238,13 @@ def agreement(
     with _Runner(a) as first, _Runner(b) as second:
         for number, batch in enumerate(_batches(first, data, inputs, kwargs)):
             pair = first.outputs(batch), second.outputs(batch)
+            axis = likely_axis(logits_of(pair[0][0]), batch) if class_axis is None else class_axis
             for scores in (logits_of(o) for outputs in pair for o in outputs):
-                if not -scores.ndim <= class_axis < scores.ndim:
+                if not -scores.ndim <= axis < scores.ndim:
                     raise AutomergeError(
-                        f"batch {number}: scores {tuple(scores.shape)} have no axis {class_axis} (class_axis=)"
+                        f"batch {number}: scores {tuple(scores.shape)} have no axis {axis} (class_axis=)"
                     )
-            left, right = (_predicted(_combine(outputs, "probabilities", class_axis)) for outputs in pair)
+            left, right = (predicted(combine(outputs, "probabilities", axis)) for outputs in pair)
             if left.shape != right.shape:
                 raise AutomergeError(
                     f"batch {number}: one gives predictions {tuple(left.shape)}, the other {tuple(right.shape)}"
@@ -282,13 +255,24 @@ def agreement(
 
 
 def predictions(
-    source: Source, data: Any, *, inputs: int = 1, kwargs: Mapping[str, Any] | None = None
+    source: Source,
+    data: Any,
+    *,
+    inputs: int = 1,
+    kwargs: Mapping[str, Any] | None = None,
+    class_axis: int | None = None,
 ) -> list[torch.Tensor]:
     """The predicted class (largest score; for an ensemble of the mean probabilities) of everything in each batch.
 
     Where scores are NaN there is no prediction, and -100 in its place, the label that does not count.
 
-    The classes are on axis 1 of scores of more than two axes, else on the last axis, as `evaluate` looks for them first.
+    Args:
+        source: a module, a pair ``(module, state_dict)``, or a list of those (an ensemble).
+        data: batches; labels are ignored.
+        inputs: how many of a batch's items are positional inputs.
+        kwargs: keyword inputs for every batch.
+        class_axis: the axis of the classes in the scores; by default 1, but the last where the axes before it are those of
+            the inputs, as in a language model.
 
     Examples:
         >>> predictions(nn.Identity(), [torch.tensor([[0.0, 1.0], [3.0, 2.0]])])
@@ -298,8 +282,8 @@ def predictions(
     with _Runner(source) as runner:
         for batch in _batches(runner, data, inputs, kwargs):
             outputs = runner.outputs(batch)
-            axis = 1 if logits_of(outputs[0]).ndim > 2 else -1
-            out.append(_predicted(_combine(outputs, "probabilities", axis)))
+            axis = likely_axis(logits_of(outputs[0]), batch) if class_axis is None else class_axis
+            out.append(predicted(combine(outputs, "probabilities", axis)))
     return out
 
 
@@ -387,7 +371,7 @@ def _repaired(
         return repair(model, weights, (sd_a, sd_b), data, weights=share, inputs=inputs, kwargs=kwargs)[0]
     if repair != "reset":
         raise AutomergeError(f"repair must be None, 'reset' or a Renormaliser, got {repair!r}")
-    own = deepcopy(model)
+    own = copied(model)
     own.load_state_dict(weights)
     reset_batchnorm(own, data, inputs=inputs, kwargs=kwargs)
     return {n: v.detach() for n, v in own.state_dict().items()}

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from automerge._data import Batch, Batches, bind, device_of, evaluating, run_batch
+from automerge._data import Batch, Batches, bind, device_of, run_batch
 from automerge._errors import AutomergeError
 from automerge._observe import Event, Observer
-from automerge._repair import Norm, Reached, Site, Tensors, make_plan, measure_one
+from automerge._repair import Norm, Reached, Site, Tensors, make_plan, measure_one, watching
 from automerge._repair_report import LayerRepair, Renormaliser, RepairReport, on_devices, shares
 from automerge.symmetry import Symmetry
 
@@ -78,7 +78,7 @@ class LeastSquares(Renormaliser):
         batches = Batches(data, inputs, kwargs, device_of(model))
         layers: list[LayerRepair] = []
         reset: list[str] = []
-        with evaluating(model):
+        with watching(model):
             tensors = bind(model, merged, copy=True)
             ends = [bind(model, e, copy=True) for e in endpoints]
             plan = make_plan(model, tensors, next(iter(batches)), None, True, whole=True)

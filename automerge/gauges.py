@@ -6,13 +6,14 @@ compares weights, so that such differences count against units that do the same.
 representative.
 
 Nothing here knows an architecture. Candidates come from the sets of units of a `Symmetry`; which of them are symmetries is
-measured on randomised float64 weights, for all of which it must hold, and every changed model is compared with itself
-before.
+measured on randomised float64 weights and must hold on several of them, on the models' own and on inputs of other sizes;
+and every changed model is compared with itself before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,50 +22,30 @@ import torch
 from torch import nn
 
 from automerge._errors import InvarianceError
+from automerge._gauge_steps import (
+    Candidate,
+    Fold,
+    Scaling,
+    StateDict,
+    apply_gauges,
+    bounded,
+    carry,
+    multiply,
+    scale_units,
+)
+from automerge._longer import longer_inputs
 from automerge._norm_folds import NormFinder, NormFold
 from automerge._subject import Subject, fresh_inputs, randomised
 from automerge._verify import relative_difference
 from automerge.symmetry import Generator, Slot, Symmetry
 from automerge.trace import normalise_args
 
-StateDict = dict[str, torch.Tensor]
+Inputs = tuple[Any, Any]
 
 _STEP = 1e-5
 _EXACT = 1e-9
 _COLUMNS = 4
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """Units whose incoming weights may be multiplied by a number if the outgoing ones are divided by it.
-
-    ReLU units and the like; the dimensions of attention heads (queries against keys, values against the projection); a
-    BatchNorm's weight and bias against the next layer.
-
-    Attributes:
-        generator: the number of the set of units.
-        up: the pieces that are multiplied.
-        down: those that are divided.
-    """
-
-    generator: int
-    up: tuple[Slot, ...]
-    down: tuple[Slot, ...]
-
-
-@dataclass(frozen=True)
-class Fold:
-    """A bias that passes linearly through a weight into another bias: values in attention, a LayerNorm's bias.
-
-    Attributes:
-        bias: its piece.
-        weight: the piece of the matrix on the same units.
-        into: the bias that takes it up.
-    """
-
-    bias: Slot
-    weight: Slot
-    into: str
+_DRAWS = 3
 
 
 @dataclass(frozen=True)
@@ -137,16 +118,24 @@ def canonicalise(
     """
     given = normalise_args(args, kwargs)
     probe = _Probe(model, given, symmetry, states[0], seed)
-    scalings = (
-        tuple(s for i, g in enumerate(symmetry.generators()) for s in [probe.scaling(i, g)] if s) if scales else ()
-    )
-    idle, folds = probe.biases() if biases else ((), ())
-    folded = probe.norms() if norms else ()
+    found: list[Candidate] = []
+    if scales:
+        found += [s for i, g in enumerate(symmetry.generators()) for s in [probe.scaling(i, g)] if s]
+    if biases:
+        found += probe.biases()
+    if norms:
+        found += probe.norms()
+    for weights, inputs in probe.settings(states):
+        found = probe.kept(found, weights, inputs)
+    idle = tuple(c for c in found if isinstance(c, Slot))
+    folds = tuple(c for c in found if isinstance(c, Fold))
+    folded = tuple(c for c in found if isinstance(c, NormFold))
+    scalings = bounded(probe.start, [c for c in found if isinstance(c, Scaling)], folded)
     out: list[StateDict] = []
     error = 0.0
     for number, state in enumerate(states):
         wide = {n: v.detach().double().clone() if v.is_floating_point() else v for n, v in state.items()}
-        _apply(wide, idle, folds, scalings, folded, symmetry)
+        apply_gauges(wide, idle, folds, scalings, folded, symmetry)
         for k in range(2):
             inputs = fresh_inputs(*given, seed=seed + 100 + k)
             before = {n: v.double() if v.is_floating_point() else v for n, v in state.items()}
@@ -168,13 +157,89 @@ class _Probe:
     def __init__(
         self, model: nn.Module, given: tuple[Any, Any], symmetry: Symmetry, state: Mapping[str, torch.Tensor], seed: int
     ) -> None:
-        self.subject, self.symmetry = Subject(model), symmetry
+        self.subject, self.symmetry, self.given, self.seed = Subject(model), symmetry, given, seed
         self.rng = np.random.default_rng(seed)
-        self.inputs = [fresh_inputs(*given, seed=seed + k) for k in range(2)]
-        base = randomised(state, symmetry.statistics, seed)
-        base = self.subject.calibrate(base, *self.inputs[0])
-        self.base = {n: v for n, v in base.items() if n not in symmetry.aliases}
+        self.inputs: Sequence[Inputs] = ()
+        self.start = self._random(state, seed)
+        self._look(self.start, [fresh_inputs(*given, seed=seed + k) for k in range(2)])
+
+    def _random(self, state: Mapping[str, torch.Tensor], seed: int) -> StateDict:
+        base = randomised(state, self.symmetry.statistics, seed)
+        return self.subject.calibrate(base, *fresh_inputs(*self.given, seed=seed))
+
+    def _look(self, state: Mapping[str, torch.Tensor], inputs: Sequence[Inputs]) -> None:
+        """Try what follows on these weights and inputs."""
+        self.base = {n: v for n, v in state.items() if n not in self.symmetry.aliases}
+        self.inputs = inputs
         self.here = self._outputs(self.base)
+
+    def settings(self, states: Sequence[Mapping[str, torch.Tensor]]) -> Iterator[tuple[StateDict, Sequence[Inputs]]]:
+        """Weights and inputs on which all candidates must hold: others, the models' own, and inputs of other sizes.
+
+        A unit that happens to be dead in one setting, or a sequence of one token, shows symmetries that are none.
+        """
+        for k in range(_DRAWS):
+            inputs = [fresh_inputs(*self.given, seed=self.seed + 10 * (k + 1) + i) for i in range(2)]
+            yield self._random(self._shuffled(states[k % len(states)], k), self.seed + k + 1), inputs
+        for state in states:
+            inputs = [fresh_inputs(*self.given, seed=self.seed + 50 + i) for i in range(2)]
+            yield {n: v.double() if v.is_floating_point() else v for n, v in state.items()}, inputs
+        # on another device a wrong index of an input that is none ends the whole process
+        if all(t.device.type == "cpu" for t in self.subject.tensors.values()):
+            for group in longer_inputs(*self.given, self.seed):
+                yield from ((self.start, [make()]) for make in group)
+
+    def _shuffled(self, state: Mapping[str, torch.Tensor], seed: int) -> StateDict:
+        """Weights without the structure of their model; signs and sizes stay what they may be."""
+        rng = torch.Generator().manual_seed(seed)
+        moved = {s.param for g in self.symmetry.sets for s in g.slots} - self.symmetry.statistics
+        return {
+            n: v.reshape(-1)[torch.randperm(v.numel(), generator=rng).to(v.device)].reshape(v.shape)
+            if n in moved
+            else v
+            for n, v in state.items()
+        }
+
+    def kept(self, found: list[Candidate], weights: StateDict, inputs: Sequence[Inputs]) -> list[Candidate]:
+        """The candidates that leave the outputs as they are; all of them where the model does not run on these inputs."""
+        if not found:
+            return found
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self._look(weights, inputs)
+        except Exception:
+            return found
+        if not all(bool(torch.isfinite(t).all()) for t in self.here if t.is_floating_point()):
+            return found
+        return self._holding(found)
+
+    def _holding(self, found: list[Candidate]) -> list[Candidate]:
+        """All at once; if that changes the outputs, each half of them on its own."""
+        state = {n: v.clone() for n, v in self.base.items()}
+        for candidate in found:
+            self._try(state, candidate)
+        if self._same(state):
+            return found
+        half = len(found) // 2
+        return [*self._holding(found[:half]), *self._holding(found[half:])] if half else []
+
+    def _try(self, state: StateDict, candidate: Candidate) -> None:
+        """Apply a candidate with random numbers, in place."""
+        if isinstance(candidate, Scaling):
+            factors = self.rng.uniform(0.5, 2.0, (candidate.up[0].index.shape[0],))
+            scale_units(state, candidate, factors)
+        elif isinstance(candidate, Slot):
+            at = torch.from_numpy(candidate.index.reshape(-1))
+            bias = state[candidate.param]
+            bias[at] += torch.from_numpy(self.rng.normal(size=at.numel())).to(bias)
+        elif isinstance(candidate, Fold):
+            carry(state, candidate)
+        else:
+            candidate.apply(state)
+
+    def _holds(self, candidate: Candidate) -> bool:
+        return bool(self._holding([candidate]))
 
     def _outputs(self, state: StateDict) -> list[torch.Tensor]:
         aliases = {a: state[n] for a, n in self.symmetry.aliases.items() if n in state}
@@ -189,7 +254,7 @@ class _Probe:
         for sign in (1.0, -1.0):
             state = dict(self.base)
             state[piece.param] = state[piece.param].clone()
-            _multiply(state[piece.param], piece, 1.0 + sign * _STEP * factors)
+            multiply(state[piece.param], piece, 1.0 + sign * _STEP * factors)
             ends.append(torch.cat([t.reshape(-1).double() for t in self._outputs(state) if t.is_floating_point()]))
         return (ends[0] - ends[1]) / (2 * _STEP)
 
@@ -217,40 +282,24 @@ class _Probe:
         up = tuple(pieces[k] for k, w in zip(alive, whole.tolist(), strict=True) if w == 1)
         down = tuple(pieces[k] for k, w in zip(alive, whole.tolist(), strict=True) if w == -1)
         found = Scaling(number, up, down) if up and down else None
-        if found is not None:
-            state = {n: v.clone() for n, v in self.base.items()}
-            _scale(state, found, self.rng.uniform(0.5, 2.0, generator.size))
-            found = found if self._same(state) else None
-        return found
+        return found if found is not None and self._holds(found) else None
 
-    def biases(self) -> tuple[tuple[Slot, ...], tuple[Fold, ...]]:
+    def biases(self) -> list[Candidate]:
         """Pieces of vectors that change nothing, and those that another vector can take up."""
-        idle: list[Slot] = []
-        folds: list[Fold] = []
+        found: list[Candidate] = []
         for generator in self.symmetry.generators():
             vectors = [s for s in generator.slots if len(self.symmetry.shapes[s.param]) == 1]
             for piece in (p for s in vectors if s.param not in self.symmetry.statistics for p in _columns(s)):
-                state = {n: v.clone() for n, v in self.base.items()}
-                at = torch.from_numpy(piece.index.reshape(-1))
-                state[piece.param][at] += torch.from_numpy(self.rng.normal(size=at.numel()))
-                if self._same(state):
-                    idle.append(piece)
-                elif (fold := self._fold(generator, piece)) is not None:
-                    folds.append(fold)
-        return tuple(idle), tuple(folds)
+                fold = piece if self._holds(piece) else self._fold(generator, piece)
+                found += [] if fold is None else [fold]
+        return found
 
-    def norms(self) -> tuple[NormFold, ...]:
+    def norms(self) -> list[NormFold]:
         """BatchNorms that the layer before them can take up."""
         finder = NormFinder(self.subject.model, self.subject.tensors)
         with finder.observer:
             self.subject.outputs(self.base, *self.inputs[0])
-        found = []
-        for fold in finder.found.values():
-            state = {n: v.clone() for n, v in self.base.items()}
-            fold.apply(state)
-            if self._same(state):
-                found.append(fold)
-        return tuple(found)
+        return [fold for fold in finder.found.values() if self._holds(fold)]
 
     def _fold(self, generator: Generator, bias: Slot) -> Fold | None:
         for weight in generator.slots:
@@ -260,9 +309,7 @@ class _Probe:
             for into, size in self.symmetry.shapes.items():
                 if tuple(size) == (shape[0],) and into.rpartition(".")[0] == weight.param.rpartition(".")[0]:
                     fold = Fold(bias, weight, into)
-                    state = {n: v.clone() for n, v in self.base.items()}
-                    _carry(state, fold)
-                    if self._same(state):
+                    if self._holds(fold):
                         return fold
         return None
 
@@ -272,74 +319,3 @@ def _columns(slot: Slot) -> list[Slot]:
     if slot.index.shape[1] > _COLUMNS:
         return [slot]
     return [Slot(slot.param, slot.axis, slot.index[:, k : k + 1], slot.within) for k in range(slot.index.shape[1])]
-
-
-# -------------------------------------------------------------------- applying
-def _view(tensor: torch.Tensor, slot: Slot) -> torch.Tensor:
-    """The part of a tensor to which a slot is confined, its axis first; shares memory."""
-    for axis, start, stop in slot.within:
-        tensor = tensor.narrow(axis, start, stop - start)
-    return tensor.movedim(slot.axis, 0)
-
-
-def _multiply(tensor: torch.Tensor, slot: Slot, factors: np.ndarray) -> None:
-    part = _view(tensor, slot)
-    along = torch.ones(part.shape[0], dtype=tensor.dtype)
-    along[torch.from_numpy(slot.index)] = torch.from_numpy(factors).to(tensor.dtype)[:, None]
-    part.mul_(along.view(-1, *[1] * (part.ndim - 1)))
-
-
-def _squares(state: StateDict, slots: Sequence[Slot]) -> np.ndarray:
-    """The squared norm of each unit's entries."""
-    total = np.zeros(slots[0].index.shape[0])
-    for slot in slots:
-        rows = _view(state[slot.param], slot).flatten(1) if state[slot.param].ndim > 1 else state[slot.param][:, None]
-        total += rows.square().sum(dim=1).numpy()[slot.index].sum(axis=1)
-    return total
-
-
-def _scale(state: StateDict, scaling: Scaling, factors: np.ndarray) -> None:
-    for slot in scaling.up:
-        _multiply(state[slot.param], slot, factors)
-    for slot in scaling.down:
-        _multiply(state[slot.param], slot, 1.0 / factors)
-
-
-def _carry(state: StateDict, fold: Fold) -> None:
-    at = torch.from_numpy(fold.bias.index.reshape(-1))
-    columns = torch.from_numpy(fold.weight.index.reshape(-1))
-    state[fold.into] += state[fold.weight.param][:, columns] @ state[fold.bias.param][at]
-    state[fold.bias.param][at] = 0.0
-
-
-def _apply(
-    state: StateDict,
-    idle: Sequence[Slot],
-    folds: Sequence[Fold],
-    scalings: Sequence[Scaling],
-    norms: Sequence[NormFold],
-    symmetry: Symmetry,
-) -> None:
-    """All gauges on one float64 state dict, in place; balancing goes round until it changes nothing."""
-    for norm in norms:  # before balancing, which looks at the norms of weights, and again after it, which scales gamma
-        norm.apply(state)
-    for _ in folds:  # what is folded into a bias may have to be folded on from there
-        for fold in folds:
-            _carry(state, fold)
-    for slot in idle:
-        state[slot.param][torch.from_numpy(slot.index.reshape(-1))] = 0.0
-    for _ in range(100):
-        largest = 0.0
-        for scaling in scalings:
-            up, down = _squares(state, scaling.up), _squares(state, scaling.down)
-            fine = (up > 0) & (down > 0)
-            factors = np.where(fine, np.where(fine, down, 1.0) / np.where(fine, up, 1.0), 1.0) ** 0.25
-            _scale(state, scaling, factors)
-            largest = max(largest, float(np.abs(np.log(factors)).max()))
-        if largest < 1e-10:
-            break
-    for norm in norms:
-        norm.apply(state)
-    for alias, name in symmetry.aliases.items():
-        if alias in state and name in state:
-            state[alias] = state[name]

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+import warnings
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from torch import fx, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from automerge._assemble import Assembler
+from automerge._diagnosis import OtherPathError
 from automerge._errors import InvarianceError, TraceError, UnknownOperatorError
+from automerge._longer import longer_inputs
 from automerge._machine import physical_memory, readable
 from automerge._search import search
 from automerge._structure import Structure
-from automerge._verify import check_replay
+from automerge._verify import Verification, check_replay
 from automerge._verify import verify as check_symmetry
 from automerge.rules import Analysis, analyse, is_state
 from automerge.symmetry import Generator, Symmetry
-from automerge.trace import TraceInfo, trace
+from automerge.trace import TraceInfo, normalise_args, trace
 
-_MAX_PASSES = 8
+_MAX_PASSES = _MAX_PATHS = 8
+_DRAWS = 4
 
 
 def infer(
@@ -61,29 +66,119 @@ def infer(
     _check_constants(model, constants)
     graph = trace(model, args, kwargs, values=False, constants=constants)
     traced = time.perf_counter()
-    symmetry, _ = infer_graph(graph)
+    symmetry, analysis = infer_graph(graph)
+    _check_rules(symmetry, strict)
+    done = time.perf_counter()
+    stats: dict[str, Any] = {"trace_seconds": traced - start, "infer_seconds": done - traced}
+    notes = [_numbers(*normalise_args(args, kwargs)), _too_large(model) if verify else None]
+    if verify and notes[-1] is None:
+        graphs = [graph, *_reaching(model, args, kwargs, constants, symmetry, analysis)]
+        if len(graphs) > 1:
+            symmetry, _ = infer_graph(*graphs)
+        symmetry, outcome = _verified(model, args, kwargs, symmetry, graphs)
+        _check_rules(symmetry, strict)
+        notes += [check_replay(model, args, kwargs, graph), None if outcome.reacted else str(outcome)]
+        stats |= {"verify_seconds": time.perf_counter() - done, "verified": outcome.error}
+    object.__setattr__(symmetry, "notes", (*symmetry.notes, *(n for n in notes if n)))
+    symmetry.stats.update(stats)  # type: ignore[attr-defined]
+    return symmetry
+
+
+def _numbers(positional: Any, keywords: Any) -> str | None:
+    """What a reader must know of inputs that are numbers of Python: the recorded pass holds their values."""
+    found = []
+    for what, given in (("args", positional), ("kwargs", keywords)):
+        leaves, _ = tree_flatten_with_path(given)
+        found += [f"{what}{keystr(path)} = {value!r}" for path, value in leaves if type(value) in (int, float)]
+    return f"the groups hold for the numbers that were given as inputs ({_some(found)})" if found else None
+
+
+def _check_rules(symmetry: Symmetry, strict: bool) -> None:
     if strict and symmetry.unruled:
         raise UnknownOperatorError(
             f"no rule for {symmetry.unruled[0]}; register one with automerge.register_rule, or pass strict=False to pin "
             "what it touches"
         )
-    done = time.perf_counter()
-    symmetry.stats.update(trace_seconds=traced - start, infer_seconds=done - traced)  # type: ignore[attr-defined]
-    large = _too_large(model) if verify else None
-    if large:
-        object.__setattr__(symmetry, "notes", (*symmetry.notes, large))
-    elif verify:
+
+
+def _reaching(
+    model: nn.Module,
+    args: Any,
+    kwargs: Mapping[str, Any] | None,
+    constants: Collection[str],
+    symmetry: Symmetry,
+    analysis: Analysis,
+) -> Iterator[fx.GraphModule]:
+    """Traces on longer inputs, where these read parameters of which the example reads nothing.
+
+    (An expert that none of few tokens was sent to; what a recurrence multiplies its first state with.)
+    """
+    missing = {n for n in symmetry.shapes if n not in analysis.states}
+    missing |= {n for n, mask in analysis.unread.items() if mask.all()}
+    if not missing or any(t.device.type != "cpu" for t in (*model.parameters(), *model.buffers())):
+        return
+    for seed in range(_DRAWS):
+        depends = False
+        for graph in _longer_traces(model, args, kwargs, constants, symmetry, seed):
+            depends = depends or bool(graph.meta["trace"].data_dependent)
+            more = analyse([graph])
+            found = missing & {n for n in more.states if n not in more.unread or not more.unread[n].all()}
+            if found:
+                yield graph
+            missing -= found
+        if not missing or not depends:
+            return
+
+
+def _longer_traces(
+    model: nn.Module,
+    args: Any,
+    kwargs: Mapping[str, Any] | None,
+    constants: Collection[str],
+    symmetry: Symmetry,
+    seed: int,
+) -> Iterator[fx.GraphModule]:
+    """Traces on longer inputs, as far as the model runs on them."""
+    sizes = {n for shape in symmetry.shapes.values() for n in shape}
+    for group in longer_inputs(*normalise_args(args, kwargs), seed, sizes):
+        for i, make in enumerate(group):
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    graph = trace(model, *make(), values=False, constants=constants)
+            except TraceError:
+                continue  # no inputs for this model
+            yield graph
+            if i == 0:
+                break
+
+
+def _verified(
+    model: nn.Module,
+    args: Any,
+    kwargs: Mapping[str, Any] | None,
+    symmetry: Symmetry,
+    graphs: list[fx.GraphModule],
+) -> tuple[Symmetry, Verification]:
+    """The symmetry that verification passes, and what that measured.
+
+    Where the groups hold on the recorded path only, they are inferred again from it and from the one that showed it:
+    that of longer inputs, or of other weights.
+    """
+    notes: list[str] = []
+    while True:
         try:
-            outcome = check_symmetry(model, args, symmetry, kwargs)
+            return symmetry, check_symmetry(model, args, symmetry, kwargs)
         except InvarianceError as error:
-            raise InvarianceError(
-                f"{error}. This is a defect of the rule for that operator or one before it: please report it, and pin the "
-                "operator with automerge.register_rule meanwhile"
-            ) from error
-        notes = [check_replay(model, args, kwargs, graph), None if outcome.reacted else str(outcome)]
-        symmetry.stats.update(verify_seconds=time.perf_counter() - done, verified=outcome.error)  # type: ignore[attr-defined]
-        object.__setattr__(symmetry, "notes", (*symmetry.notes, *(n for n in notes if n)))
-    return symmetry
+            if not isinstance(error, OtherPathError) or len(graphs) > _MAX_PATHS:
+                raise InvarianceError(
+                    f"{error}. This is a defect of the rule for that operator or one before it: please report it, and pin "
+                    "the operator with automerge.register_rule meanwhile"
+                ) from error
+            graphs.append(error.graph)
+            notes.append(f"{str(error).partition(': ')[0]}; they were inferred again to hold on both")
+        symmetry, _ = infer_graph(*graphs)
+        object.__setattr__(symmetry, "notes", (*symmetry.notes, *dict.fromkeys(notes)))
 
 
 def _too_large(model: nn.Module) -> str | None:
@@ -105,13 +200,14 @@ def _check_constants(model: nn.Module, constants: Collection[str]) -> None:
         raise TraceError(f"constants: the model's state dict has no {unknown!r}; it has {some}, ...")
 
 
-def infer_graph(graph: fx.GraphModule) -> tuple[Symmetry, Analysis]:
-    """The symmetry of a traced graph, unverified, and the analysis it rests on."""
+def infer_graph(*graphs: fx.GraphModule) -> tuple[Symmetry, Analysis]:
+    """The symmetry of a traced graph, unverified, and the analysis it rests on; of several, what holds for all."""
+    graph = graphs[0]
     clock = time.perf_counter()
     splits: dict[tuple[str, int, int], np.ndarray] = {}
     passes = 0
     while True:
-        analysis = analyse(graph, splits)
+        analysis = analyse(graphs, splits)
         passes += 1
         if set(analysis.engine.requests) == set(splits) or passes >= _MAX_PASSES:
             break

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from automerge._copies import copied
 from automerge._data import Batches, checked_state, reals
 from automerge._errors import AutomergeError, CheckpointError
 from automerge._measures import Evaluation, Plane
@@ -65,7 +65,7 @@ def plane(
     places = _plane_places(sd_a, sd_b, sd_c)
     batches = Batches(data, inputs, kwargs)
     source = batches if repair_data is None else Batches(repair_data, inputs, kwargs)
-    own = deepcopy(model)
+    own = copied(model)
 
     def measured(x: float, y: float, touched: bool) -> Evaluation:
         share = _barycentric(places, x, y)

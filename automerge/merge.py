@@ -12,7 +12,6 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any, Literal
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from automerge._copies import copied
 from automerge._data import Batches, device_of
 from automerge._errors import MatchingError
 from automerge._merge_checks import (
@@ -334,7 +334,7 @@ def renormalise(
         return merged, RepairReport()
     report = RepairReport(mode)
     if mode in ("reset", "both"):
-        own = deepcopy(network)
+        own = copied(network)
         own.load_state_dict(merged)
         report = RepairReport(mode, reset=reset_batchnorm(own, batches))
         fresh = own.state_dict()

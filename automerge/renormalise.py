@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from automerge._data import Batches, bind, device_of, evaluating, run_batch
+from automerge._data import Batches, bind, device_of, evaluating, preserving, run_batch
 from automerge._errors import AutomergeError
 from automerge._moments import Moments
 from automerge._observe import Key
@@ -31,6 +31,7 @@ from automerge._repair import (
     fold,
     make_plan,
     measure,
+    watching,
 )
 from automerge._repair_report import LayerRepair, Renormaliser, RepairReport, on_devices, shares
 from automerge.symmetry import Symmetry
@@ -108,7 +109,7 @@ def reset_batchnorm(
     handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in pooled]
     done = False
     try:
-        with evaluating(model):
+        with evaluating(model), preserving(model):
             for batch in batches:
                 run_batch(model, None, batch)
         for module, moments in pooled.items():
@@ -188,7 +189,7 @@ class Repair(Renormaliser):
         """See `Renormaliser`."""
         share = shares(weights, len(endpoints))
         batches = Batches(data, inputs, kwargs, device_of(model))
-        with evaluating(model):
+        with watching(model):
             tensors = bind(model, merged, copy=True)
             plan = make_plan(model, tensors, next(iter(batches)), symmetry, self.reset)
             skipped = dict(plan.skipped)

@@ -454,3 +454,31 @@ def test_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "at least two checkpoints" in capsys.readouterr().err
     assert main(["compare", "tests._factories:mlp", one, two, one, *data]) == 2
     assert "given twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_tokens_agree_by_their_own_classes(length: int, labelled: bool) -> None:
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7)) for _ in range(2)]
+    tokens, classes = torch.randint(0, 11, (3, 8, length)), torch.randint(0, 7, (3, 8, length))
+    parts = [[(t, c)] if labelled else [t] for t, c in zip(tokens, classes, strict=True)]
+    found = compare(
+        nets,
+        tokens[0, :2],
+        parts[0],
+        select=parts[1],
+        report=parts[2],
+        matchers={"identity": Identity()},
+        repairs={"none": "none"},
+    )
+    states = [n.state_dict() for n in nets]
+    mean = nn.Sequential(*nets[0])
+    with torch.no_grad():
+        joint = torch.stack([n(tokens[2]).softmax(-1) for n in nets]).mean(0).argmax(-1)
+        mean.load_state_dict({k: (states[0][k] + states[1][k]) / 2 for k in states[0]})
+        share = (mean(tokens[2]).argmax(-1) == joint).double().mean().item()
+    (row,) = found.rows
+    assert row.report is not None
+    assert row.report.agreement == pytest.approx(share)
+    assert row.report.samples == 8 * length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from automerge._errors import AutomergeError, CheckpointError, OutputError
+from automerge.compare import compare
 from automerge.datafree import GaussianRepair, RowNorms
 from automerge.evaluate import (
     Barrier,
@@ -25,13 +27,15 @@ from automerge.evaluate import (
     cycle_error,
     evaluate,
     interpolate,
+    predictions,
     similarity,
 )
 from automerge.fitting import LeastSquares
 from automerge.infer import infer
 from automerge.landscape import plane
-from automerge.matchers import Matching
-from automerge.renormalise import Repair
+from automerge.matchers import CCA, Matching, match
+from automerge.merge import merge
+from automerge.renormalise import Repair, reset_batchnorm
 from automerge.symmetry import Generator, Slot, Symmetry
 
 torch.set_num_threads(1)
@@ -211,6 +215,41 @@ def test_class_axis_and_ignored_labels() -> None:
     assert last == first
     assert last.samples == 9
     assert last.loss == pytest.approx(F.cross_entropy(scores.flatten(0, 1), labels.flatten()).item(), rel=1e-5)
+
+
+def _tokens(seed: int, length: int = 5, classes: int = 7) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """A language model, its tokens, and labels."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, classes))
+    return model, torch.randint(0, 11, (9, length)), torch.randint(0, classes, (9, length))
+
+
+def test_a_batch_of_as_many_tokens_as_classes_is_read_as_the_others() -> None:
+    model, tokens, labels = _tokens(0)
+    _, square, wanted = _tokens(1, length=7)
+    with torch.no_grad():
+        parts = [model(x).flatten(0, 1) for x in (tokens, square)]
+    loss = F.cross_entropy(torch.cat(parts), torch.cat([labels.flatten(), wanted.flatten()])).item()
+    assert evaluate(model, [(tokens, labels), (square, wanted)]).loss == pytest.approx(loss, rel=1e-6)
+    own = F.cross_entropy(parts[1], wanted.flatten()).item()
+    assert evaluate(model, [(square, wanted)], class_axis=-1).loss == pytest.approx(own, rel=1e-6)
+    torchs = F.cross_entropy(parts[1].view(9, 7, 7), wanted).item()
+    assert evaluate(model, [(square, wanted)]).loss == pytest.approx(torchs, rel=1e-6)
+
+
+def test_classes_of_tokens_and_of_pixels() -> None:
+    model, tokens, _ = _tokens(0)
+    other = _tokens(2)[0]
+    with torch.no_grad():
+        best, rest = (m(tokens).argmax(-1) for m in (model, other))
+        image = torch.randn(3, 2, 6, 4)
+        segment, second = nn.Conv2d(2, 5, 3, padding=1), nn.Conv2d(2, 5, 3, padding=1)
+        pixels = [m(image).argmax(1) for m in (segment, second)]
+    assert torch.equal(predictions(model, [tokens])[0], best)
+    assert agreement(model, other, [tokens]).share == (best == rest).double().mean().item()
+    assert torch.equal(predictions(segment, [image])[0], pixels[0])
+    assert agreement(segment, second, [image]).share == (pixels[0] == pixels[1]).double().mean().item()
+    assert predictions(segment, [image], class_axis=-1)[0].shape == (3, 5, 6)
 
 
 def test_outputs_with_logits_and_dict_batches() -> None:
@@ -441,3 +480,55 @@ def test_similarity_needs_both_and_draws(tmp_path: Path) -> None:
     assert found.plot(tmp_path / "s.svg").stat().st_size > 1000
     path = barrier(net, net.state_dict(), net.state_dict(), [(torch.randn(9, 4), torch.zeros(9).long())], points=3)
     assert path.plot(tmp_path / "b.png").stat().st_size > 1000
+
+
+def test_an_ensemble_without_classes_averages_outputs() -> None:
+    torch.manual_seed(0)
+    nets, x, y = [nn.Linear(3, 2) for _ in range(2)], torch.randn(7, 3), torch.randn(7, 2)
+    found = evaluate(nets, [(x[:5], y[:5]), (x[5:], y[5:])], F.mse_loss)
+    with torch.no_grad():
+        wanted = F.mse_loss((nets[0](x) + nets[1](x)) / 2, y).item()
+    assert found.metrics["mse_loss"] == pytest.approx(wanted, rel=1e-6)
+    assert found.average == "outputs"
+    assert "mean of outputs" in str(found)
+
+
+class Remembering(nn.Module):
+    """Writes to one buffer and replaces another, in evaluation mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.norm, self.out = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("total", torch.zeros(6))
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.into(x)
+        self.count += 1
+        self.total += h.sum(0)
+        self.mean = 0.9 * self.mean + 0.1 * h.mean(0)
+        return self.out(self.norm(h) - self.mean)
+
+
+def test_what_a_network_writes_to_its_buffers_is_put_back() -> None:
+    torch.manual_seed(0)
+    x, labels = torch.randn(8, 4), torch.randint(0, 3, (8,))
+    net, other = Remembering(), Remembering()
+    symmetry = infer(net, x)
+    uses: dict[str, Any] = {
+        "evaluate": lambda: evaluate(net, [(x, labels)]),
+        "agreement": lambda: agreement(net, other, [x, x]),
+        "merge": lambda: merge([net, other], x, symmetry=symmetry, data=[x], repair="repair"),
+        "compare": lambda: compare([net, other], x, [(x, labels)] * 4, matchers={}, repairs={"none": "none"}),
+        "drift": lambda: match([net, other], symmetry, CCA(), data=[x, x]),
+        "reset": lambda: reset_batchnorm(net, [x, x]),
+    }
+    for name, use in uses.items():
+        before, kept = net.state_dict(), copy.deepcopy(net.state_dict())
+        use()
+        for key, value in net.state_dict().items():
+            if name == "reset" and key.startswith("norm."):
+                continue
+            assert value.data_ptr() == before[key].data_ptr(), (name, key)
+            assert torch.equal(value, kept[key]), (name, key)

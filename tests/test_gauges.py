@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import numpy as np
@@ -193,5 +194,123 @@ def test_a_wrong_gauge_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     unit = symmetry.generators()[0]
     wrong = gauges.Scaling(0, tuple(s for s in unit.slots if s.axis == 0), tuple(s for s in unit.slots if s.axis == 1))
     monkeypatch.setattr(gauges._Probe, "scaling", lambda self, i, g: wrong if i == 0 else None)
+    (out,), report = canonicalise(net, x, [state(net)], symmetry)
+    assert report.scalings == ()
+    assert all(torch.equal(v, out[n]) for n, v in state(net).items())
+    monkeypatch.setattr(gauges._Probe, "kept", lambda self, found, weights, inputs: found)
     with pytest.raises(InvarianceError, match="output of model 0"):
         canonicalise(net, x, [state(net)], symmetry)
+
+
+def _same_function(net: nn.Module, out: dict[str, torch.Tensor], *inputs: torch.Tensor) -> None:
+    other = copy.deepcopy(net)
+    other.load_state_dict(out)
+    with torch.no_grad():
+        for x in inputs:
+            torch.testing.assert_close(other(x), net(x), rtol=1e-9, atol=1e-9)
+
+
+class Attention(nn.Module):
+    """Rotary attention: biases of keys count, but in a sequence of one token no query or key does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = nn.Linear(5, 4), nn.Linear(5, 4), nn.Linear(5, 4), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        angle = torch.arange(x.shape[1]).double()[:, None]
+
+        def turned(h: torch.Tensor) -> torch.Tensor:
+            return h * angle.cos() + torch.cat([-h[..., 2:], h[..., :2]], -1) * angle.sin()
+
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        return self.out((turned(q) @ turned(k).mT).softmax(-1) @ v)
+
+
+def test_gauges_of_a_short_example_are_tried_on_longer_inputs() -> None:
+    torch.manual_seed(0)
+    net, x = Attention().double(), torch.randn(2, 1, 5).double()
+    (out,), report = canonicalise(net, x, [state(net)], infer(net, x))
+    assert {c.param for c in report.idle} == set()
+    assert [fold.bias.param for fold in report.folds] == ["v.bias"]
+    _same_function(net, out, x, torch.randn(2, 6, 5).double())
+
+
+class Mirrored(nn.Module):
+    """Units are added to their mirror images: a unit of a pair alone may not be scaled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.into(x).relu()
+        return self.out(h + h.flip(1))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 5])
+def test_units_that_are_dead_in_one_model_make_no_gauge(seed: int) -> None:
+    torch.manual_seed(seed)
+    nets = [Mirrored().double() for _ in range(3)]
+    nets[0].into.bias.data[3:] = -20
+    x = torch.randn(2, 4).double()
+    out, _ = canonicalise(nets[0], x, [state(n) for n in nets], infer(nets[0], x), seed=seed)
+    for net, new in zip(nets, out, strict=True):
+        _same_function(net, new, torch.randn(40, 4).double())
+
+
+class CosineAttention(nn.Module):
+    """Queries and keys have a length of their own, so a whole head scales with its values alone, or with all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(5, 24), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        scores = nn.functional.normalize(q, dim=-1) @ nn.functional.normalize(k, dim=-1).mT
+        return self.out((4 * scores).softmax(-1).matmul(v).transpose(1, 2).flatten(2))
+
+
+class Looped(nn.Module):
+    """A weight with the same units on both sides settles slowly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.loop, self.out = nn.Linear(4, 6), nn.Linear(6, 6, bias=False), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.into(x).relu()
+        for _ in range(3):
+            h = (h + self.loop(h)).relu()
+        return self.out(h)
+
+
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: CosineAttention(),
+        lambda: Looped(),
+        lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)),
+        lambda: nn.Sequential(nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6), nn.Linear(6, 3)),
+    ],
+)
+def test_a_canonical_model_stays(make: Callable[[], nn.Module], norms: bool) -> None:
+    torch.manual_seed(0)
+    nets = [make().double().eval() for _ in range(2)]
+    x = torch.randn(2, 5, 5).double() if isinstance(nets[0], CosineAttention) else torch.randn(6, 4).double()
+    for net in nets:
+        for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm1d)):
+            nn.init.uniform_(norm.running_mean, -1, 1)
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+            nn.init.uniform_(norm.weight, 0.5, 2)
+            nn.init.uniform_(norm.bias, -1, 1)
+    symmetry = infer(nets[0], x)
+    once, report = canonicalise(nets[0], x, [state(n) for n in nets], symmetry, norms=norms)
+    assert report.scalings
+    twice, _ = canonicalise(nets[0], x, once, symmetry, norms=norms)
+    for net, first, second in zip(nets, once, twice, strict=True):
+        _same_function(net, first, x)
+        for name, value in first.items():
+            torch.testing.assert_close(second[name], value, rtol=1e-7, atol=1e-9)

@@ -14,10 +14,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.data import DataLoader, TensorDataset
 
 from automerge._errors import AutomergeError
-from automerge.renormalise import Repair, RepairReport, reset_batchnorm
+from automerge.datafree import GaussianRepair, RowNorms
+from automerge.fitting import LeastSquares
+from automerge.renormalise import Renormaliser, Repair, RepairReport, reset_batchnorm
 from automerge.symmetry import Generator, Slot, Symmetry
 
 torch.set_num_threads(1)
@@ -444,6 +447,79 @@ def test_repair_without_reset_corrects_normalised_layers(sizes: list[int], bias:
     got = _outputs(models[0], fixed, data, ["1"])["1"]
     torch.testing.assert_close(got.mean(0), (targets[0].mean(0) + targets[1].mean(0)) / 2, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(got.std(0), (targets[0].std(0) + targets[1].std(0)) / 2, atol=1e-5, rtol=1e-5)
+
+
+class TwoReaders(nn.Module):
+    """A convolution without a bias that a BatchNorm reads, and another one or a skip as well, at once or much later."""
+
+    def __init__(self, second: str) -> None:
+        super().__init__()
+        self.second = second
+        self.conv, self.norm = nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5)
+        self.other, self.out = nn.BatchNorm2d(5), nn.Conv2d(5, 2, 1)
+        self.between = nn.Sequential(*(nn.Conv2d(5, 5, 1) for _ in range(10)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        first = self.norm(y).relu()
+        if self.second == "norm":
+            return self.out(first + self.other(y))
+        if self.second == "late":
+            return self.out(self.between(first) + y)
+        return self.out(first + y if self.second == "skip" else first)
+
+
+@pytest.mark.parametrize("second", ["none", "norm", "skip", "late"])
+def test_a_mean_is_moved_into_a_batchnorm_that_alone_reads_the_output(second: str) -> None:
+    torch.manual_seed(0)
+    models = [TwoReaders(second) for _ in range(2)]
+    states = [m.state_dict() for m in models]
+    merged, data = _mean(states), [torch.randn(n, 3, 6, 6) + 1 for n in (4, 2)]
+    fixed, report = Repair()(models[0], merged, states, data)
+    assert report.layers[0].shifted == (second == "none")
+    targets = [_outputs(models[0], s, data, ["conv"])["conv"] for s in states]
+    got = _outputs(models[0], fixed, data, ["conv"])["conv"]
+    torch.testing.assert_close(got.std(0), (targets[0].std(0) + targets[1].std(0)) / 2, atol=1e-5, rtol=1e-5)
+    read = (
+        got.mean(0) - fixed["norm.running_mean"] + merged["norm.running_mean"]
+    )  # what the norm is given, but for a constant
+    wanted = (targets[0].mean(0) + targets[1].mean(0)) / 2 if second == "none" else got.mean(0)
+    torch.testing.assert_close(read.double(), wanted.double(), atol=1e-5, rtol=1e-5)
+
+
+def test_weights_that_the_network_writes_to_stay() -> None:
+    models = [
+        nn.Sequential(nn.Embedding(5, 6, max_norm=0.5), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2)) for _ in "ab"
+    ]
+    states = [copy.deepcopy(m.state_dict()) for m in models]
+    merged = _mean(states)
+    fixed, report = Repair()(models[0], merged, states, [torch.arange(5)[None]])
+    assert torch.equal(fixed["0.weight"], merged["0.weight"])
+    assert [layer.name for layer in report.layers] == ["1.weight"]
+
+
+class Flex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(5, 24), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        return self.out(flex_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("tier", [Repair(), RowNorms(), GaussianRepair(gate=1), LeastSquares()], ids=repr)
+def test_higher_order_operators_and_inference_mode(tier: Renormaliser) -> None:
+    torch.manual_seed(0)
+    models = [Flex() for _ in range(2)]
+    states = [m.state_dict() for m in models]
+    data = [torch.randn(2, 7, 5), torch.randn(1, 7, 5)]
+    wanted, report = tier(models[0], _mean(states), states, data)
+    assert report.layers[0].name == "qkv.weight"
+    with torch.inference_mode():
+        found, _ = tier(models[0], _mean(states), states, data)
+    assert all(torch.equal(found[n], v) for n, v in wanted.items())
 
 
 def test_half_precision_and_keyword_inputs() -> None:

@@ -225,6 +225,25 @@ def test_convolutions_on_white_images() -> None:
         assert torch.allclose(found[name].variance, flat.var(0), rtol=tolerance)
 
 
+class Doubled(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + x
+
+
+@pytest.mark.parametrize(
+    "between", [nn.AvgPool2d(3, stride=1), nn.AvgPool2d((3, 1), stride=2), nn.AvgPool2d(2), Doubled()]
+)
+def test_pools_and_sums_of_one_value(between: nn.Module) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 6, 1), between, nn.Conv2d(6, 4, 1)).eval()
+    x = torch.randn(400, 2, 12, 12)
+    with torch.no_grad():
+        flat = net(x).movedim(1, -1).flatten(0, -2).double()
+    found = predicted(net, x[:1])["2.weight"]
+    assert torch.allclose(found.mean, flat.mean(0), atol=0.02)
+    assert torch.allclose(found.variance, flat.var(0), rtol=0.05)
+
+
 def test_independent_averages_recover_their_variance() -> None:
     """Two wide networks with nothing in common: their mean has half the variance, and gets it back without data."""
     torch.manual_seed(0)

@@ -20,6 +20,7 @@ from automerge.symmetry import Slot, Symmetry
 
 _PREFIX = "activations of "
 _NEGLIGIBLE = 1e-12
+_ROUNDING = 1e-24
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +40,12 @@ class Site:
     gram: torch.Tensor
 
 
-def correlation(gram: torch.Tensor) -> torch.Tensor:
-    """Covariances ``(N, n, N, n)`` as correlations; 0 for a unit that does not vary."""
+def correlation(gram: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+    """Covariances ``(N, n, N, n)`` as correlations; 0 for a unit that does not vary beyond rounding of its mean ``(N, n)``."""
     count, n = gram.shape[:2]
     variance = gram.reshape(count * n, -1).diagonal().reshape(count, n).clamp(min=0)
     alive = variance > _NEGLIGIBLE * variance.amax().clamp(min=torch.finfo(variance.dtype).tiny)
+    alive &= variance > _ROUNDING * means.square()
     scale = torch.where(alive, variance.clamp(min=torch.finfo(variance.dtype).tiny).rsqrt(), 0.0)
     return gram * scale[:, :, None, None] * scale[None, None]
 
@@ -56,8 +58,9 @@ def features(gram: torch.Tensor) -> torch.Tensor:
     count, n = gram.shape[:2]
     flat = gram.reshape(count * n, count * n)
     values, vectors = torch.linalg.eigh((flat + flat.T) / 2)
-    keep = values > _NEGLIGIBLE * values[-1].clamp(min=0)
-    root = vectors[:, keep] * values[keep].sqrt()
+    keep = values > _NEGLIGIBLE * values[-1:].clamp(min=0)
+    keep[-1:] = True  # one column of zeros where nothing varies: an axis needs an entry
+    root = vectors[:, keep] * values[keep].clamp(min=0).sqrt()
     return root.reshape(count, n, -1)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,7 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from automerge._data import Batches, bind, evaluating, logits_of, run_batch
+from automerge._copies import copied
+from automerge._data import Batches, bind, evaluating, logits_of, preserving, run_batch
 from automerge._errors import MatchingError
 from automerge._linear_groups import LinearGroup, linear_groups, summary
 from automerge._linear_maps import LinearElement, Matrix, linear_element, permutations_of
@@ -189,15 +189,13 @@ class _Drift:
     """How far a moved model's outputs are from its own."""
 
     def __init__(self, network: nn.Module, batches: Batches) -> None:
-        self.network, self.batches = deepcopy(network), batches
+        self.network, self.batches = copied(network), batches
 
     def of(self, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> tuple[float, float]:
         """The relative root mean square change of the output, and the share of predictions that stay."""
         changed = total = 0.0
         same = count = 0
-        one, two = bind(self.network, before), bind(self.network, after)
-        with evaluating(self.network):
-            outputs = [[logits_of(run_batch(self.network, s, b)).double() for s in (one, two)] for b in self.batches]
+        outputs = list(zip(self._outputs(before), self._outputs(after), strict=True))
         entries = sum(x.numel() for x, _ in outputs)
         mean = sum(float(x.sum()) for x, _ in outputs) / max(entries, 1)
         for x, y in outputs:
@@ -209,6 +207,11 @@ class _Drift:
         if changed == 0:
             return 0.0, 1.0
         return (changed / total) ** 0.5 if total > 0 else float("inf"), same / count if count else 0.0
+
+    def _outputs(self, state: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        bound = bind(self.network, state)
+        with evaluating(self.network), preserving(self.network, bound):
+            return [logits_of(run_batch(self.network, bound, b)).double() for b in self.batches]
 
 
 def polar(matrix: torch.Tensor, nearest: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from automerge.rules._axes import Family, Unruled
 from automerge.rules._constants import veils
 from automerge.rules._decompose import decomposition
 from automerge.rules._engine import Engine
-from automerge.rules._movement import gathered
+from automerge.rules._movement import all_border, gathered
 from automerge.rules._reads import liveness, unread
 from automerge.rules._registry import Context, carries, find_rule, operator_name, register_rule, values_in
 from automerge.rules._value import ConstantValue, Factor, Value, drop_constant, plain, split_letter
@@ -67,14 +67,22 @@ def place(node: fx.Node) -> str:
     return " ".join(parts)
 
 
-def analyse(graph: fx.GraphModule, splits: Splits | None = None) -> Analysis:
-    """Run the rules over a traced graph.
+def analyse(graphs: Sequence[fx.GraphModule], splits: Splits | None = None) -> Analysis:
+    """Run the rules over traced graphs of one model, whose parameters they share: what is found holds for all of them.
 
     Args:
-        graph: from `automerge.trace`.
+        graphs: from `automerge.trace`, on inputs of different sizes.
         splits: parameter axes to be given an order per position of another axis (from an earlier pass's requests).
     """
-    return _Run(graph, splits or {}).run()
+    engine = Engine()
+    engine.requests, engine.several = dict(splits or {}), len(graphs) > 1
+    out = Analysis(engine)
+    runs = [_Run(graph, splits or {}, out) for graph in graphs]
+    for run in runs:
+        run.run()
+    out.unruled = list(dict.fromkeys(out.unruled))
+    _settle_splits(runs, out)
+    return out
 
 
 def is_state(tensor: torch.Tensor) -> bool:
@@ -83,12 +91,9 @@ def is_state(tensor: torch.Tensor) -> bool:
 
 
 class _Run:
-    def __init__(self, graph: fx.GraphModule, splits: Splits) -> None:
-        self.graph = graph
-        self.splits = splits
-        self.engine = Engine()
-        self.engine.requests = dict(splits)
-        self.out = Analysis(self.engine)
+    def __init__(self, graph: fx.GraphModule, splits: Splits, out: Analysis) -> None:
+        self.graph, self.splits = graph, splits
+        self.engine, self.out = out.engine, out
         self.values: dict[fx.Node, Any] = {}
         self.constant: set[fx.Node] = set()
         self.veiled: set[fx.Node] = set()
@@ -97,7 +102,7 @@ class _Run:
         self.reads = [n for n in graph.graph.nodes if n.name in info.reads]
         self.live, self.used = liveness(graph, self.reads)
 
-    def run(self) -> Analysis:
+    def run(self) -> None:
         for node in self.graph.graph.nodes:
             if node not in self.live:
                 continue
@@ -111,51 +116,53 @@ class _Run:
             self.engine.axes.where = place(node)
             for value in values_in([self.read(node)]):
                 self.engine.pin_all(value.settle(), "python read its values")
-        self.settle_splits()
-        self.out.values = self.values
+        self.out.values.update(self.values)
         axes = self.engine.axes
         for value in self.statistics:
             for f in value.factors:
                 family = axes.family(f.labels)
                 if family is not None and family.param is not None:
                     self.out.statistics.add(family.param)
-        return self.out
 
-    def settle_splits(self) -> None:
-        """Decide what to split in the next pass; what the inputs did not reach stays in place."""
-        engine, out = self.engine, self.out
-        out.unread = unread(self.graph, self.live, self.constant, self.reads, out.states)
-        engine.settle_requests(out.unread)
-        for family in engine.axes.families if out.unread else ():
-            if family.param in out.unread:
-                still = np.flatnonzero(_unread_positions(family, out.unread[family.param]))
-                engine.axes.where = ""
-                engine.axes.pin(family.start + still, "not read with these inputs")
+    def unread(self) -> dict[str, np.ndarray | None]:
+        """For every parameter that this graph reads, which of its entries it does not; None if it reads all."""
+        mine = {n.meta["name"] for n in self.live if n.op == "placeholder" and n.meta["name"] in self.out.states}
+        return dict.fromkeys(mine) | unread(self.graph, self.live, self.constant, self.reads, self.out.states)
 
     # ------------------------------------------------------------ leaves
     def visit(self, node: fx.Node) -> None:
         value = node.meta["val"]
         if isinstance(value, torch.Tensor) and value.numel() == 0:
-            self.values[node] = plain(value.shape)
+            self.values[node] = self.empty(node, value)
         elif node.op == "placeholder":
             if node.meta["kind"] == "input":
                 self.values[node] = plain(value.shape, pinned=True)
             elif is_state(value):
-                self.values[node] = self.out.states[node.meta["name"]] = self.parameter(
-                    node.meta["name"], tuple(value.shape)
-                )
-                self.share(node.meta["name"])
+                name = node.meta["name"]
+                if name not in self.out.states:
+                    self.out.states[name] = self.parameter(name, tuple(value.shape))
+                    self.share(name)
+                self.values[node] = self.out.states[name]
             else:
                 self.constant.add(node)
         elif node.op == "get_attr" or self.is_constant(node):
             self.constant.add(node)
-            if not self.veiled.isdisjoint(node.all_input_nodes) or veils(node, self.live):
+            if not self.veiled.isdisjoint(node.all_input_nodes) or veils(node, self.live, self.engine.several):
                 self.veiled.add(node)  # known by its values, but its structure is that of what it was made from
                 self.values[node] = _with_data(self.apply(node), value)
         elif node.target is operator.getitem:
             self.values[node] = self.fetch(node.args[0])[node.args[1]]
         else:
             self.values[node] = self.apply(node)
+
+    def empty(self, node: fx.Node, value: torch.Tensor) -> Value:
+        """A tensor without entries; a cut of none still shows its other axes, which may be filled up again."""
+        args: Any = node.args
+        source = self.values.get(args[0]) if node.target is torch.ops.aten.slice.Tensor else None
+        if not isinstance(source, Value) or 0 in source.shape:
+            return plain(value.shape)
+        dim = (args[1] if len(args) > 1 else 0) % value.dim()
+        return all_border(self.engine, source, dim, 0)
 
     def is_constant(self, node: fx.Node) -> bool:
         random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())  # drawn anew in every pass
@@ -323,7 +330,8 @@ class _Sub(_Run):
     def __init__(
         self, parent: _Run, graph: fx.GraphModule, values: dict[fx.Node, Any], sources: Sequence[fx.Node]
     ) -> None:
-        self.graph, self.splits, self.engine, self.out = graph, parent.splits, parent.engine, parent.out
+        self.graph, self.splits = graph, parent.splits
+        self.engine, self.out = parent.engine, parent.out
         self.values, self.constant, self.veiled, self.statistics = values, set(), set(), parent.statistics
         self.live, self.used = liveness(graph, [])
         placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
@@ -342,6 +350,23 @@ class _Sub(_Run):
             if node.op != "placeholder" and node in self.live:
                 self.visit(node)
         raise AssertionError("a graph without an output")
+
+
+def _settle_splits(runs: Sequence[_Run], out: Analysis) -> None:
+    """Decide what to split in the next pass; what no graph reads stays in place."""
+    engine = out.engine
+    reads = [run.unread() for run in runs]
+    for name in out.states:
+        masks = [found[name] for found in reads if name in found]
+        partly = [mask for mask in masks if mask is not None]
+        if len(partly) == len(masks):
+            out.unread[name] = np.logical_and.reduce(partly)
+    engine.settle_requests(out.unread)
+    for family in engine.axes.families if out.unread else ():
+        if family.param in out.unread:
+            still = np.flatnonzero(_unread_positions(family, out.unread[family.param]))
+            engine.axes.where = ""
+            engine.axes.pin(family.start + still, "not read with these inputs")
 
 
 def _in_blocks(value: Value, splits: Mapping[int, Sequence[tuple[int, np.ndarray]]]) -> tuple[Value, dict[int, int]]:

@@ -97,17 +97,28 @@ _ONE_TO_ONE = frozenset(  # but for rounding, and for a factor or exponent of 0
 )  # fmt: skip
 
 
-def veils(node: fx.Node, live: Collection[fx.Node]) -> bool:
+_THRESHOLDS = frozenset(
+    f"aten::{name}" for name in ("lt", "le", "gt", "ge", "eq", "ne", "clamp", "clamp_min", "clamp_max", "relu")
+)
+
+
+def veils(node: fx.Node, live: Collection[fx.Node], by_size: bool = False) -> bool:
     """Whether a constant is equal where one that it was made from differs, be it by the sizes of these inputs.
 
     A function of several constants may hide one (slopes times distances of 0), and so may a cut of a table of which other
     rows are not read, and rounding (cosines of small angles). Other functions of one constant (``arange(n) // 4``) are meant
     so.
+
+    Args:
+        node: a node whose value is a constant.
+        live: the nodes that the output depends on.
+        by_size: whether what is computed is known to depend on the sizes of the inputs; then the number that a constant is
+            compared with may be one of them (``arange(8) < n``).
     """
     value = node.meta["val"]
     if node.op != "call_function" or not isinstance(value, torch.Tensor) or value.numel() < 2:
         return False
-    for source, axis, mine in _kept_axes(node, live):
+    for source, axis, mine in _kept_axes(node, live, by_size):
         new = slice_classes(_array(value), mine)
         old = slice_classes(_array(source), axis)[: new.size]  # (a gather may leave out the end of an axis)
         if np.unique(np.stack([old, new]), axis=1).shape[1] > new.max() + 1:
@@ -115,7 +126,7 @@ def veils(node: fx.Node, live: Collection[fx.Node]) -> bool:
     return False
 
 
-def _kept_axes(node: fx.Node, live: Collection[fx.Node]) -> Iterator[tuple[torch.Tensor, int, int]]:
+def _kept_axes(node: fx.Node, live: Collection[fx.Node], by_size: bool) -> Iterator[tuple[torch.Tensor, int, int]]:
     """The operands' axes that are axes of a constant: ``(operand, axis, axis of the constant)``."""
     name, value = getattr(node.target, "_schema", node).name, node.meta["val"]
     operands = [t for n in node.all_input_nodes if isinstance(t := n.meta["val"], torch.Tensor) and t.numel() > 1]
@@ -127,6 +138,7 @@ def _kept_axes(node: fx.Node, live: Collection[fx.Node]) -> Iterator[tuple[torch
     elif (
         name in _ONE_TO_ONE
         or _rounds(node)
+        or (by_size and name in _THRESHOLDS)
         or (len(operands) > 1 and torch.Tag.pointwise in getattr(node.target, "tags", ()))
     ):
         for tensor in operands:

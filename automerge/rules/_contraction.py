@@ -125,12 +125,38 @@ def slogdet(context: Context, x: Value) -> tuple[Value | None, ...]:
 
 @rule("linalg_inv_ex")
 def inverse(context: Context, x: Value, *_: Any, **__: Any) -> tuple[Value, Value]:
+    return _inverted(context.engine, x), plain(tuple(context.out(1).shape))
+
+
+def _inverted(engine: Engine, x: Value) -> Value:
     """(P A Q)^-1 = Q^-1 A^-1 P^-1."""
     rows, columns = _matrix(x)
-    engine = context.engine
     both = engine.reduce(x, {*rows, *columns})  # every entry depends on all
     mixed = Value((*x.axes[:-2], columns, rows), x.size, list(x.factors), set(x.pinned), chosen=x.chosen)
-    return engine.elementwise([mixed, both]), plain(tuple(context.out(1).shape))
+    return engine.elementwise([mixed, both])
+
+
+@rule("_linalg_solve_ex")
+def solve(context: Context, a: Value, b: Value, *, left: bool = True, **_: Any) -> tuple[Value | None, ...]:
+    """A^-1 B, or B A^-1."""
+    if not context.used <= {0}:
+        raise Unruled("the factors of a solution")
+    vector = len(b.axes) == len(a.axes) - 1
+    b = b.with_axes((*b.axes, ())) if vector else b
+    inverted = _inverted(context.engine, a)
+    out = batched(context.engine, inverted, b) if left else batched(context.engine, b, inverted)
+    return context.engine.reshape(out, tuple(context.out(0).shape)), None, None, None
+
+
+@rule("_linalg_svd")
+def singular_values(context: Context, x: Value, *_: Any, **__: Any) -> tuple[Value | None, ...]:
+    """Those of P A Q are those of A; its vectors have signs by chance."""
+    if not context.used <= {1}:
+        raise Unruled("singular vectors")
+    rows, columns = _matrix(x)
+    size = context.engine.reduce(x, {*rows, *columns})
+    ranked = plain([context.out(1).shape[-1]], pinned=True)
+    return None, context.engine.elementwise([size.with_axes((*size.axes[:-2], ())), ranked]), None
 
 
 @rule("linalg_matrix_exp")
@@ -141,6 +167,30 @@ def matrix_exp(context: Context, x: Value) -> Value:
     order = (*range(len(x.axes) - 2), len(x.axes) - 1, len(x.axes) - 2)
     tied = engine.elementwise([x, copy_letters(x.with_axes(x.axes[k] for k in order))])
     return engine.elementwise([tied, engine.reduce(tied, {*tied.axes[-2], *tied.axes[-1]})])
+
+
+@rule("linalg_solve_triangular", "cholesky_solve")
+def triangular_solve(context: Context, a: Value, b: Value, *_: Any, left: bool = True, **__: Any) -> Value:
+    """A^-1 B, or B A^-1, for a matrix of which the order of rows and columns is what makes it triangular."""
+    engine = context.engine
+    a, b = (b, a) if "cholesky" in context.node.target._schema.name else (a, b)
+    inverted = _inverted(engine, engine.pin_letters(a, {*a.axes[-2], *a.axes[-1]}, "a triangular matrix"))
+    return batched(engine, inverted, b) if left else batched(engine, b, inverted)
+
+
+@rule("linalg_cholesky_ex", "linalg_qr", "_linalg_eigh", "linalg_lu_factor_ex")
+def factored(context: Context, x: Value, *_: Any, **__: Any) -> tuple[Value | None, ...]:
+    """Factors of matrices, which depend on the order of rows and columns; whatever is before these two axes stays."""
+    engine = context.engine
+    gone = {*x.axes[-2], *x.axes[-1]}
+    rest = engine.reduce(engine.pin_letters(x, gone, "a factored matrix"), gone)
+    lead = rest.axes[:-2]
+    out: list[Value | None] = []
+    for i in range(len(context.node.meta["val"])):
+        own = tuple(context.out(i).shape[len(lead) :])
+        stretched = rest.with_axes((*lead, *((),) * len(own)))
+        out.append(engine.elementwise([stretched, plain(own, pinned=True)]) if i in context.used else None)
+    return tuple(out)
 
 
 @rule("_grouped_mm")

@@ -16,12 +16,14 @@ class Letters:
     Attributes:
         axes: the vertices and their relations.
         notes: what a reader of the answer must know.
+        several: whether graphs of several inputs are read.
         choices: index tensor (by identity) -> the letter of what is read at its positions, and the tensor to keep it alive.
     """
 
     def __init__(self) -> None:
         self.axes = Axes()
         self.notes: dict[str, None] = {}
+        self.several = False
         self.choices: dict[int, tuple[int, Value]] = {}
 
     def choice(self, index: Value) -> int:

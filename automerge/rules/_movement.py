@@ -266,12 +266,24 @@ def copy(context: Context, x: Value, source: Value, *_: Any) -> Value:
     return expanded(source, context.shape)
 
 
+def all_border(engine: Engine, x: Value, axis: int, length: int) -> Value:
+    """The value with an axis that holds none of its positions, but may; the others keep their structure."""
+    x = engine.reduce(x, set(x.axes[axis]))
+    new = plain([length], pinned=True)
+    axes = tuple(new.axes[0] if k == axis else a for k, a in enumerate(x.axes))
+    return Value(axes, x.size | new.size, x.factors, x.pinned | new.pinned, chosen=x.chosen)
+
+
 @rule("constant_pad_nd")
 def constant_pad_nd(context: Context, x: Value, pad: Sequence[int], *_: Any) -> Value:
     for i in range(len(pad) // 2):
         axis = len(x.axes) - 1 - i
         low, high = pad[2 * i], pad[2 * i + 1]
-        x = context.engine.take(x, axis, np.arange(max(0, -low), x.shape[axis] - max(0, -high)))
+        kept = np.arange(max(0, -low), x.shape[axis] - max(0, -high))
+        if not kept.size:  # a shift by the whole length: nothing but border, and on longer inputs what it was cut from
+            x = all_border(context.engine, x, axis, context.shape[axis])
+            continue
+        x = context.engine.take(x, axis, kept)
         if low <= 0 and high <= 0:
             continue
         parts, who = [x], [object()]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from automerge.rules._axes import Unruled
 from automerge.rules._contraction import batched, repinned
 from automerge.rules._engine import Engine
 from automerge.rules._movement import without_axis
@@ -99,6 +100,16 @@ def fake_quantised(context: Context, x: Value, *args: Any) -> tuple[Value, Value
         given = [v for one in given for v in on_axis(one, args[2] % len(x.axes), len(x.axes))]
     out = context.engine.elementwise([x, *given])
     return out, out
+
+
+@rule("rrelu_with_noise")
+def rrelu(
+    context: Context, x: Value, _: Value, lower: Any = 0, upper: Any = 0, training: bool = False, *__: Any
+) -> Value:
+    """A leaky ReLU, but in training."""
+    if training:
+        raise Unruled("slopes drawn at random")
+    return x
 
 
 @rule("native_layer_norm", "_fused_rms_norm", "layer_norm", "rms_norm")

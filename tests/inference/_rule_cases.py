@@ -306,6 +306,7 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     "var std": lambda d: on_dim(d, listed=True, correction=1, keepdim=d.flag()),
     "var_mean std_mean": lambda d: on_dim(d, listed=True, correction=0, keepdim=d.flag(), outs=d.pick((0,), (0, 1))),
     "aminmax": lambda d: (lambda s: call(P(s), dim=d.dim(s), keepdim=d.flag(), outs=d.pick((0,), (0, 1))))(d.shape()),
+    "rrelu_with_noise": lambda d: (lambda s: call(P(s), torch.zeros(s)))(d.shape()),
     "norm linalg_vector_norm": lambda d: (lambda s: call(P(s), d.pick(1, 2, 3), [d.dim(s)], d.flag()))(d.shape()),
     "max min median nanmedian mode": extremal,
     "kthvalue": lambda d: extremal(d, 2),
@@ -368,6 +369,20 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     "_linalg_slogdet": lambda d: (lambda n: call(p(*d.pick((), (2,)), n, n), outs=[1]))(d.n()),
     "linalg_inv_ex": lambda d: (lambda n: call(p(*d.pick((), (2,)), n, n), outs=[0]))(d.n()),
     "linalg_matrix_exp": lambda d: (lambda n: call(p(*d.pick((), (2,)), n, n)))(d.n()),
+    "_linalg_solve_ex": lambda d: (
+        lambda n, m: (
+            call(p(n, n), p(n, m), outs=[0]) if d.flag() else call(p(n, n), d.pick(p(m, n)), left=False, outs=[0])
+        )
+    )(d.n(), d.n()),
+    "linalg_solve_triangular": lambda d: (
+        lambda n, m: (
+            call(p(2, n, n), p(2, n, m), upper=d.flag()) if d.flag() else call(p(n, n), p(m, n), upper=True, left=False)
+        )
+    )(d.n(), d.n()),
+    "cholesky_solve": lambda d: (lambda n, m: call(p(n, m), p(n, n), d.flag()))(d.n(), d.n()),
+    "linalg_cholesky_ex": lambda d: (lambda n: call(Call("add", (p(2, n, n), 20 * torch.eye(n))), outs=[0]))(d.n()),
+    "linalg_qr": lambda d: (lambda n, m: call(p(2, n, m), outs=[0, 1], complete=False))(d.n(), d.n()),
+    "linalg_lu_factor_ex": lambda d: (lambda n: call(p(2, n, n), outs=[0], complete=False))(d.n()),
     "_cdist_forward": lambda d: (lambda a, b, k: call(p(a, k), p(b, k), d.pick(1.0, 2.0, 3.0), None))(
         d.n(), d.n(), d.n()
     ),

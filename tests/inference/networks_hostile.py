@@ -1373,6 +1373,41 @@ add(
 
 # rows and columns of a matrix that only its volume reads
 add(
+    "Cayley",  # an orthogonal layer: the rows and columns of w are the units
+    "6",
+    (torch.randn(3, 4),),
+    lambda s, x: s.out(s.inp(x).relu() @ torch.linalg.solve(torch.eye(6) + s.w - s.w.T, torch.eye(6) - s.w + s.w.T)),
+    inp=lin(4, 6),
+    w=par(6, 6),
+    out=lin(6, 2),
+)
+add(
+    "LargestSingularValue",
+    "6 5",
+    (torch.randn(3, 4),),
+    lambda s, x: s.out(F.linear(s.inp(x).relu(), s.w / torch.linalg.matrix_norm(s.w, 2)).relu()),
+    inp=lin(4, 6),
+    w=par(5, 6),
+    out=lin(5, 2),
+)
+add(
+    "EigenvaluesOfGram",
+    "6",
+    (torch.randn(5, 4),),
+    lambda s, x: torch.linalg.eigvalsh((lambda h: h @ h.T)(s.inp(x).relu())),
+    inp=lin(4, 6),
+)
+add(
+    "ForwardSubstitution",  # of rows that are tokens: features stay free
+    "6",
+    (torch.randn(5, 4),),
+    lambda s, x: (lambda h: s.out(torch.linalg.solve_triangular(torch.eye(5) + (h @ h.T).tril(-1), h, upper=False)))(
+        s.inp(x)
+    ),
+    inp=lin(4, 6),
+    out=lin(6, 2),
+)
+add(
     "Volume",
     "3 3",
     (x,),

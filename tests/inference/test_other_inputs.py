@@ -7,6 +7,7 @@ uses a few outputs, inputs that are filled up with zeros, tensors without entrie
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -298,8 +299,8 @@ for _name, _sizes, _draw in (
 
 # ------------------------------------------------------------ tensors without entries show nothing
 add(
-    "NoBoxes",
-    "6",
+    "NoBoxes",  # with some, their layers are reached, too
+    "5 6",
     (draw(3, 4), draw(0, 4)),
     [(draw(3, 4), draw(2, 4))],
     lambda s, x, b: (s.out(s.inp(x).relu()), s.out_b(s.inp_b(b).relu())),
@@ -364,6 +365,163 @@ add(  # over the bound of what is followed entry by entry, or with an axis left 
     d=par(6, 3),
     out=lin(6, 2),
 )
+
+
+# ------------------------------------------------------------ constants whose values do not tell what they were made from
+_stack = {"q": lin(5, 12), "k": lin(5, 12), "v": lin(5, 12), "out": lin(12, 2)}
+for _name, _bias, _x in (
+    ("lists", lambda n: torch.tensor([[[-(2.0**-h) * abs(i - j) for j in range(n)] for i in range(n)] for h in range(4)]), ONE),
+    ("stacked", lambda n: torch.stack([distances(n).abs() * 2.0**-h for h in range(4)]), ONE),
+    ("triangle", lambda n: SLOPES[:, None, None].expand(4, n, n).tril(-1), ONE),
+    ("off the diagonal", lambda n: torch.where(torch.eye(n, dtype=torch.bool), 0.0, SLOPES[:, None, None]), ONE),
+    ("windows", lambda n: torch.stack([torch.where(distances(n).abs() < w, 0.0, -1e9) for w in (2, 3, 4, 5)]), SHORT),
+    ("dilated", lambda n: torch.stack([torch.where(distances(n) % w == 0, 0.0, -1e9) for w in (2, 3, 4, 5)]), (draw(2, 2, 5),)),
+):  # fmt: skip
+    add(
+        f"Biases of heads, {_name}",
+        HEADS,
+        _x,
+        LONGER,
+        lambda s, x, bias=_bias: attend(s, x, lambda a, n: a + bias(n)),
+        **_stack,
+    )
+
+
+def _table(n: int) -> torch.Tensor:
+    return torch.tensor([[math.cos(t * float(f)) for f in FREQUENCIES] for t in range(n)])
+
+
+def _entry_by_entry(n: int) -> torch.Tensor:
+    table = torch.zeros(n, 6)
+    for t, c in itertools.product(range(n), range(6)):
+        table[t, c] = math.sin(t * float(FREQUENCIES[c]))
+    return table
+
+
+for _name, _read in {"lists": _table, "entry by entry": _entry_by_entry}.items():
+    add(
+        f"Waves from {_name}",
+        "",
+        ONE,
+        LONGER,
+        lambda s, x, read=_read: s.out((s.inp(x) + read(x.shape[1]).to(x)).relu()),
+        **_waves,
+    )
+
+
+# ------------------------------------------------------------ what happens beyond a length
+def _shifted(s: Any, x: torch.Tensor) -> torch.Tensor:
+    h = s.inp(x)
+    return s.out(torch.cat([F.pad(h[..., :3], (0, 0, 1, -1)), h[..., 3:]], -1))
+
+
+add("TokenShift", "3", ONE, LONGER, _shifted, **_waves)  # what is shifted out is not read
+add(
+    "FramesShifted",
+    "2x3",
+    (draw(2, 1, 5),),
+    [(draw(2, 4, 5),)],
+    lambda s, x: s.out(
+        (lambda h: torch.cat([F.pad(h[:, 1:, :2], (0, 0, 0, 1)), F.pad(h[:, :-1, 2:4], (0, 0, 1, 0)), h[..., 4:]], -1))(
+            s.inp(x)
+        ).sum(1)
+    ),
+    **_waves,
+)
+add(
+    "ChunksIfLong",
+    "3x2",
+    SHORT,
+    LONG,
+    lambda s, x: (lambda h: s.out(torch.cat([h[..., :3], h[..., 3:].flip(1)], -1) if x.shape[1] > 4 else h))(s.inp(x)),
+    **_waves,
+)
+
+
+add(  # rows up to the length; on inputs of any other length, up to another one
+    "TableMaskedByLength",
+    "6",
+    SHORT,
+    [*LONG, (draw(2, 4, 5),), (draw(2, 2, 5),)],
+    lambda s, x: s.out((s.table * (torch.arange(8) < x.shape[1])[:, None]).tanh().sum(0) + s.inp(x).mean(1)),
+    table=par(8, 6),
+    **_waves,
+)
+
+
+# ------------------------------------------------------------ an empty cache shows nothing of what is joined to it
+def _cached(s: Any, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    q, k, v = (f(x).unflatten(-1, (4, 3)).transpose(1, 2) for f in (s.q, s.k, s.v))
+    scores = q @ torch.cat([keys, k], 2).mT
+    return s.out((scores.softmax(-1) @ torch.cat([values, v], 2)).transpose(1, 2).flatten(2))
+
+
+_EMPTY = torch.zeros(2, 4, 0, 3)
+add(
+    "EmptyCache",
+    "",
+    (SHORT[0], _EMPTY, _EMPTY),
+    [(draw(1, 4, 5), draw(1, 4, 6, 3), draw(1, 4, 6, 3))],
+    _cached,
+    **QKVO,
+)
+
+# ------------------------------------------------------------ a number for every row is no number for every unit
+add("GainOfRows", "7", (draw(3, 4), draw(3, 1)), [(draw(2, 4), draw(2, 1))], lambda s, x, g: s.out(s.inp(x) * g),
+    inp=lin(4, 7), out=lin(7, 2))  # fmt: skip
+
+
+# ------------------------------------------------------------ values of parameters choose the path
+def _gated(s: Any, x: torch.Tensor) -> torch.Tensor:
+    h = s.inp(x)
+    return s.out(h if not s.gain.any() else h + s.gain * s.b(h).tanh())
+
+
+add(
+    "GainOfZero",  # as it is drawn: with weights that were trained the other path is taken
+    "6",
+    ROWS,
+    MORE_ROWS,
+    _gated,
+    inp=lin(4, 6),
+    b=lin(6, 6),
+    gain=lambda: nn.Parameter(torch.zeros(6)),
+    out=lin(6, 2),
+)
+
+
+def _routed(s: Any, x: torch.Tensor) -> torch.Tensor:
+    h = s.inp(x)
+    best, which = s.gate(h).softmax(-1).max(-1)
+    out = torch.zeros_like(h)
+    for e, expert in enumerate(s.experts):
+        rows = (which == e).nonzero()[:, 0]
+        if len(rows):
+            out = out.index_add(0, rows, expert(h[rows]) * best[rows, None])
+    return s.out(h + out)
+
+
+add(  # the example reaches one expert, longer inputs and other weights both
+    "ExpertsOfOneToken",
+    "5x2 6",
+    (draw(1, 4),),
+    [(draw(40, 4),)],
+    _routed,
+    inp=lin(4, 6),
+    gate=lin(6, 2),
+    experts=lambda: nn.ModuleList(nn.Sequential(nn.Linear(6, 5), nn.SiLU(), nn.Linear(5, 6)) for _ in range(2)),
+    out=lin(6, 2),
+)
+
+
+def _recurrent(s: Any, x: torch.Tensor) -> torch.Tensor:
+    h = x.new_zeros(len(x), 6)
+    for t in range(x.shape[1]):
+        h = (h @ s.w).tanh() + s.inp(x[:, t])
+    return s.out(h)
+
+
+add("OneStep", "6", ONE, LONGER, _recurrent, w=par(6, 6), **_waves)
 
 
 @pytest.mark.parametrize("name", CASES)

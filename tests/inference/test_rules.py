@@ -22,6 +22,9 @@ WITHOUT: dict[str, str] = {
     **dict.fromkeys(RANDOM.split(), "random numbers are no function of the operands; tests of inference cover them"),
     **dict.fromkeys(MEMORY.split(), "its values are whatever was in memory"),
     "_grouped_mm": "takes bfloat16 only, too coarse to compare",
+    **dict.fromkeys(
+        ("_linalg_svd", "_linalg_eigh"), "refuses numbers that are none, which stand for what is not read; see networks"
+    ),
     "_to_dense": "for sparse tensors",
     "masked_select": "the shape of what comes out depends on values",
     "bincount": "takes integers, which parameters are not",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -46,6 +47,52 @@ def test_a_true_group_passes_and_the_report_says_how_well():
     assert report.randomised
     assert (report.elements, report.inputs) == (6, 2)
     assert "verified: 6 random elements on 2 inputs" in str(report)
+
+
+class Waves(nn.Module):
+    """Adds a table that was computed from lists; its first row holds nothing but ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        table = torch.tensor([[math.cos(t * f) for f in range(6)] for t in range(x.shape[1])])
+        return self.b((self.a(x) + table.to(x)).relu())
+
+
+def test_a_group_that_holds_on_the_example_only_is_caught():
+    model, x = Waves(), torch.randn(2, 1, 3)
+    wrong = by_hand(model, (6, [("a.weight", 0), ("a.bias", 0), ("b.weight", 1)]))
+    with pytest.raises(InvarianceError, match=r"not on inputs of the shapes \(2, 7, 3\): .* differ is aten"):
+        verify(model, x, wrong)
+    symmetry = infer(model, x)
+    assert symmetry.sets == ()
+    assert any("(2, 7, 3); they were inferred again to hold on both" in note for note in symmetry.notes)
+
+
+def test_what_stays_as_it_is_does_so_when_groups_are_inferred_again():
+    class Scaled(Waves):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", torch.tensor([1.0, 1, 1, 2, 2, 2]))
+
+        def forward(self, x):
+            table = torch.tensor([[1.0, 1, 1, 1, 1, t + 1] for t in range(x.shape[1])])
+            return self.b((self.a(x) + table.to(x)).relu() * self.mask)
+
+    groups = infer(Scaled(), torch.randn(2, 1, 3), constants=["mask"]).generators()
+    assert sorted(g.size for g in groups) == [2, 3]
+    assert not any(s.param == "mask" for g in groups for s in g.slots)
+
+
+def test_inputs_of_other_sizes_are_counted():
+    model, x = mlp(), torch.randn(4, 3)
+    report = verify(model, x, infer(model, x, verify=False))
+    assert report.longer == 1
+    assert "and others on 1 of other sizes" in str(report)
+    wide = torch.randn(40, 3)
+    assert verify(model, wide, infer(model, wide, verify=False)).longer == 0
 
 
 @pytest.mark.parametrize("leave_out", [("0.weight", 0), ("0.bias", 0), ("2.weight", 1)])

@@ -270,6 +270,19 @@ def test_padding_decides_nothing() -> None:
 
 
 # -------------------------------------------------------------------- what it refuses
+@pytest.mark.parametrize("solver", [WeightMatching(), FrankWolfe()])
+@pytest.mark.parametrize("mix", [0.5, 1.0])
+def test_activations_that_never_vary_leave_the_matching_to_the_weights(solver: Any, mix: float) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+    symmetry = infer(net, torch.ones(1, 4))
+    planted = symmetry.random_element(3)
+    other = symmetry.apply(net.state_dict(), planted)
+    same = [torch.full((n, 4), 0.3) for n in (3, 5, 7)]
+    found = match([net, other], symmetry, ActivationMatching(solver, mix=mix), data=same).between(0, 1)
+    assert mix == 1.0 or found == planted
+
+
 def test_bad_input() -> None:
     nets, symmetry = wired(2)
     x = torch.randn(6, 1, 5, 5, dtype=torch.float64)

@@ -1,0 +1,79 @@
+"""Inputs of other sizes: what is a symmetry on a short example only shows on a longer one.
+
+All distances are 0 in a sequence of one, a table's first row may hold nothing but ones, and windows of different widths all
+reach over a few tokens. Where a constant was computed from lists or written entry by entry, its values do not tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from automerge._subject import fresh_inputs
+from automerge._tree_io import map_tensors, tensors_of
+
+_SHORT, _ENTRIES, _FEW = 32, 16_384, 1024
+Inputs = tuple[Any, Any]
+
+
+def longer_inputs(
+    args: Any, kwargs: Any, seed: int, sizes: Collection[int] = ()
+) -> Iterator[Sequence[Callable[[], Inputs]]]:
+    """For every length that is short, inputs whose axes of that length are longer.
+
+    The first of a group lengthens all these axes; the others, for models that do not run on it, those at one place in the
+    shape. Nothing is known of what an axis is: many of these inputs are none that the model takes.
+
+    Args:
+        args: positional inputs.
+        kwargs: keyword inputs.
+        seed: of the values.
+        sizes: the lengths of the parameters' axes. What is broadcast to one of these is no longer sequence.
+
+    Yields:
+        groups of functions that make inputs; none that are large.
+    """
+    many = next(n for n in (7, 11, 13, 17, 19, 23) if n not in sizes or n == 23)
+    shapes = [tuple(t.shape) for t in tensors_of((args, kwargs))]
+    for n in sorted({n for shape in shapes for n in shape if n <= _SHORT}):
+        ranks = sorted({k for shape in shapes for k, m in enumerate(shape) if m == n})
+        where: list[list[int]] = [ranks, *([k] for k in ranks if len(ranks) > 1)]
+        group = []
+        for axes in where:
+            times = many if n < 2 else 5 if n == 2 else 2
+            if sum(_entries(shape, n, axes, times) for shape in shapes) > _FEW:
+                times = 2
+            if sum(_entries(shape, n, axes, times) for shape in shapes) <= _ENTRIES:
+                group.append(partial(_lengthened, args, kwargs, n, axes, times, seed))
+        if group:
+            yield group
+
+
+def _entries(shape: Sequence[int], n: int, axes: Sequence[int], times: int) -> int:
+    total = 1
+    for k, m in enumerate(shape):
+        total *= max(m, 1) * times if m == n and k in axes else m
+    return total
+
+
+def _lengthened(args: Any, kwargs: Any, n: int, axes: Sequence[int], times: int, seed: int) -> Inputs:
+    """The inputs with some axes repeated, and other values: integers between those of the example."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def repeated(_: str, x: torch.Tensor) -> torch.Tensor:
+        here = [k for k, m in enumerate(x.shape) if m == n and k in axes]
+        if not n:
+            return x.new_zeros([times if k in here else m for k, m in enumerate(x.shape)])
+        wide = x.repeat([times if k in here else 1 for k in range(x.dim())])
+        if not wide.numel() or wide.shape == x.shape or wide.dtype not in (torch.int64, torch.int32, torch.bool):
+            return wide
+        if wide.dtype is torch.bool:
+            return torch.rand(wide.shape, generator=rng) < 0.7
+        low, high = int(x.min()), int(x.max())
+        low = min(low, 0) if low == high or seed % 2 else low  # 0 stands for padding, and is no length
+        return torch.randint(low, max(high, 0) + 1, wide.shape, generator=rng, dtype=wide.dtype)
+
+    return fresh_inputs(map_tensors(repeated, args), map_tensors(repeated, kwargs), seed)
