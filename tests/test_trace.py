@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.weak import TensorWeakRef
 
-from automerge import TraceError, infer, trace
+from automerge import TraceError, infer, trace, verify
 from automerge.infer import infer_graph
 from automerge.testing import Network, networks
 from tests.inference.networks_hostile import Program
@@ -476,6 +476,7 @@ def test_higher_order_operators_are_recorded_as_what_they_stand_for():
     symmetry = infer(model, torch.randn(2, 7, 5))
     assert sorted(g.size for g in symmetry.generators()) == [2, 4, 4, 4, 4]
     assert not symmetry.unruled
+    assert verify(model, torch.randn(2, 7, 5), symmetry).randomised
 
 
 def test_conditionals_and_loops_are_recorded_as_the_branch_and_the_rounds_that_ran():
