@@ -112,7 +112,11 @@ class Calibrate(Double):
     """On the way, moves the running statistics of every BatchNorm most of the way to those of its input."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "overloadpacket", None) in _BATCH_NORMS and len(args) > 4 and isinstance(args[4], torch.Tensor):
+        if (
+            getattr(func, "overloadpacket", None) in _BATCH_NORMS
+            and len(args) > 4
+            and isinstance(args[4], torch.Tensor)
+        ):
             x, mean, var = args[0], args[3], args[4]
             axes = [k for k in range(x.dim()) if k != 1]
             if x.numel() > x.shape[1]:

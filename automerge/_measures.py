@@ -94,8 +94,8 @@ class Barrier:
 
     Attributes:
         positions: t, from 0 (a) to 1 (b).
-        losses: mean cross-entropy at each t.
-        accuracies: accuracy at each t, 0 to 1.
+        losses: mean cross-entropy (or another loss that was given) at each t.
+        accuracies: accuracy at each t, 0 to 1; empty where labels are no classes.
         repaired: what was done at every inner point: None, ``reset`` or the description of the repair.
         samples: how many labels each point rests on.
     """
@@ -112,8 +112,10 @@ class Barrier:
         return max(v - line for v, line in zip(self.losses, self._line(self.losses), strict=True))
 
     @property
-    def accuracy_barrier(self) -> float:
-        """The depth of the accuracy below the straight line between the end points."""
+    def accuracy_barrier(self) -> float | None:
+        """The depth of the accuracy below the straight line between the end points; None without accuracies."""
+        if not self.accuracies:
+            return None
         return max(line - v for v, line in zip(self.accuracies, self._line(self.accuracies), strict=True))
 
     def _line(self, values: Sequence[float]) -> list[float]:
@@ -135,10 +137,8 @@ class Barrier:
 
     def __str__(self) -> str:
         how = f", repaired ({self.repaired})" if self.repaired else ""
-        return (
-            f"loss barrier {self.loss_barrier:.4f}, accuracy barrier {self.accuracy_barrier:.2%} "
-            f"over {len(self.positions)} points{how}"
-        )
+        accuracy = f", accuracy barrier {self.accuracy_barrier:.2%}" if self.accuracies else ""
+        return f"loss barrier {self.loss_barrier:.4f}{accuracy} over {len(self.positions)} points{how}"
 
 
 @dataclass(frozen=True)
@@ -177,8 +177,8 @@ class Plane:
     Attributes:
         xs: positions along the first axis, in units of weights.
         ys: positions along the second.
-        losses: mean cross-entropy, ``losses[j][i]`` at ``(xs[i], ys[j])``.
-        accuracies: accuracy there, 0 to 1.
+        losses: mean cross-entropy (or another loss that was given), ``losses[j][i]`` at ``(xs[i], ys[j])``.
+        accuracies: accuracy there, 0 to 1; empty where labels are no classes.
         anchors: the places of a, b and c.
         anchor_losses: mean cross-entropy of a, b and c themselves.
         centre_loss: mean cross-entropy of the mean of the three.

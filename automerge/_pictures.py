@@ -33,12 +33,13 @@ def draw_path(
     force: bool,
 ) -> Path:
     """Loss and accuracy along the line between two networks."""
-    figure = new_figure(9.0, 3.4, layout="constrained")
-    left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
-    left.plot(positions, losses, "o-", color=_BLUE, markersize=3.5)
-    right.plot(positions, [100 * a for a in accuracies], "o-", color=_BLUE, markersize=3.5)
-    _plain(left, "position between the two models", "loss (nats)")
-    _plain(right, "position between the two models", "accuracy (%)")
+    curves = {"loss": losses, "accuracy (%)": [100 * a for a in accuracies]}
+    shown = {label: values for label, values in curves.items() if values}
+    figure = new_figure(4.5 * len(shown), 3.4, layout="constrained")
+    for k, (label, values) in enumerate(shown.items()):
+        axes = figure.add_subplot(1, len(shown), k + 1)
+        axes.plot(positions, values, "o-", color=_BLUE, markersize=3.5)
+        _plain(axes, "position between the two models", label)
     figure.suptitle(title, fontsize=9)
     return save_figure(figure, path, force)
 
@@ -55,7 +56,7 @@ def draw_plane(
     figure = new_figure(5.6, 4.6, layout="constrained")
     axes = figure.add_subplot(1, 1, 1)
     shown = axes.contourf(xs, ys, losses, levels=24, cmap="viridis_r")
-    figure.colorbar(shown, ax=axes, label="loss (nats)")
+    figure.colorbar(shown, ax=axes, label="loss")
     for name, (x, y) in zip("abc", anchors, strict=False):
         axes.plot(x, y, "o", color="white", markeredgecolor="black", markersize=7)
         axes.annotate(name, (x, y), textcoords="offset points", xytext=(7, 5), color="black", fontsize=10)

@@ -149,7 +149,7 @@ class _Tally:
                 shape = tuple(labels.shape) if isinstance(labels, torch.Tensor) else type(labels).__name__
                 raise AutomergeError(
                     f"batch {number}: labels {shape} are no class indices for scores {tuple(scores.shape)}; "
-                    "give metrics={'name': callable}"
+                    "give a callable (output, labels) -> float: metrics={'name': callable}, or loss=callable along a path"
                 )
             self.classes = False
             self.samples += size
@@ -318,6 +318,7 @@ def barrier(
     repair: Renormaliser | Literal["reset"] | None = None,
     *,
     repair_data: Any = None,
+    loss: Metric | None = None,
     inputs: int = 1,
     kwargs: Mapping[str, Any] | None = None,
 ) -> Barrier:
@@ -332,11 +333,13 @@ def barrier(
         repair: repair every inner point: ``"reset"`` for the BatchNorm statistics, or a `Renormaliser` such as `Repair`. The
             end points stay.
         repair_data: batches for the repair; by default ``data``, whose labels it does not use.
+        loss: a callable ``(output, labels) -> float`` in the place of the cross-entropy, the mean over a batch: for labels
+            that are no classes.
         inputs: how many of a batch's items are positional inputs.
         kwargs: keyword inputs for every batch.
 
     Raises:
-        AutomergeError: for fewer than two points, empty data, or labels that are no classes.
+        AutomergeError: for fewer than two points, empty data, or labels that are no classes without ``loss``.
     """
     if not isinstance(points, int) or points < 2:
         raise AutomergeError(f"a path needs a whole number of at least two points, got {points!r}")
@@ -348,8 +351,9 @@ def barrier(
         weights = interpolate(sd_a, sd_b, t)
         if repair is not None and 0 < t < 1:
             weights = _repaired(model, weights, sd_a, sd_b, t, source, repair, inputs, kwargs)
-        values.append(evaluate((model, weights), batches, inputs=inputs, kwargs=kwargs))
-    losses, accuracies = [v.loss for v in values], [v.accuracy for v in values]
+        values.append(evaluate((model, weights), batches, loss and {"loss": loss}, inputs=inputs, kwargs=kwargs))
+    losses = [v.metrics["loss"] if loss else v.loss for v in values]
+    accuracies = [v.accuracy for v in values]
     known_losses = tuple(v for v in losses if v is not None)
     known = tuple(v for v in accuracies if v is not None)
     return Barrier(positions, known_losses, known, None if repair is None else str(repair), values[0].samples)

@@ -12,7 +12,7 @@ from automerge._copies import copied
 from automerge._data import Batches, checked_state, reals
 from automerge._errors import AutomergeError, CheckpointError
 from automerge._measures import Evaluation, Plane
-from automerge.evaluate import evaluate
+from automerge.evaluate import Metric, evaluate
 from automerge.renormalise import reset_batchnorm
 
 
@@ -27,6 +27,7 @@ def plane(
     margin: float = 0.25,
     repair: Literal["reset"] | None = None,
     repair_data: Any = None,
+    loss: Metric | None = None,
     inputs: int = 1,
     kwargs: Mapping[str, Any] | None = None,
 ) -> Plane:
@@ -42,11 +43,12 @@ def plane(
         margin: how far the grid reaches beyond the three, relative to their extent.
         repair: ``"reset"`` measures the BatchNorm statistics again at every point (not at the three networks).
         repair_data: batches for that; by default ``data``.
+        loss: a callable ``(output, labels) -> float`` in the place of the cross-entropy, the mean over a batch.
         inputs: how many of a batch's items are positional inputs.
         kwargs: keyword inputs for every batch.
 
     Raises:
-        AutomergeError: for fewer than two points, labels that are no classes, or three networks on one line.
+        AutomergeError: for fewer than two points, labels that are no classes without ``loss``, or three networks on one line.
         CheckpointError: if the state dicts are of different architectures.
 
     Examples:
@@ -74,10 +76,10 @@ def plane(
             own.load_state_dict(weights)
             reset_batchnorm(own, source, inputs=inputs, kwargs=kwargs)
             weights = {n: v.detach() for n, v in own.state_dict().items()}
-        found = evaluate((own, weights), batches, inputs=inputs, kwargs=kwargs)
-        if found.loss is None:
-            raise AutomergeError("a plane shows losses, and these labels are no classes")
-        return found
+        return evaluate((own, weights), batches, loss and {"loss": loss}, inputs=inputs, kwargs=kwargs)
+
+    def height(found: Evaluation) -> float:
+        return float((found.metrics["loss"] if loss else found.loss) or 0.0)
 
     xs, ys = (_span([p[k] for p in places], margin, points) for k in (0, 1))
     ends = [measured(x, y, False) for x, y in places]
@@ -86,11 +88,11 @@ def plane(
     return Plane(
         xs,
         ys,
-        tuple(tuple(float(e.loss or 0.0) for e in row) for row in grid),
-        tuple(tuple(float(e.accuracy or 0.0) for e in row) for row in grid),
+        tuple(tuple(height(e) for e in row) for row in grid),
+        tuple(tuple(e.accuracy for e in row if e.accuracy is not None) for row in grid if row[0].accuracy is not None),
         tuple(places),
-        tuple(float(e.loss or 0.0) for e in ends),
-        float(centre.loss or 0.0),
+        tuple(height(e) for e in ends),
+        height(centre),
         centre.samples,
     )
 

@@ -60,18 +60,18 @@ def plot_barrier(
         AutomergeError: if matplotlib is not installed.
         OutputError: if the picture cannot be written.
     """
-    figure, (left, right) = _figure(2)
+    figure, (left, *rest) = _figure(2 if after.accuracies else 1)
     curves: list[tuple[str, Barrier, str]] = [("before matching", before, _BEFORE), ("after matching", after, _AFTER)]
     curves += [(n, b, _EXTRA[k % len(_EXTRA)]) for k, (n, b) in enumerate((others or {}).items())]
     for name, value, colour in curves:
         label = f"{name} (barrier {value.loss_barrier:.3f})"
         left.plot(value.positions, value.losses, "o-", color=colour, label=label, markersize=3.5)
-        label = f"{name} (barrier {value.accuracy_barrier:.1%})"
-        accuracies = [100 * v for v in value.accuracies]
-        right.plot(value.positions, accuracies, "o-", color=colour, label=label, markersize=3.5)
-    _style(left, "position between the two models", "loss (nats)")
-    _style(right, "position between the two models", "accuracy (%)")
-    for axes in (left, right):
+        for axes in rest if value.accuracies else ():
+            label = f"{name} (barrier {value.accuracy_barrier:.1%})"
+            accuracies = [100 * v for v in value.accuracies]
+            axes.plot(value.positions, accuracies, "o-", color=colour, label=label, markersize=3.5)
+    for axes, what in zip((left, *rest), ("loss", "accuracy (%)"), strict=False):
+        _style(axes, "position between the two models", what)
         axes.legend(fontsize=8, frameon=False)
     if title:
         figure.suptitle(title, fontsize=10)

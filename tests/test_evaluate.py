@@ -350,6 +350,29 @@ def test_barrier_with_repair_leaves_the_end_points(repair: Any) -> None:
     assert [m.training for m in a.modules()] == flags
 
 
+def test_a_path_and_a_plane_of_a_regression(tmp_path: Path) -> None:
+    a, b, c = (nn.Linear(3, 2) for _ in range(3))
+    x, y = torch.randn(20, 3), torch.randn(20, 2)
+    states, data = [n.state_dict() for n in (a, b, c)], [(x[:12], y[:12]), (x[12:], y[12:])]
+
+    def error(state: dict[str, torch.Tensor]) -> float:
+        return F.mse_loss(F.linear(x, state["weight"], state["bias"]), y).item()
+
+    path = barrier(a, states[0], states[1], data, 3, loss=F.mse_loss)
+    expected = [error(interpolate(states[0], states[1], t)) for t in (0.0, 0.5, 1.0)]
+    assert path.losses == pytest.approx(expected, rel=1e-5)
+    assert path.accuracies == ()
+    assert path.accuracy_barrier is None
+    assert "accuracy" not in str(path)
+    path.plot(tmp_path / "path.svg")
+    seen = plane(a, *states, data, 3, loss=F.mse_loss)
+    assert seen.anchor_losses == pytest.approx([error(s) for s in states], rel=1e-5)
+    assert seen.accuracies == ()
+    json.dumps([path.to_dict(), seen.to_dict()])
+    with pytest.raises(AutomergeError, match=r"metrics=\{'name': callable\}, or loss=callable along a path"):
+        barrier(a, states[0], states[1], data)
+
+
 def test_barrier_bad_input() -> None:
     a = _net(0)
     state = a.state_dict()
