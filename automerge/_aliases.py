@@ -48,13 +48,15 @@ class _Base:
 
 @dataclass(frozen=True)
 class _Step:
-    """One view operator of a chain; ``args`` are node arguments without the first."""
+    """One view operator of a chain; ``args`` are node arguments without the first, ``start`` is where its operand began."""
 
     op: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     item: int | None
-    source_value: torch.Tensor
+    shape: torch.Size
+    strides: tuple[int, ...]
+    start: int
     value: torch.Tensor
 
 
@@ -68,9 +70,29 @@ class Tracked:
         self.version = self.base.version
         self.base.live.append(node)
 
-    def view(self, op: Any, args: Any, kwargs: Any, item: int | None, node: fx.Node, value: torch.Tensor) -> Tracked:
-        """The entry of a view of this tensor; ``value`` is the view, or what its node keeps of it."""
-        step = _Step(op, tuple(args[1:]), dict(kwargs), item, self.node.meta["val"], value)
+    def view(
+        self,
+        op: Any,
+        args: Any,
+        kwargs: Any,
+        item: int | None,
+        node: fx.Node,
+        source: torch.Tensor,
+        value: torch.Tensor,
+    ) -> Tracked:
+        """The entry of a view of this tensor.
+
+        Args:
+            op: the view operator.
+            args: its arguments, nodes in the place of tensors.
+            kwargs: its keyword arguments.
+            item: which of its outputs.
+            node: of the view.
+            source: the tensor that is viewed.
+            value: the view, or what its node keeps of it.
+        """
+        where = (source.shape, source.stride(), int(source.storage_offset()))
+        step = _Step(op, tuple(args[1:]), dict(kwargs), item, *where, value)
         return Tracked(node, self.base, (*self.chain, step))
 
 
@@ -169,7 +191,10 @@ def _retarget(recorder: Any, func: Any, args: Any, node_args: Any, node_kwargs: 
     node = recorder.emit(functional, node_args, node_kwargs, out)
     node.meta["val"] = recorder.example(node, node.meta["val"], own=True)
     recorder._register(
-        args[0], before.view(functional, node_args, node_kwargs, None, node, recorder.example(node, out))
+        args[0],
+        before.view(
+            functional, node_args, node_kwargs, None, node, before.node.meta["val"], recorder.example(node, out)
+        ),
     )
     return out
 
@@ -220,8 +245,7 @@ def assign(recorder: Any, tracked: Tracked, node: fx.Node, tensor: torch.Tensor)
 
 def _scatter(recorder: Any, step: _Step, source: fx.Node, new: fx.Node) -> fx.Node:
     """``source`` with the part that ``step`` views replaced by ``new``."""
-    value = step.source_value
-    shape = list(value.shape)
+    shape = list(step.shape)
     op, args = step.op.overloadpacket, step.args
     if op is aten.slice:
         return computed(recorder, aten.slice_scatter.default, (source, new, *args), step.kwargs, None)
@@ -241,13 +265,21 @@ def _scatter(recorder: Any, step: _Step, source: fx.Node, new: fx.Node) -> fx.No
     view = step.value
     if op in (aten.split, aten.split_with_sizes) and step.item is not None:
         dim = (args[1] if len(args) > 1 else 0) % len(shape)
-        start = (view.storage_offset() - value.storage_offset()) // max(value.stride(dim), 1)
+        start = (view.storage_offset() - step.start) // max(step.strides[dim], 1)
         return computed(
             recorder, aten.slice_scatter.default, (source, new, dim, start, start + view.shape[dim]), {}, None
         )
-    offset = view.storage_offset() - value.storage_offset()
-    where = (list(view.shape), list(view.stride()), offset)
-    return computed(recorder, aten.as_strided_scatter.default, (source, new, *where), {}, value)
+    offset = view.storage_offset() - step.start
+    places = torch.empty_strided(shape, step.strides, dtype=torch.int64)
+    if places.is_contiguous():  # the operator counts places from the start of the memory: let it be the tensor's own
+        whole = computed(recorder, aten.clone.default, (source,), {"memory_format": torch.contiguous_format}, None)
+        where = (list(view.shape), list(view.stride()), offset)
+        return computed(recorder, aten.as_strided_scatter.default, (whole, new, *where), {}, None)
+    places.copy_(torch.arange(places.numel()).reshape(places.shape))
+    index = recorder.fixed(places.as_strided(view.shape, view.stride(), offset).reshape(-1))
+    flat, part = (computed(recorder, aten.reshape.default, (n, [-1]), {}, None) for n in (source, new))
+    filled = computed(recorder, aten.scatter.src, (flat, 0, index, part), {}, None)
+    return computed(recorder, aten.reshape.default, (filled, shape), {}, None)
 
 
 def _order(op: Any, args: tuple[Any, ...], ndim: int) -> list[int]:

@@ -6,26 +6,29 @@ import contextlib
 import keyword
 import operator
 import os
+import re
 import sys
 import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as _nn_module
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.weak import TensorWeakRef
 
 from automerge._aliases import Tracked, overlaps, read, shadow, write
 from automerge._double import plainly
 from automerge._errors import TraceError
+from automerge._lazy_module import LazyModule
 from automerge._tree_io import map_tensors, tensors_of
+from automerge._unfilled import NeedsValues, looks, unfilled
 
 aten = torch.ops.aten
+_NO_WORD = re.compile("[^0-9A-Za-z]")
 _TORCH_DIR = os.path.dirname(torch.__file__) + os.sep  # torchvision's files are a model's own
 _HERE = os.path.dirname(__file__) + os.sep
 
@@ -63,9 +66,12 @@ class Recorder(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, model: nn.Module, values: bool, constants: Collection[str] = ()) -> None:
+    def __init__(self, model: nn.Module, values: bool, constants: Collection[str] = (), compute: bool = True) -> None:
         super().__init__()
         self.values = values
+        self.compute = compute
+        self.gave_up = False
+        self.blank: set[fx.Node] = set()  # what follows from numbers that were not computed
         self.graph = fx.Graph()
         self.root = nn.Module()
         self.info = TraceInfo()
@@ -80,6 +86,8 @@ class Recorder(TorchDispatchMode):
         self.states: list[tuple[torch.Tensor, fx.Node]] = []
         self.kept: list[tuple[str, torch.Tensor, torch.Tensor, int]] = []
         self.buffers = {id(t): name for name, t in model.named_buffers()}
+        attributes = (t for m in model.modules() for t in vars(m).values() if isinstance(t, torch.Tensor))
+        self.present = {*self.buffers, *map(id, attributes)}
         self._add_state(model, constants)
 
     # ------------------------------------------------------------ placeholders
@@ -124,7 +132,7 @@ class Recorder(TorchDispatchMode):
         self.kept.append((name, tensor, value, _version(tensor)))
 
     def _placeholder(self, name: str, tensor: torch.Tensor, kind: str) -> fx.Node:
-        word = "".join(c if c.isascii() and c.isalnum() else "_" for c in name).strip("_") or kind
+        word = _NO_WORD.sub("_", name).strip("_") or kind
         usable = word[0].isalpha() and word != "self" and not keyword.iskeyword(word)
         node = self.graph.placeholder(word if usable else f"{kind}_{word}")
         node.target = node.name  # two names may make one word
@@ -204,13 +212,20 @@ class Recorder(TorchDispatchMode):
         return known is not None and known[0]() is tensor
 
     def _constant(self, tensor: torch.Tensor) -> fx.Node:
-        name = f"_constant_{len(self.info.unknown)}"
+        if self.blank and id(tensor) not in self.present:
+            self.give_up()  # it may have come from numbers that were not computed, below the dispatcher
         value = tensor.detach().clone()
+        node = self.fixed(value)
+        self.info.unknown.append(f"{node.target}{self.where()}")
+        self.keep(self.buffers.get(id(tensor), f"a tensor of its own{self.where()}"), tensor, value)
+        return node
+
+    def fixed(self, value: torch.Tensor) -> fx.Node:
+        """A constant as a node."""
+        name = f"_constant_{len(self.root._buffers)}"
         self.root.register_buffer(name, value)
         node = self.graph.get_attr(name)
         node.meta.update(val=value, module=self.stack[-1] if self.stack else "", source=_source())
-        self.info.unknown.append(f"{name}{self.where()}")
-        self.keep(self.buffers.get(id(tensor), f"a tensor of its own{self.where()}"), tensor, value)
         return node
 
     def emit(self, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
@@ -220,6 +235,8 @@ class Recorder(TorchDispatchMode):
             self.tainted.add(node)
         if any(n in self.varying for n in sources):
             self.varying.add(node)
+        if self.blank and any(n in self.blank for n in sources):
+            self.blank.add(node)
         node.meta.update(val=self.example(node, value), module=self.stack[-1] if self.stack else "", source=_source())
         return node
 
@@ -251,8 +268,13 @@ class Recorder(TorchDispatchMode):
             for node in node_args:
                 self.note_read(node)
             return func(*args, **kwargs)
+        if self.blank and looks(func, args, node_args, self.blank):
+            self.give_up()
         if func._schema.is_mutable:
             return write(self, func, args, kwargs, node_args, node_kwargs)
+        out = None if self.compute else self._unfilled(func, args, kwargs, node_args, node_kwargs)
+        if out is not None:
+            return out
         out = func(*args, **kwargs)
         if isinstance(out, torch.Tensor) and out.is_nested:
             raise TraceError(f"the model makes a nested tensor{self.where()} ({_source()}), {NO_NESTED}")
@@ -263,8 +285,24 @@ class Recorder(TorchDispatchMode):
             self.info.data_dependent.append(f"{_source()}{self.where()}")
         return out
 
+    def _unfilled(self, func: Any, args: Any, kwargs: Any, node_args: Any, node_kwargs: Any) -> torch.Tensor | None:
+        """Zeros in the place of a product that depends on inputs or weights, recorded; None if it is to be computed."""
+        if not any(n in self.varying for n in node_args if isinstance(n, fx.Node)):
+            return None
+        out = unfilled(func, args, kwargs)
+        if out is not None:
+            self.blank.add(self.record(func, args, node_args, node_kwargs, out))
+        return out
+
+    def give_up(self) -> NoReturn:
+        """Numbers that were not computed are looked at; remembered, lest a model catch the exception."""
+        self.gave_up = True
+        raise NeedsValues
+
     def note_read(self, node: Any) -> None:
         """Python sees a tensor's values: from here on the trace holds for those values only."""
+        if isinstance(node, fx.Node) and node in self.blank:
+            self.give_up()
         if isinstance(node, fx.Node) and node in self.tainted:
             self.info.data_dependent.append(f"{_source()}{self.where()}")
             self.info.reads.append(node.name)
@@ -286,17 +324,13 @@ class Recorder(TorchDispatchMode):
     def _track(
         self, func: Any, args: Any, node_args: Any, node_kwargs: Any, out: torch.Tensor, node: fx.Node, item: int | None
     ) -> None:
-        base = None
-        if func._schema.returns and func._schema.returns[0].alias_info is not None and args:
-            source = args[0]
-            if isinstance(source, torch.Tensor):
-                if out is source:
-                    return
-                base = self._lookup(source)
-        held = node.meta["val"]
-        self._register(
-            out, Tracked(node) if base is None else base.view(func, node_args, node_kwargs, item, node, held)
-        )
+        source = args[0] if args else None
+        viewed = func._schema.returns and func._schema.returns[0].alias_info is not None
+        if not viewed or not isinstance(source, torch.Tensor):
+            self._register(out, Tracked(node))
+        elif out is not source:
+            base = self._lookup(source)
+            self._register(out, base.view(func, node_args, node_kwargs, item, node, source, node.meta["val"]))
 
     def node_of(self, tensor: torch.Tensor) -> fx.Node:
         """The node that holds a tensor's present value."""
@@ -306,6 +340,8 @@ class Recorder(TorchDispatchMode):
         """Emit a call that is no operator, and register its output tensor or tuple of tensors."""
         with _disable_current_modes(), torch._C.DisableTorchFunction():
             node = self.emit(target, args, kwargs, out)
+            if node in self.blank:
+                self.give_up()
             if isinstance(out, torch.Tensor):
                 self._register(out, Tracked(node))
             else:
@@ -325,7 +361,7 @@ class Recorder(TorchDispatchMode):
             nodes = tuple(self.node_of(t) for t in outputs)
         self.graph.output(nodes)
         self.info.outputs = len(nodes)
-        module = fx.GraphModule(self.root, self.graph)
+        module = (fx.GraphModule if self.values else LazyModule)(self.root, self.graph)
         module.meta["trace"] = self.info
         return module
 
@@ -340,36 +376,6 @@ _UNFILLED = (
     aten.new_empty_strided,
 )
 _READS = (aten._local_scalar_dense.default, aten.item.default, aten.equal.default, aten.is_nonzero.default)
-
-
-class Readers(TorchFunctionMode):
-    """Notes the ways in which python reads a whole tensor without any operator."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self.recorder = recorder
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _WHOLE_READS and isinstance(args[0], torch.Tensor):
-            self.recorder.note_read(self.recorder.node_of(args[0]))
-        if func is torch.Tensor.__deepcopy__:  # copies memory without any operator
-            out = args[0].detach().clone()
-            args[1][id(args[0])] = out
-            return out
-        if func is torch.nn.functional.one_hot:
-            return _one_hot(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _one_hot(index: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
-    """`one_hot` without its look at the smallest and largest index when the number of classes is known."""
-    if num_classes <= 0:
-        return torch.ops.aten.one_hot(index, num_classes)
-    zeros = index.new_zeros((*index.shape, num_classes))
-    return zeros.scatter(-1, index.unsqueeze(-1), 1)
-
-
-_WHOLE_READS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -20,9 +20,11 @@ from torch.nn.parameter import is_lazy
 from automerge._errors import TraceError
 from automerge._machine import releasing
 from automerge._opaque import opaque_modules
-from automerge._recorder import NO_NESTED, Readers, Recorder
+from automerge._readers import Readers
+from automerge._recorder import NO_NESTED, Recorder
 from automerge._recorder import TraceInfo as TraceInfo  # public here
 from automerge._tree_io import tensors_of
+from automerge._unfilled import NeedsValues
 
 _LARGE = 8 << 20  # bytes; a smaller tensor's memory stays in the heap, which the notes taken meanwhile break up
 
@@ -79,7 +81,17 @@ def trace(
         )
     positional, keywords = normalise_args(args, kwargs)
     _check_traceable(model, (positional, keywords))
-    recorder = Recorder(model, values, constants)
+    if not values:
+        quick = Recorder(model, values, constants, compute=False)
+        with contextlib.suppress(NeedsValues, TraceError):
+            graph = _recorded(model, positional, keywords, quick)
+            if not quick.gave_up:
+                return graph
+    return _recorded(model, positional, keywords, Recorder(model, values, constants))
+
+
+def _recorded(model: nn.Module, positional: Any, keywords: Any, recorder: Recorder) -> fx.GraphModule:
+    """One run of a model under a recorder."""
     positional, keywords = recorder.add_inputs(positional, keywords)
     with prepared(model), recorder.watch_modules(), releasing(_LARGE):
         try:

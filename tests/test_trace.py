@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 from torch.nn.attention.flex_attention import flex_attention
@@ -107,6 +107,9 @@ STEP = st.tuples(
 
 
 @settings(max_examples=150)
+@example([("view", 0, 0, 1), ("view", 1, 6, 0), ("write", 2, 0, 0)], (2, 1))  # a window of a part
+@example([("view", 0, 0, 1), ("write", 1, 0, 0), ("view", 1, 6, 0), ("write", 2, 0, 0)], (2, 1))
+@example([("view", 0, 2, 0), ("view", 1, 0, 1), ("view", 2, 6, 0), ("write", 3, 0, 0)], (3, 3))  # of a transpose
 @given(st.lists(STEP, min_size=1, max_size=7), st.tuples(st.integers(1, 3), st.integers(1, 3)))
 def test_writes_in_place_and_views(steps: Steps, shape: tuple[int, int]) -> None:
     """Random programs of views and writes: the functional graph gives what running them gives, and changes no input."""

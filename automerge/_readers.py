@@ -1,0 +1,38 @@
+"""Looks of python at whole tensors, which no operator announces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class Readers(TorchFunctionMode):
+    """Notes the ways in which python reads a whole tensor without any operator."""
+
+    def __init__(self, recorder: Any) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _WHOLE_READS and isinstance(args[0], torch.Tensor):
+            self.recorder.note_read(self.recorder.node_of(args[0]))
+        if func is torch.Tensor.__deepcopy__:  # copies memory without any operator
+            out = args[0].detach().clone()
+            args[1][id(args[0])] = out
+            return out
+        if func is torch.nn.functional.one_hot:
+            return _one_hot(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _one_hot(index: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
+    """`one_hot` without its look at the smallest and largest index when the number of classes is known."""
+    if num_classes <= 0:
+        return torch.ops.aten.one_hot(index, num_classes)
+    zeros = index.new_zeros((*index.shape, num_classes))
+    return zeros.scatter(-1, index.unsqueeze(-1), 1)
+
+
+_WHOLE_READS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}

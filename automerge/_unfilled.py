@@ -1,0 +1,105 @@
+"""Products and convolutions whose numbers nobody looks at, given as zeros in the form that their kernels give.
+
+Of what depends on inputs and weights, inference needs shapes, types and places in memory. Everything runs as it is but for
+these few operators, which take most of a forward pass; what follows them runs on zeros. A program that looks at such
+numbers (``if x.sum() > 0``, positions of a mask) raises `NeedsValues` and is run once more with all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+
+class NeedsValues(BaseException):
+    """The program looks at numbers that were not computed; no `Exception`, so that no model swallows it."""
+
+
+def unfilled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """Zeros in the place of ``func(*args, **kwargs)``; None if it is to be computed.
+
+    Only forms that are the same in every kernel: products come out dense, and so do convolutions of dense operands.
+    """
+    shape = _SHAPES.get(func)
+    if shape is None or kwargs or not all(_plain(a) for a in args if isinstance(a, torch.Tensor)):
+        return None
+    size = shape(*args)
+    return None if size is None else args[0].new_zeros(size)
+
+
+def looks(func: Any, args: tuple[Any, ...], nodes: tuple[Any, ...], blank: Collection[fx.Node]) -> bool:
+    """Whether the form of an operator's outputs depends on numbers that were not computed.
+
+    Args:
+        func: the operator.
+        args: its arguments.
+        nodes: the same, with nodes in the place of tensors.
+        blank: the nodes of numbers that were not computed, and of what follows from them.
+    """
+    if func in _LOOKUPS:
+        masks = (n for n, i in zip(nodes[1], args[1], strict=True) if i is not None and i.dtype in _MASKS)
+        return any(n in blank for n in masks)
+    if _BY_VALUE.isdisjoint(func.tags):
+        return False
+    found: list[fx.Node] = []
+    fx.node.map_arg(nodes, found.append)
+    return any(n in blank for n in found)
+
+
+_MASKS = (torch.bool, torch.uint8)
+_LOOKUPS = (aten.index.Tensor, aten._unsafe_index.Tensor)
+_BY_VALUE = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+
+
+def _plain(tensor: torch.Tensor) -> bool:
+    """A tensor of ordinary numbers in the CPU's memory, which operators treat alike."""
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.device.type == "cpu"
+        and tensor.layout is torch.strided
+        and tensor.dtype in (torch.float32, torch.float64)
+    )
+
+
+def _mm(a: torch.Tensor, b: torch.Tensor) -> tuple[int, ...] | None:
+    return (a.shape[0], b.shape[1]) if a.shape[1] == b.shape[0] else None
+
+
+def _bmm(a: torch.Tensor, b: torch.Tensor) -> tuple[int, ...] | None:
+    return (a.shape[0], a.shape[1], b.shape[2]) if a.shape[0] == b.shape[0] and a.shape[2] == b.shape[1] else None
+
+
+def _addmm(_: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[int, ...] | None:
+    return _mm(a, b)
+
+
+def _convolution(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    _: torch.Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    __: list[int],
+    groups: int,
+) -> tuple[int, ...] | None:
+    fits = x.dim() == weight.dim() in (3, 4, 5) and x.shape[1] == weight.shape[1] * groups
+    if transposed or not fits or not (x.is_contiguous() and weight.is_contiguous()) or 0 in x.shape:
+        return None
+    sizes = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    after = tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
+    return (x.shape[0], weight.shape[0], *after) if min(after) > 0 else None
+
+
+_SHAPES: dict[Any, Callable[..., tuple[int, ...] | None]] = {
+    aten.mm.default: _mm,
+    aten.bmm.default: _bmm,
+    aten.addmm.default: _addmm,
+    aten.convolution.default: _convolution,
+}

@@ -1,0 +1,173 @@
+"""Products that are not computed: the same graphs as with all numbers, and the forms that kernels give."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import fx, nn
+
+import automerge._recorder
+from automerge import infer, trace
+from automerge._unfilled import unfilled
+from automerge.testing import Network, networks
+from tests.inference import networks_hostile
+from tests.inference.networks_hostile import Program
+from tests.inference.test_networks import ALL
+
+aten = torch.ops.aten
+
+
+def described(graph: fx.GraphModule) -> list[Any]:
+    """All that inference reads of a graph, constants' values included."""
+    names = {n: i for i, n in enumerate(graph.graph.nodes)}
+
+    def form(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if not value.is_meta and value.layout is torch.strided and value.numel() < 4096:
+            return (value.dtype, value.shape, value.stride(), str(value.tolist()))
+        return (value.dtype, value.shape, value.stride() if value.layout is torch.strided else None)
+
+    rows = []
+    for n in graph.graph.nodes:
+        args = fx.node.map_arg((n.args, n.kwargs), lambda a: names[a])
+        value = n.meta.get("val")
+        shown = [form(v) for v in value] if isinstance(value, list | tuple) else form(value)
+        rows.append((n.op, str(n.target), str(args), str(shown)))
+    return [*rows, graph.meta["trace"].data_dependent, graph.meta["trace"].aliases]
+
+
+def both(model: nn.Module, args: Any, kwargs: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], list[Any]]:
+    torch.manual_seed(0)
+    quick = described(trace(model, args, kwargs, values=False))
+    with monkeypatch.context() as patch:
+        patch.setattr(automerge._recorder, "unfilled", lambda *_: None)
+        torch.manual_seed(0)
+        return quick, described(trace(model, args, kwargs, values=False))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_graph_is_that_of_all_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, args, _ = ALL[name]
+    torch.manual_seed(0)
+    quick, whole = both(kind(), args, networks_hostile.KWARGS.get(name), monkeypatch)
+    assert quick == whole
+
+
+@given(network=networks())
+@settings(max_examples=30, deadline=None)
+def test_the_graph_of_a_random_network(network: Network) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        quick, whole = both(network.model, network.args, None, patch)
+    assert quick == whole
+
+
+# -------------------------------------------------------------------- forms
+sizes = st.integers(1, 5)
+layouts = st.sampled_from(["dense", "transposed", "strided", "expanded"])
+
+
+def laid_out(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> torch.Tensor:
+    x = torch.randn(shape, dtype=dtype)
+    if layout == "transposed":
+        return x.mT.contiguous().mT
+    if layout == "strided":
+        return torch.randn((*shape[:-1], 2 * shape[-1]), dtype=dtype)[..., ::2]
+    return x[..., :1].expand(shape) if layout == "expanded" else x
+
+
+def same_form(func: Any, *args: Any) -> None:
+    mine, out = unfilled(func, args, {}), func(*args)
+    assert mine is not None
+    assert (mine.shape, mine.stride(), mine.dtype, mine.storage_offset()) == (out.shape, out.stride(), out.dtype, 0)
+    assert mine.untyped_storage().nbytes() == out.untyped_storage().nbytes()
+
+
+@given(b=sizes, n=sizes, k=sizes, m=sizes, left=layouts, right=layouts, double=st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_products(b: int, n: int, k: int, m: int, left: str, right: str, double: bool) -> None:
+    dtype = torch.float64 if double else torch.float32
+    x, y = laid_out((n, k), left, dtype), laid_out((k, m), right, dtype)
+    same_form(aten.mm.default, x, y)
+    same_form(aten.addmm.default, torch.randn(m, dtype=dtype), x, y)
+    same_form(aten.bmm.default, laid_out((b, n, k), left, dtype), laid_out((b, k, m), right, dtype))
+
+
+@given(
+    data=st.data(),
+    dims=st.integers(1, 3),
+    batch=sizes,
+    groups=st.integers(1, 3),
+    inside=st.integers(1, 3),
+    out=st.integers(1, 3),
+    double=st.booleans(),
+    bias=st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_convolutions(
+    data: st.DataObject, dims: int, batch: int, groups: int, inside: int, out: int, double: bool, bias: bool
+) -> None:
+    dtype = torch.float64 if double else torch.float32
+    kernel = data.draw(st.lists(st.integers(1, 3), min_size=dims, max_size=dims))
+    stride, dilation = (data.draw(st.lists(st.integers(1, 2), min_size=dims, max_size=dims)) for _ in range(2))
+    padding = data.draw(st.lists(st.integers(0, 2), min_size=dims, max_size=dims))
+    shape = [d * (k - 1) + 1 + data.draw(st.integers(0, 4)) for k, d in zip(kernel, dilation, strict=True)]
+    x = torch.randn(batch, groups * inside, *shape, dtype=dtype)
+    weight = torch.randn(groups * out, inside, *kernel, dtype=dtype)
+    offset = torch.randn(groups * out, dtype=dtype) if bias else None
+    same_form(aten.convolution.default, x, weight, offset, stride, padding, dilation, False, [0] * dims, groups)
+
+
+def test_other_layouts_and_kinds_are_computed() -> None:
+    x, w = torch.randn(2, 4, 5, 5), torch.randn(6, 4, 3, 3)
+    rest = (None, [1, 1], [0, 0], [1, 1])
+    assert unfilled(aten.convolution.default, (x, w, *rest, False, [0, 0], 1), {}) is not None
+    channels_last = x.to(memory_format=torch.channels_last)
+    assert unfilled(aten.convolution.default, (channels_last, w, *rest, False, [0, 0], 1), {}) is None
+    assert unfilled(aten.convolution.default, (x, w.transpose(0, 1), *rest, True, [0, 0], 1), {}) is None
+    assert unfilled(aten.mm.default, (torch.ones(2, 2).int(), torch.ones(2, 2).int()), {}) is None
+    assert unfilled(aten.mm.default, (torch.ones(2, 3), torch.ones(4, 2)), {}) is None
+    assert unfilled(aten.add.Tensor, (x, x), {}) is None
+
+
+# -------------------------------------------------------------------- programs that look
+def _asks(s: Any, x: torch.Tensor) -> torch.Tensor:
+    h = s.a(x)
+    return s.b(h.relu()) if float(h.detach().abs().sum()) > 0 else s.b(h[:, :1].expand_as(h))
+
+
+def _selects(s: Any, x: torch.Tensor) -> torch.Tensor:
+    h = s.a(x)
+    return s.b(h[(h.sum(1) > -1e9)])
+
+
+def _swallows(s: Any, x: torch.Tensor) -> torch.Tensor:
+    h = s.a(x)
+    try:
+        positive = bool((h.abs() > 0).any())
+    except BaseException:
+        positive = False
+    return s.b(h.relu() if positive else h[:, :1].expand_as(h))
+
+
+def _counts(s: Any, x: torch.Tensor) -> torch.Tensor:
+    h = s.a(x)
+    return s.b(h.relu() if len(torch.bincount((h != 0).long().flatten())) > 1 else h[:, :1].expand_as(h))
+
+
+def _fails(s: Any, x: torch.Tensor) -> torch.Tensor:
+    h = s.a(x)
+    torch.multinomial(h.abs(), 1)  # none of them can be drawn if all are zero
+    return s.b(h.relu())
+
+
+@pytest.mark.parametrize("forward", [_asks, _selects, _swallows, _counts, _fails])
+def test_a_program_that_looks_at_numbers_sees_them(forward: Any) -> None:
+    torch.manual_seed(0)
+    model = Program(forward, {"a": partial(nn.Linear, 4, 6), "b": partial(nn.Linear, 6, 2)})
+    assert [g.size for g in infer(model, torch.randn(3, 4)).generators()] == [6]
