@@ -285,13 +285,14 @@ class Recorder(TorchDispatchMode):
             self.info.data_dependent.append(f"{_source()}{self.where()}")
         return out
 
-    def _unfilled(self, func: Any, args: Any, kwargs: Any, node_args: Any, node_kwargs: Any) -> torch.Tensor | None:
+    def _unfilled(self, func: Any, args: Any, kwargs: Any, node_args: Any, node_kwargs: Any) -> Any:
         """Zeros in the place of a product that depends on inputs or weights, recorded; None if it is to be computed."""
         if not any(n in self.varying for n in node_args if isinstance(n, fx.Node)):
             return None
         out = unfilled(func, args, kwargs)
         if out is not None:
-            self.blank.add(self.record(func, args, node_args, node_kwargs, out))
+            node = self.record(func, args, node_args, node_kwargs, out)
+            self.blank |= {node, *node.users}
         return out
 
     def give_up(self) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Products and convolutions whose numbers nobody looks at, given as zeros in the form that their kernels give.
+"""Products, convolutions and BatchNorms whose numbers nobody looks at, given as zeros in the form that their kernels give.
 
 Of what depends on inputs and weights, inference needs shapes, types and places in memory. Everything runs as it is but for
 these few operators, which take most of a forward pass; what follows them runs on zeros. A program that looks at such
@@ -20,14 +20,17 @@ class NeedsValues(BaseException):
     """The program looks at numbers that were not computed; no `Exception`, so that no model swallows it."""
 
 
-def unfilled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+def unfilled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Zeros in the place of ``func(*args, **kwargs)``; None if it is to be computed.
 
-    Only forms that are the same in every kernel: products come out dense, and so do convolutions of dense operands.
+    Only forms that are the same in every kernel: products come out dense, and so do convolutions and BatchNorms of dense
+    operands.
     """
     shape = _SHAPES.get(func)
     if shape is None or kwargs or not all(_plain(a) for a in args if isinstance(a, torch.Tensor)):
         return None
+    if func is aten.native_batch_norm.default:
+        return _batch_norm(*args)
     size = shape(*args)
     return None if size is None else args[0].new_zeros(size)
 
@@ -97,9 +100,17 @@ def _convolution(
     return (x.shape[0], weight.shape[0], *after) if min(after) > 0 else None
 
 
+def _batch_norm(x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...] | None:
+    """By running statistics; on the CPU the batch's own, which are not taken, are without entries."""
+    if rest[4] or rest[2] is None or x.dim() < 2 or not x.is_contiguous():
+        return None
+    return torch.zeros(x.shape, dtype=x.dtype), x.new_zeros(0), x.new_zeros(0)
+
+
 _SHAPES: dict[Any, Callable[..., tuple[int, ...] | None]] = {
     aten.mm.default: _mm,
     aten.bmm.default: _bmm,
     aten.addmm.default: _addmm,
     aten.convolution.default: _convolution,
+    aten.native_batch_norm.default: lambda *_: None,
 }

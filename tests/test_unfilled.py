@@ -123,6 +123,19 @@ def test_convolutions(
     same_form(aten.convolution.default, x, weight, offset, stride, padding, dilation, False, [0] * dims, groups)
 
 
+@given(shape=st.lists(sizes, min_size=2, max_size=5), affine=st.booleans(), double=st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_batch_norms(shape: list[int], affine: bool, double: bool) -> None:
+    x = torch.randn(shape, dtype=torch.float64 if double else torch.float32)
+    mean, variance = torch.zeros(shape[1], dtype=x.dtype), torch.ones(shape[1], dtype=x.dtype)
+    weights = (variance, mean) if affine else (None, None)
+    args = (x, *weights, mean, variance, False, 0.1, 1e-5)
+    mine, out = unfilled(aten.native_batch_norm.default, args, {}), aten.native_batch_norm.default(*args)
+    for a, b in zip(mine, out, strict=True):
+        assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+    assert unfilled(aten.native_batch_norm.default, (*args[:5], True, *args[6:]), {}) is None
+
+
 def test_other_layouts_and_kinds_are_computed() -> None:
     x, w = torch.randn(2, 4, 5, 5), torch.randn(6, 4, 3, 3)
     rest = (None, [1, 1], [0, 0], [1, 1])
