@@ -250,7 +250,14 @@ class Recorder(TorchDispatchMode):
 
     # ------------------------------------------------------------ dispatch
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        try:
+            return self._dispatched(func, args, kwargs or {})
+        except Exception:
+            if self.blank:
+                self.give_up()  # a factorisation that fails on zeros, say; the model may go another way then
+            raise
+
+    def _dispatched(self, func: Any, args: Any, kwargs: Any) -> Any:
         if isinstance(func, torch._ops.HigherOrderOperator):
             with self:
                 return plainly(func, *args, **kwargs)
@@ -278,7 +285,7 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         if isinstance(out, torch.Tensor) and out.is_nested:
             raise TraceError(f"the model makes a nested tensor{self.where()} ({_source()}), {NO_NESTED}")
-        if func.overloadpacket in _UNFILLED and not out.is_meta:
+        if func.overloadpacket in _BARE and not out.is_meta:
             out.zero_()  # what lies in memory by chance is no constant with distinct entries
         self.record(func, args, node_args, node_kwargs, out)
         if func is aten.nonzero.default and node_args[0] in self.tainted:
@@ -368,7 +375,7 @@ class Recorder(TorchDispatchMode):
 
 
 NO_NESTED = "which has no shape to follow; pad the sequences (torch.nested.to_padded_tensor) for inference"
-_UNFILLED = (
+_BARE = (
     aten.empty,
     aten.empty_like,
     aten.empty_strided,

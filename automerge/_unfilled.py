@@ -36,7 +36,7 @@ def unfilled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def looks(func: Any, args: tuple[Any, ...], nodes: tuple[Any, ...], blank: Collection[fx.Node]) -> bool:
-    """Whether the form of an operator's outputs depends on numbers that were not computed.
+    """Whether the form of an operator's outputs depends on numbers that were not computed, or may.
 
     Args:
         func: the operator.
@@ -47,7 +47,9 @@ def looks(func: Any, args: tuple[Any, ...], nodes: tuple[Any, ...], blank: Colle
     if func in _LOOKUPS:
         masks = (n for n, i in zip(nodes[1], args[1], strict=True) if i is not None and i.dtype in _MASKS)
         return any(n in blank for n in masks)
-    if _BY_VALUE.isdisjoint(func.tags):
+    if func in _PACKING:
+        return nodes[1] in blank
+    if func.namespace == "aten" and _BY_VALUE.isdisjoint(func.tags):
         return False
     found: list[fx.Node] = []
     fx.node.map_arg(nodes, found.append)
@@ -56,6 +58,7 @@ def looks(func: Any, args: tuple[Any, ...], nodes: tuple[Any, ...], blank: Colle
 
 _MASKS = (torch.bool, torch.uint8)
 _LOOKUPS = (aten.index.Tensor, aten._unsafe_index.Tensor)
+_PACKING = (aten._pack_padded_sequence.default, aten._pad_packed_sequence.default)  # by lengths
 _BY_VALUE = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 
 

@@ -179,7 +179,33 @@ def _fails(s: Any, x: torch.Tensor) -> torch.Tensor:
     return s.b(h.relu())
 
 
-@pytest.mark.parametrize("forward", [_asks, _selects, _swallows, _counts, _fails])
+def _packs(s: Any, x: torch.Tensor) -> torch.Tensor:
+    h = s.a(x)
+    lengths = (h != 0).sum(1)
+    packed = torch.nn.utils.rnn.pack_padded_sequence(h[..., None], lengths, batch_first=True, enforce_sorted=False)
+    return s.b(h.relu() if len(packed.data) > len(x) else h[:, :1].expand_as(h))
+
+
+_LIBRARY = torch.library.Library("automerge_test_unfilled", "DEF")
+_LIBRARY.define("positive(Tensor x) -> Tensor")
+_LIBRARY.impl("positive", lambda x: x[x != 0].clone(), "CompositeExplicitAutograd")
+
+
+def _filters(s: Any, x: torch.Tensor) -> torch.Tensor:
+    h = s.a(x)
+    return s.b(h.relu() if len(torch.ops.automerge_test_unfilled.positive(h)) else h[:, :1].expand_as(h))
+
+
+def _recovers(s: Any, x: torch.Tensor) -> torch.Tensor:
+    h = s.a(x)
+    try:
+        torch.linalg.cholesky(h @ h.T + h.square().sum() * torch.eye(len(h)))
+    except RuntimeError:
+        h = h[:, :1].expand_as(h)
+    return s.b(h.relu())
+
+
+@pytest.mark.parametrize("forward", [_asks, _selects, _swallows, _counts, _fails, _recovers, _packs, _filters])
 def test_a_program_that_looks_at_numbers_sees_them(forward: Any) -> None:
     torch.manual_seed(0)
     model = Program(forward, {"a": partial(nn.Linear, 4, 6), "b": partial(nn.Linear, 6, 2)})
