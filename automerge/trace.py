@@ -8,6 +8,7 @@ loops and hooks need no support, because they simply run. The graph holds for th
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -193,17 +194,17 @@ _CONTAINERS = (list, dict, set)
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
     """A module's attributes, containers copied one level deep (its tensors are not copied)."""
-    return {k: type(v)(v) if type(v) in _CONTAINERS else v for k, v in vars(module).items()}
+    return {k: copy.copy(v) if isinstance(v, _CONTAINERS) else v for k, v in vars(module).items()}
 
 
 def _put_back(module: nn.Module, attributes: dict[str, Any]) -> None:
-    """Undo what a forward pass bound to a module: counters, caches, buffers under their old names."""
+    """Undo what a forward pass bound to a module: counters, caches, hooks, buffers under their old names."""
     now = vars(module)
     for name in set(now) - set(attributes):
         del now[name]
     for name, value in attributes.items():
         held: Any = now.get(name)
-        if type(value) in _CONTAINERS and type(held) is type(value):
+        if isinstance(value, _CONTAINERS) and type(held) is type(value):
             if isinstance(held, list):
                 held[:] = value
             else:

@@ -585,6 +585,36 @@ def test_activations_are_freed_as_the_model_runs() -> None:
     assert peak.bytes < 600 * 2**20  # half of all scores
 
 
+class Collecting(nn.Module):
+    """Installs hooks in its first pass that collect what its layers give, and notes that it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.out = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not getattr(self, "installed", False):
+            self.found: list[torch.Tensor] = []
+            for layer in self.layers:
+                layer.register_forward_hook(lambda _, __, y: self.found.append(y))
+            self.installed = True
+        self.found.clear()
+        for layer in self.layers:
+            x = layer(x).relu()
+        return self.out(self.found[1])
+
+
+def test_hooks_of_the_first_pass_do_not_stay() -> None:
+    model, fresh, x = Collecting(), Collecting(), torch.randn(2, 4)
+    fresh.load_state_dict(model.state_dict())
+    for _ in range(2):
+        trace(model, x, values=False)
+        assert not any(layer._forward_hooks for layer in model.layers)
+        assert "installed" not in vars(model)
+    assert torch.equal(model(x), fresh(x))
+
+
 class Cut(nn.Module):
     """Doubles the first units of a layer."""
 
