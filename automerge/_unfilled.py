@@ -27,7 +27,7 @@ def unfilled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     operands.
     """
     shape = _SHAPES.get(func)
-    if shape is None or kwargs or not all(_plain(a) for a in args if isinstance(a, torch.Tensor)):
+    if shape is None or kwargs or not _plain([a for a in args if isinstance(a, torch.Tensor)]):
         return None
     if func is aten.native_batch_norm.default:
         return _batch_norm(*args)
@@ -62,40 +62,45 @@ _PACKING = (aten._pack_padded_sequence.default, aten._pad_packed_sequence.defaul
 _BY_VALUE = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 
 
-def _plain(tensor: torch.Tensor) -> bool:
-    """A tensor of ordinary numbers in the CPU's memory, which operators treat alike."""
-    return (
-        type(tensor) in (torch.Tensor, torch.nn.Parameter)
-        and tensor.device.type == "cpu"
-        and tensor.layout is torch.strided
-        and tensor.dtype in (torch.float32, torch.float64)
+def _plain(tensors: list[torch.Tensor]) -> bool:
+    """Ordinary numbers of one type in the CPU's memory, which operators treat alike."""
+    return tensors[0].dtype in (torch.float32, torch.float64) and all(
+        type(t) in (torch.Tensor, torch.nn.Parameter)
+        and t.device.type == "cpu"
+        and t.layout is torch.strided
+        and t.dtype is tensors[0].dtype
+        for t in tensors
     )
 
 
+# what a kernel would refuse is left to it
 def _mm(a: torch.Tensor, b: torch.Tensor) -> tuple[int, ...] | None:
-    return (a.shape[0], b.shape[1]) if a.shape[1] == b.shape[0] else None
+    return (a.shape[0], b.shape[1]) if a.dim() == b.dim() == 2 and a.shape[1] == b.shape[0] else None
 
 
 def _bmm(a: torch.Tensor, b: torch.Tensor) -> tuple[int, ...] | None:
-    return (a.shape[0], a.shape[1], b.shape[2]) if a.shape[0] == b.shape[0] and a.shape[2] == b.shape[1] else None
+    fits = a.dim() == b.dim() == 3 and a.shape[0] == b.shape[0] and a.shape[2] == b.shape[1]
+    return (a.shape[0], a.shape[1], b.shape[2]) if fits else None
 
 
-def _addmm(_: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[int, ...] | None:
-    return _mm(a, b)
+def _addmm(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[int, ...] | None:
+    size = _mm(a, b)
+    return size if size is not None and bias.shape == size[1:] else None
 
 
 def _convolution(
     x: torch.Tensor,
     weight: torch.Tensor,
-    _: torch.Tensor | None,
+    bias: torch.Tensor | None,
     stride: list[int],
     padding: list[int],
     dilation: list[int],
     transposed: bool,
-    __: list[int],
+    _: list[int],
     groups: int,
 ) -> tuple[int, ...] | None:
     fits = x.dim() == weight.dim() in (3, 4, 5) and x.shape[1] == weight.shape[1] * groups
+    fits = fits and weight.shape[0] % groups == 0 and (bias is None or bias.shape == weight.shape[:1])
     if transposed or not fits or not (x.is_contiguous() and weight.is_contiguous()) or 0 in x.shape:
         return None
     sizes = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
@@ -105,7 +110,9 @@ def _convolution(
 
 def _batch_norm(x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...] | None:
     """By running statistics; on the CPU the batch's own, which are not taken, are without entries."""
-    if rest[4] or rest[2] is None or x.dim() < 2 or not x.is_contiguous():
+    if rest[4] or rest[2] is None or rest[3] is None or x.dim() < 2 or not x.is_contiguous():
+        return None
+    if any(t is not None and t.shape != x.shape[1:2] for t in rest[:4]):
         return None
     return torch.zeros(x.shape, dtype=x.dtype), x.new_zeros(0), x.new_zeros(0)
 

@@ -99,7 +99,7 @@ def _index(index: Any) -> Any:
     """Lists as tensors."""
     if isinstance(index, tuple):
         return tuple(_index(i) for i in index)
-    return torch.tensor(index) if isinstance(index, list) else index
+    return torch.tensor(index, dtype=None if index else torch.int64) if isinstance(index, list) else index
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -145,6 +145,11 @@ def test_other_layouts_and_kinds_are_computed() -> None:
     assert unfilled(aten.convolution.default, (x, w.transpose(0, 1), *rest, True, [0, 0], 1), {}) is None
     assert unfilled(aten.mm.default, (torch.ones(2, 2).int(), torch.ones(2, 2).int()), {}) is None
     assert unfilled(aten.mm.default, (torch.ones(2, 3), torch.ones(4, 2)), {}) is None
+    assert unfilled(aten.mm.default, (torch.ones(2, 3), torch.ones(3, 2).double()), {}) is None
+    assert unfilled(aten.addmm.default, (torch.ones(5), torch.ones(2, 3), torch.ones(3, 2)), {}) is None
+    assert unfilled(aten.convolution.default, (x, w, torch.ones(4), *rest[1:], False, [0, 0], 1), {}) is None
+    one = torch.ones(4)
+    assert unfilled(aten.native_batch_norm.default, (x, one, one, one, one[:2], False, 0.1, 1e-5), {}) is None
     assert unfilled(aten.add.Tensor, (x, x), {}) is None
 
 
