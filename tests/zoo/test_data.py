@@ -176,3 +176,19 @@ def test_damaged_idx_files_are_refused() -> None:
         read_idx(whole[:-1])
     with pytest.raises(ValueError, match="no idx file"):
         read_idx(b"GIF89a")
+
+
+def test_halved_images_do_not_depend_on_the_number_of_threads():
+    """Networks are trained by the images' bits."""
+    images = torch.rand(4000, 1, 28, 28, generator=torch.Generator().manual_seed(0)) ** 3
+    data = zoo_data.Dataset("some", images, torch.zeros(4000, dtype=torch.long), images[:5], torch.zeros(5).long())
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(data.halved().x_train)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
