@@ -229,7 +229,11 @@ class Recorder(TorchDispatchMode):
         return node
 
     def emit(self, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
-        node = self.graph.call_function(target, args, kwargs)
+        node = self.graph.call_function(target)
+        node.args, node.kwargs = (
+            args,
+            kwargs,
+        )  # given to the call they are searched for symbols, which takes longest of all
         sources = node.all_input_nodes
         if any(n in self.tainted for n in sources):
             self.tainted.add(node)
@@ -324,7 +328,7 @@ class Recorder(TorchDispatchMode):
         node = self.emit(func, node_args, node_kwargs, out)
         if isinstance(out, list | tuple):
             for i, value in enumerate(out):
-                if isinstance(value, torch.Tensor):
+                if isinstance(value, torch.Tensor) and not (func in _ONE_OUTPUT and value.numel() == 0):
                     item = self.emit(operator.getitem, (node, i), {}, value)
                     self._track(func, args, node_args, node_kwargs, value, item, i)
         return node
@@ -375,6 +379,7 @@ class Recorder(TorchDispatchMode):
 
 
 NO_NESTED = "which has no shape to follow; pad the sequences (torch.nested.to_padded_tensor) for inference"
+_ONE_OUTPUT = (aten.native_batch_norm.default,)  # what it keeps for a backward pass has no entries in evaluation
 _BARE = (
     aten.empty,
     aten.empty_like,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -190,11 +191,18 @@ def _attention_kernels(model: nn.Module) -> list[SDPBackend]:
 
 
 _CONTAINERS = (list, dict, set)
+_PLAIN = (list, dict, set, OrderedDict)
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
     """A module's attributes, containers copied one level deep (its tensors are not copied)."""
-    return {k: copy.copy(v) if isinstance(v, _CONTAINERS) else v for k, v in vars(module).items()}
+
+    def kept(value: Any) -> Any:
+        if type(value) in _PLAIN:
+            return value.copy()
+        return copy.copy(value) if isinstance(value, _CONTAINERS) else value
+
+    return {k: kept(v) for k, v in vars(module).items()}
 
 
 def _put_back(module: nn.Module, attributes: dict[str, Any]) -> None:
@@ -205,6 +213,8 @@ def _put_back(module: nn.Module, attributes: dict[str, Any]) -> None:
     for name, value in attributes.items():
         held: Any = now.get(name)
         if isinstance(value, _CONTAINERS) and type(held) is type(value):
+            if not value and not held:
+                continue
             if isinstance(held, list):
                 held[:] = value
             else:

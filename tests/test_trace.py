@@ -585,6 +585,28 @@ def test_activations_are_freed_as_the_model_runs() -> None:
     assert peak.bytes < 600 * 2**20  # half of all scores
 
 
+class Notes(dict[str, int]):
+    """A dict of its own kind."""
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.notes = nn.Linear(4, 2), Notes(passes=0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.notes["passes"] += 1
+        return self.layer(x)
+
+
+def test_containers_keep_their_kind_and_contents() -> None:
+    model = Counting()
+    notes = model.notes
+    trace(model, torch.randn(2, 4), values=False)
+    assert model.notes is notes
+    assert notes == {"passes": 0}
+
+
 class Collecting(nn.Module):
     """Installs hooks in its first pass that collect what its layers give, and notes that it has."""
 
