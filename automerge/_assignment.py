@@ -60,14 +60,14 @@ def potentials(gain: np.ndarray, softness: float = 0.03, sweeps: int = 20) -> np
     T to 0; for a solver that goes on from them a few sweeps at a moderate T do.
 
     Args:
-        gain: float, ``(n, n)``; finite.
+        gain: ``(n, n)``; finite.
         softness: T as a share of the mean distance of an entry from the largest of its row.
         sweeps: the number of iterations.
 
     Returns:
         float64, ``(n,)``; finite. Zero if every row is constant.
     """
-    below = gain - gain.max(axis=1, keepdims=True)
+    below = np.subtract(gain, gain.max(axis=1, keepdims=True), dtype=np.result_type(gain, np.float32))
     temperature = -softness * float(below.mean(dtype=np.float64))
     if not temperature > 0:
         return np.zeros(gain.shape[1])

@@ -18,6 +18,9 @@ class Readers(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _WHOLE_READS and isinstance(args[0], torch.Tensor):
             self.recorder.note_read(self.recorder.node_of(args[0]))
+        for tensor in (*args[_PART_READS[func] :], *(kwargs or {}).values()) if func in _PART_READS else ():
+            if isinstance(tensor, torch.Tensor):
+                self.recorder.note_read(self.recorder.node_of(tensor))
         if func is torch.Tensor.__deepcopy__:  # copies memory without any operator
             out = args[0].detach().clone()
             args[1][id(args[0])] = out
@@ -35,4 +38,11 @@ def _one_hot(index: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
     return zeros.scatter(-1, index.unsqueeze(-1), 1)
 
 
+# these read positions and lengths below the dispatcher: all operands from this one on
+_PART_READS = {
+    torch.tensor_split: 1,
+    torch.Tensor.tensor_split: 1,
+    torch.ctc_loss: 2,
+    torch.nn.functional.ctc_loss: 2,
+}
 _WHOLE_READS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NoReturn
 
 import torch
@@ -275,9 +276,8 @@ class Recorder(TorchDispatchMode):
             return self.node_of(tensor)
 
         node_args, node_kwargs = map_tensors(to_node, tuple(args)), map_tensors(to_node, dict(kwargs))
-        if func in _READS:
-            for node in node_args:
-                self.note_read(node)
+        if _tells(func):
+            fx.node.map_arg((node_args, node_kwargs), self.note_read)
             return func(*args, **kwargs)
         if self.blank and looks(func, args, node_args, self.blank):
             self.give_up()
@@ -388,7 +388,15 @@ _BARE = (
     aten.new_empty,
     aten.new_empty_strided,
 )
-_READS = (aten._local_scalar_dense.default, aten.item.default, aten.equal.default, aten.is_nonzero.default)
+_READS = {getattr(aten, name).default for name in ("_local_scalar_dense", "item", "equal", "is_nonzero", "allclose")}
+
+
+@cache
+def _tells(func: Any) -> bool:
+    """Whether an operator gives python a number for the values of its tensors; ATen's others tell shapes and strides."""
+    returns = func._schema.returns
+    numbers = bool(returns) and not any("Tensor" in str(r.type) for r in returns)
+    return func in _READS or (numbers and func.namespace != "aten")
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -205,6 +205,17 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     return {k: kept(v) for k, v in vars(module).items()}
 
 
+def _same(a: Any, b: Any) -> bool:
+    """Whether two containers of a kind hold the very same things."""
+    if len(a) != len(b):
+        return False
+    if isinstance(a, dict):
+        return all(x is y for x, y in zip(a, b, strict=True)) and all(
+            x is y for x, y in zip(a.values(), b.values(), strict=True)
+        )
+    return a == b if isinstance(a, set) else all(x is y for x, y in zip(a, b, strict=True))
+
+
 def _put_back(module: nn.Module, attributes: dict[str, Any]) -> None:
     """Undo what a forward pass bound to a module: counters, caches, hooks, buffers under their old names."""
     now = vars(module)
@@ -213,7 +224,7 @@ def _put_back(module: nn.Module, attributes: dict[str, Any]) -> None:
     for name, value in attributes.items():
         held: Any = now.get(name)
         if isinstance(value, _CONTAINERS) and type(held) is type(value):
-            if not value and not held:
+            if _same(held, value):  # some containers refuse to be written to
                 continue
             if isinstance(held, list):
                 held[:] = value

@@ -67,6 +67,12 @@ def test_the_optimum_is_scipys_with_whatever_is_installed(
     assert gain[rows, found].sum(dtype=float) == pytest.approx(best, abs=1e-12 * n * float(np.abs(gain).max()), rel=0)
 
 
+def test_whole_numbers() -> None:
+    gain = np.random.default_rng(0).integers(0, 1000, (150, 150))
+    rows, columns = linear_sum_assignment(gain, maximize=True)
+    assert gain[np.arange(150), assign(gain)].sum() == gain[rows, columns].sum()
+
+
 def test_potentials_spread_what_the_rows_want() -> None:
     """All rows want the same few columns; after the potentials most have one of their own."""
     rng = np.random.default_rng(0)

@@ -585,6 +585,26 @@ def test_activations_are_freed_as_the_model_runs() -> None:
     assert peak.bytes < 600 * 2**20  # half of all scores
 
 
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda h, x: torch.allclose(h, x),
+        lambda h, x: torch.tensor_split(x, h.long().flatten()[:1] % 2, dim=1),
+        lambda h, x: x.tensor_split(tensor_indices_or_sections=h.long().flatten()[:1] % 2),
+        lambda h, x: torch.nn.functional.ctc_loss(x[None].log_softmax(-1), *[h[0, :1].long() % 1 + 1] * 3),
+    ],
+)
+def test_looks_that_the_dispatcher_does_not_see(look: Any) -> None:
+    graph = trace(Run(lambda x: (look(x[0] * 2, x[0]), x + 1)[1]), torch.rand(1, 1, 4).contiguous())
+    assert graph.meta["trace"].data_dependent
+    assert graph.meta["trace"].reads
+
+
+class Frozen(dict[str, int]):
+    def clear(self) -> None:
+        raise TypeError("this dict does not change")
+
+
 class Notes(dict[str, int]):
     """A dict of its own kind."""
 
@@ -592,7 +612,7 @@ class Notes(dict[str, int]):
 class Counting(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layer, self.notes = nn.Linear(4, 2), Notes(passes=0)
+        self.layer, self.notes, self.frozen = nn.Linear(4, 2), Notes(passes=0), Frozen(width=4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.notes["passes"] += 1

@@ -191,14 +191,32 @@ def _packs(s: Any, x: torch.Tensor) -> torch.Tensor:
     return s.b(h.relu() if len(packed.data) > len(x) else h[:, :1].expand_as(h))
 
 
+def _compares(s: Any, x: torch.Tensor) -> torch.Tensor:
+    h = s.a(x)
+    return s.b(h[:, :1].expand_as(h) if torch.allclose(h.abs().sum(1), torch.zeros(len(h))) else h.relu())
+
+
+def _splits(s: Any, x: torch.Tensor) -> torch.Tensor:
+    h = s.a(x)
+    _, rest = torch.tensor_split(x, (h != 0).sum(1).max()[None].clamp(max=4), dim=1)
+    return s.b(h[:, :1].expand_as(h) if rest.shape[1] else h.relu())
+
+
 _LIBRARY = torch.library.Library("automerge_test_unfilled", "DEF")
 _LIBRARY.define("positive(Tensor x) -> Tensor")
+_LIBRARY.define("some(Tensor x) -> bool")
+_LIBRARY.impl("some", lambda x: float(x.detach().numpy().any()) > 0, "CPU")
 _LIBRARY.impl("positive", lambda x: x[x != 0].clone(), "CompositeExplicitAutograd")
 
 
 def _filters(s: Any, x: torch.Tensor) -> torch.Tensor:
     h = s.a(x)
     return s.b(h.relu() if len(torch.ops.automerge_test_unfilled.positive(h)) else h[:, :1].expand_as(h))
+
+
+def _tells(s: Any, x: torch.Tensor) -> torch.Tensor:
+    h = s.a(x)
+    return s.b(h.relu() if torch.ops.automerge_test_unfilled.some(h.sum(1)) else h[:, :1].expand_as(h))
 
 
 def _recovers(s: Any, x: torch.Tensor) -> torch.Tensor:
@@ -210,7 +228,9 @@ def _recovers(s: Any, x: torch.Tensor) -> torch.Tensor:
     return s.b(h.relu())
 
 
-@pytest.mark.parametrize("forward", [_asks, _selects, _swallows, _counts, _fails, _recovers, _packs, _filters])
+@pytest.mark.parametrize(
+    "forward", [_asks, _selects, _swallows, _counts, _fails, _recovers, _packs, _filters, _compares, _splits, _tells]
+)
 def test_a_program_that_looks_at_numbers_sees_them(forward: Any) -> None:
     torch.manual_seed(0)
     model = Program(forward, {"a": partial(nn.Linear, 4, 6), "b": partial(nn.Linear, 6, 2)})
