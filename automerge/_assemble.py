@@ -103,6 +103,8 @@ class Assembler:
                 continue
             n = shapes[family.param][family.axis]
             stuck = ~free.get((family.param, family.axis), np.zeros(n, bool))
+            if not stuck.any():
+                continue
             vertices = self.structure.index[family.start : family.start + family.size].reshape(-1, n)[0]
             numbers, counts = np.unique(reason[vertices[stuck]], return_counts=True)
             for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):

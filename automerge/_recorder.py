@@ -407,8 +407,8 @@ def _version(tensor: torch.Tensor) -> int:
 def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
     return (
         tensor.data_ptr(),
-        tuple(tensor.shape),
-        tuple(tensor.stride()),
+        tensor.shape,
+        tensor.stride(),
         tensor.dtype,
         tensor.is_neg(),
         tensor.is_conj(),

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+_LEAVES = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout})
+
 
 def map_tensors(fn: Callable[[str, torch.Tensor], Any], tree: Any, path: str = "") -> Any:
     """Rebuild ``tree`` with ``fn(path, tensor)`` in place of every tensor; other leaves stay.
@@ -17,10 +19,12 @@ def map_tensors(fn: Callable[[str, torch.Tensor], Any], tree: Any, path: str = "
     """
     if isinstance(tree, torch.Tensor):
         return fn(path, tree)
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(map_tensors(fn, v, f"{path}.{k}") for k, v in zip(tree._fields, tree, strict=True)))
-    if isinstance(tree, list | tuple):
-        return type(tree)(map_tensors(fn, v, f"{path}[{i}]") for i, v in enumerate(tree))
+    if type(tree) in _LEAVES:
+        return tree
+    if isinstance(tree, (list, tuple)):
+        if hasattr(tree, "_fields"):
+            return type(tree)(*(map_tensors(fn, v, f"{path}.{k}") for k, v in zip(tree._fields, tree, strict=True)))
+        return type(tree)([map_tensors(fn, v, f"{path}[{i}]") for i, v in enumerate(tree)])
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         values = {
             f.name: map_tensors(fn, getattr(tree, f.name), f"{path}.{f.name}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -163,11 +164,13 @@ def _materialised(tensor: torch.Tensor) -> torch.Tensor:
 @contextlib.contextmanager
 def prepared(model: nn.Module) -> Iterator[None]:
     """Eval mode, nothing compiled, unfused attention and recurrences, and everything put back afterwards (buffers included)."""
-    modes = [(m, m.training) for m in model.modules()]
-    before = [(m, _attributes(m)) for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    modules = list(model.modules())
+    modes = [(m, m.training) for m in modules]
+    before = [(m, _attributes(m)) for m in modules if not isinstance(m, torch.jit.ScriptModule)]
     fastpath = torch.backends.mha.get_fastpath_enabled()
-    mkldnn, recurrent = torch._C._get_mkldnn_enabled(), any(isinstance(m, nn.RNNBase) for m in model.modules())
-    model.eval()
+    mkldnn, recurrent = torch._C._get_mkldnn_enabled(), any(isinstance(m, nn.RNNBase) for m in modules)
+    if any(mode for _, mode in modes):
+        model.eval()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         if recurrent:
@@ -178,7 +181,8 @@ def prepared(model: nn.Module) -> Iterator[None]:
         torch._C._set_mkldnn_enabled(mkldnn)
         torch.backends.mha.set_fastpath_enabled(fastpath)
         for module, mode in modes:
-            module.training = mode
+            if module.training is not mode:
+                module.training = mode
         for module, attributes in before:
             _put_back(module, attributes)
 
@@ -209,11 +213,11 @@ def _same(a: Any, b: Any) -> bool:
     """Whether two containers of a kind hold the very same things."""
     if len(a) != len(b):
         return False
+    if not a:
+        return True
     if isinstance(a, dict):
-        return all(x is y for x, y in zip(a, b, strict=True)) and all(
-            x is y for x, y in zip(a.values(), b.values(), strict=True)
-        )
-    return a == b if isinstance(a, set) else all(x is y for x, y in zip(a, b, strict=True))
+        return all(map(operator.is_, a, b)) and all(map(operator.is_, a.values(), b.values()))
+    return a == b if isinstance(a, set) else all(map(operator.is_, a, b))
 
 
 def _put_back(module: nn.Module, attributes: dict[str, Any]) -> None:
@@ -223,6 +227,8 @@ def _put_back(module: nn.Module, attributes: dict[str, Any]) -> None:
         del now[name]
     for name, value in attributes.items():
         held: Any = now.get(name)
+        if held is value:
+            continue
         if isinstance(value, _CONTAINERS) and type(held) is type(value):
             if _same(held, value):  # some containers refuse to be written to
                 continue
@@ -231,5 +237,5 @@ def _put_back(module: nn.Module, attributes: dict[str, Any]) -> None:
             else:
                 held.clear()
                 held.update(value)
-        elif held is not value:
+        else:
             now[name] = value

@@ -8,6 +8,7 @@ unrelated are united (one class); everything else is an edge.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import networkx as nx
@@ -81,7 +82,7 @@ class Axes:
     # ------------------------------------------------------------ making vertices
     def fresh(self, shape: tuple[int, ...], *, param: str | None = None, axis: int = 0, by: tuple = ()) -> np.ndarray:
         """A new family of vertices, as an array of the given shape."""
-        size = int(np.prod(shape, dtype=np.int64))
+        size = math.prod(shape)
         if param is None and size > MAX_JOINT:
             raise Unruled(f"a joint structure of {size:,} positions is over the bound of {MAX_JOINT:,}")
         start = self.count
@@ -113,7 +114,7 @@ class Axes:
     def tie(self, a: np.ndarray, b: np.ndarray) -> None:
         """``a[i]`` and ``b[i]`` move together; both arrays name no vertex twice."""
         a, b = a.reshape(-1), b.reshape(-1)
-        if np.array_equal(self.root[a], self.root[b]):
+        if (self.root[a] == self.root[b]).all():
             return
         if self._unite(a, b):
             return

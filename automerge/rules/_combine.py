@@ -91,12 +91,14 @@ class Combine(Splits):
 
     def _same_letters(self, lists: list[list[Factor]], a: int, i: int, b: int, j: int) -> None:
         f, g = lists[a][i], lists[b][j]
-        labels = g.labels.transpose([g.letters.index(c) for c in f.letters])
-        if np.array_equal(f.labels, labels):
-            return
         one, two = f.injective, g.injective
+        if one and two and any(h.injective and set(h.letters) == set(f.letters) for fs in lists[:b] for h in fs):
+            return  # both are tied to that one
+        labels = g.labels.transpose([g.letters.index(c) for c in f.letters])
         if one and two:
             self.axes.tie(f.labels, labels)
+        elif np.array_equal(f.labels, labels):
+            return
         elif one:
             self.axes.edge(f.labels, labels)
         elif two:

@@ -156,6 +156,7 @@ class Letters:
         out = [v.with_axes(((),) * (ndim - len(v.axes)) + v.axes) for v in values]
         axes: list[tuple[int, ...]] = []
         size: dict[int, int] = {}
+        names: list[dict[int, int]] = [{} for _ in out]
         for k in range(ndim):
             who = [i for i, v in enumerate(out) if v.axes[k]]
             if not who:
@@ -167,14 +168,13 @@ class Letters:
                     sizes = common_refinement(sizes, [out[i].size[c] for c in out[i].axes[k]])
             letters: tuple[int, ...] = ()
             for i in who:
-                v = self.merge_axis(out[i], k)[0] if sizes is None else refine_axis(out[i], k, sizes)
-                mine = v.axes[k]
-                if not letters:
-                    letters = tuple(new_letter() for _ in mine)
-                out[i] = rename(v, dict(zip(mine, letters, strict=True)))
+                out[i] = self.merge_axis(out[i], k)[0] if sizes is None else refine_axis(out[i], k, sizes)
+                mine = out[i].axes[k]
+                letters = letters or tuple(new_letter() for _ in mine)
+                names[i].update(zip(mine, letters, strict=True))
             axes.append(letters)
-            size.update({c: out[who[0]].size[c] for c in letters})
-        return out, tuple(axes), size
+            size.update({c: out[who[0]].size[o] for o, c in zip(out[who[0]].axes[k], letters, strict=True)})
+        return [rename(v, to) if to else v for v, to in zip(out, names, strict=True)], tuple(axes), size
 
 
 def _merged(by: tuple[int, ...], letters: tuple[int, ...], one: int) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ used.
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -40,6 +41,7 @@ _VIEWS = _aten(
 )
 _PIECES = _aten("split", "split_with_sizes", "unbind", "split_copy", "split_with_sizes_copy", "unbind_copy")
 _PRODUCTS = _aten("mm", "bmm", "mv", "addmm", "baddbmm", "addmv", "dot", "matmul")
+_CHOOSING = re.compile("max|min|sort|top|median|mode|kth|quantile")
 _MAX_MIXED = 4_000_000
 _SAME = _aten("clone", "_to_copy", "to", "lift_fresh_copy", "detach", "alias")
 
@@ -100,10 +102,10 @@ def _selects(node: fx.Node, constant: Collection[fx.Node]) -> bool:
 
     A product with a constant does where its coefficients are zero (one-hot rows); others, where less comes out than went in.
     """
-    value = node.meta["val"]
-    if not isinstance(value, torch.Tensor) or torch.Tag.reduction in getattr(node.target, "tags", ()):
+    value, tags = node.meta["val"], getattr(node.target, "tags", ())
+    if node.op == "placeholder" or not isinstance(value, torch.Tensor):
         return False
-    if _name(node) in _MOVING or torch.Tag.pointwise in getattr(node.target, "tags", ()) or _chooses(node):
+    if torch.Tag.reduction in tags or torch.Tag.pointwise in tags or _name(node) in _MOVING or _chooses(node):
         return False
     sources = [n.meta["val"] for n in node.all_input_nodes if n not in constant]
     smaller = any(isinstance(v, torch.Tensor) and v.numel() > value.numel() for v in sources)
@@ -112,7 +114,7 @@ def _selects(node: fx.Node, constant: Collection[fx.Node]) -> bool:
 
 def _chooses(node: fx.Node) -> bool:
     """Whether an operator picks some of the entries by their values: with other values it picks others."""
-    return any(word in _name(node) for word in ("max", "min", "sort", "top", "median", "mode", "kth", "quantile"))
+    return _CHOOSING.search(_name(node)) is not None
 
 
 @dataclass(frozen=True)
@@ -306,7 +308,8 @@ def _multiplied(user: fx.Node, node: fx.Node, needed: torch.Tensor) -> Any:
 
 
 def _empty(node: fx.Node) -> bool:
-    tensors = tensors_of(node.meta.get("val", ()))
+    value = node.meta.get("val", ())
+    tensors = [value] if isinstance(value, torch.Tensor) else tensors_of(value)
     return bool(tensors) and all(t.numel() == 0 for t in tensors)
 
 

@@ -46,12 +46,12 @@ class Context:
 
 def operator_name(target: Any) -> str:
     """``"aten::addmm"`` for an OpOverload or OpOverloadPacket; the plain name for anything else."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name
     if isinstance(target, str):
         return target if "::" in target else target.replace(".", "::", 1)
     if isinstance(target, OpaqueModule):
         return f"{type(target.module).__name__} {target.path}"
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name
     if isinstance(target, torch._ops.OpOverloadPacket):
         return target._qualified_op_name
     return f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', target)}"

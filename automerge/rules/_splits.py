@@ -34,6 +34,8 @@ class Splits(Letters):
 
     def _ask_splits(self, values: Sequence[Value], lists: Sequence[Sequence[Factor]]) -> None:
         """A joint factor meets a plain parameter axis whose own tensor has the other letters too."""
+        if all(len(f.letters) == 1 for fs in lists for f in fs):
+            return
         for i, mine in enumerate(lists):
             for f in mine:
                 if len(f.letters) != 1 or self._source(f) is None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,13 @@ class Factor:
     def injective(self) -> bool:
         """Whether no vertex is named twice (judged on raw vertices, never on united ones)."""
         return distinct(self.labels)
+
+    def renamed(self, names: Mapping[int, int]) -> Factor:
+        """The same labels over other letters."""
+        out = Factor(tuple([names.get(c, c) for c in self.letters]), self.labels)
+        if "injective" in vars(self):
+            vars(out)["injective"] = self.injective
+        return out
 
 
 @dataclass
@@ -199,18 +206,15 @@ def split_letter(value: Value, letter: int, sizes: Sequence[int]) -> Value:
     return Value(axes, size, factors, pinned, chosen=chosen)
 
 
-def rename(value: Value, names: dict[int, int]) -> Value:
-    """The value with letters renamed."""
-
-    def get(c: int) -> int:
-        return names.get(c, c)
-
+def rename(value: Value, names: Mapping[int, int]) -> Value:
+    """The value with letters renamed, all at once."""
+    get = names.get
     return Value(
-        tuple(tuple(get(c) for c in a) for a in value.axes),
-        {get(c): n for c, n in value.size.items()},
-        [Factor(tuple(get(c) for c in f.letters), f.labels) for f in value.factors],
-        {get(c) for c in value.pinned},
-        chosen={get(c): tuple(get(b) for b in by) for c, by in value.chosen.items()},
+        tuple([tuple([get(c, c) for c in a]) for a in value.axes]),
+        {get(c, c): n for c, n in value.size.items()},
+        [f.renamed(names) for f in value.factors],
+        {get(c, c) for c in value.pinned},
+        chosen={get(c, c): tuple([get(b, b) for b in by]) for c, by in value.chosen.items()},
     )
 
 
