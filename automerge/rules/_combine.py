@@ -117,12 +117,13 @@ class Combine(Splits):
         order = sorted(unique.values(), key=lambda f: (len(f.letters), not f.injective))
         kept: list[Factor] = []
         for f in order:
-            covered = set(pinned)
+            letters, covered = set(f.letters), set(pinned)
             for k in kept:
-                if set(k.letters) <= set(f.letters) and k.injective:
-                    covered |= set(k.letters)
-            same = any(set(k.letters) == set(f.letters) and np.array_equal(self._like(k, f), f.labels) for k in kept)
-            if not same and not set(f.letters) <= covered:
+                if letters.issuperset(k.letters) and k.injective:
+                    covered.update(k.letters)
+            if letters <= covered:
+                continue
+            if not any(letters == set(k.letters) and np.array_equal(self._like(k, f), f.labels) for k in kept):
                 kept.append(f)
         return kept
 

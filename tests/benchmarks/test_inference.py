@@ -35,13 +35,15 @@ def theirs(model, image):
     return DependencyGraph().build_dependency(model, example_inputs=image, verbose=False)
 
 
-def median(call, rounds=3):
-    seconds = []
+def medians(*calls, rounds=9):
+    """Of every call the median, in turns: what disturbs the machine disturbs all."""
+    seconds = [[] for _ in calls]
     for _ in range(rounds):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return sorted(seconds)[rounds // 2]
+        for call, mine in zip(calls, seconds, strict=True):
+            start = time.perf_counter()
+            call()
+            mine.append(time.perf_counter() - start)
+    return [sorted(mine)[rounds // 2] for mine in seconds]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -59,6 +61,6 @@ def test_ratio_to_torch_pruning(subject, request):
         pytest.skip("a benchmark: run with --benchmark-enable")
     name, model, image = subject
     ours(model, image)
-    here, there = median(lambda: ours(model, image)), median(lambda: theirs(model, image))
+    here, there = medians(lambda: ours(model, image), lambda: theirs(model, image))
     print(f"\n{name}: automerge {here:.2f} s, torch-pruning {there:.2f} s, ratio {here / there:.2f}")
     assert there > 0
