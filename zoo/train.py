@@ -215,7 +215,7 @@ class _Run:
         """Load what `_remember` wrote for the same run."""
         if self.resume is None or not self.resume.is_file():
             return
-        state = torch.load(self.resume, weights_only=True)
+        state = torch.load(self.resume, map_location="cpu", weights_only=True)  # made with a GPU, maybe
         if state["head"] != json.dumps(self.head):
             return
         self.model.load_state_dict(state["model"])

@@ -3,14 +3,18 @@
 import json
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
+from automerge.io import load_state_dict
+from tests._far import CUDA, Far, pretended
 from zoo import data as zoo_data
 from zoo import train as zoo_train
 from zoo.models import lm, mlp, resnet
@@ -279,3 +283,44 @@ def test_written_files_follow_the_umask_and_keep_the_mode_they_had(tmp_path: Pat
 
 def test_partial_factories_are_named_by_their_arguments() -> None:
     assert zoo_train._name(partial(mlp.MLP, (64, 8, 10), norm=True)) == "zoo.models.mlp:MLP((64, 8, 10), norm=True)"
+
+
+def _moved(module: torch.nn.Module, device: str | torch.device) -> torch.nn.Module:
+    """`Module.to`, which a build of torch without CUDA refuses for parameters that are trained."""
+    if torch.device(device).type == "cuda":
+        for part in module.modules():
+            for held in (part._parameters, part._buffers):
+                for name, tensor in held.items():
+                    if tensor is not None:
+                        there: torch.Tensor = Far(tensor.detach().clone())
+                        held[name] = torch.nn.Parameter(there) if held is part._parameters else there
+    return module
+
+
+@pytest.mark.parametrize("recipe", [Recipe(epochs=2, shift=1, flip=True), Recipe(epochs=4, patience=2)])
+@pytest.mark.parametrize("make", [factory, partial(resnet.ResNet, width=4, depth=1, channels=1)])
+def test_on_a_pretended_gpu_it_trains_there_and_gives_the_same_weights_on_the_cpu(
+    make: Callable[[], torch.nn.Module], recipe: Recipe, tmp_path: Path
+) -> None:
+    seen: set[torch.device] = set()
+
+    def watched() -> torch.nn.Module:
+        model = make()
+        model.register_forward_pre_hook(lambda _, args: seen.add(args[0].device))
+        return model
+
+    here = train(make, small(), recipe, seed=1)
+    state = torch.get_rng_state()
+    with (
+        pretended(),
+        mock.patch.object(torch.nn.Module, "to", _moved),
+        mock.patch("torch.cuda.get_rng_state", return_value=state),
+        mock.patch("torch.cuda.set_rng_state") as put_back,
+    ):
+        there = train(watched, small(), recipe, seed=1, path=tmp_path / "net.safetensors", device="cuda")
+    assert seen == {CUDA}
+    assert put_back.called
+    assert {type(t) for t in there.state_dict.values()} == {torch.Tensor}
+    assert_same(here.state_dict, there.state_dict)
+    assert here.card["metrics"] == there.card["metrics"]
+    assert_same(there.state_dict, load_state_dict(tmp_path / "net.safetensors"))
