@@ -118,7 +118,7 @@ def merge(options: argparse.Namespace) -> None:
     data = None if options.data is None else load_batches(options.data)
     model = build_model(options.factory, options.seed, empty=options.offload is not None and data is None)
     states = [read_checkpoint(path, model) for path in options.checkpoints]
-    args, kwargs = draw_inputs(specs, options.seed) if specs else example_of(data)
+    args, kwargs = draw_inputs(specs, options.seed) if specs else example_of(data, model)
     with console.stage("merge") as advance:
         result = merge_models(
             states,

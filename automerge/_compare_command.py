@@ -40,7 +40,8 @@ def add_compare(parser: argparse.ArgumentParser, input_help: str) -> None:
     parser.epilog = (
         "example:\n"
         "  automerge compare zoo.models.mlp:build a.safetensors b.safetensors --data mine.data:validation_batches "
-        "--html table.html\n\nThe example input is --input, or else the first batch of --data."
+        "--html table.html\n\nThe example input is --input, or else the first batch of --data: as many of its items "
+        "as the model cannot do without."
     )
     parser.add_argument("factory", metavar="FACTORY", help="package.module:callable that builds the model")
     parser.add_argument(
@@ -84,7 +85,7 @@ def run_compare(options: argparse.Namespace) -> None:
     states = [read_checkpoint(file, model) for file in options.checkpoints]
     asked = {"--data": options.data, "--select": options.select, "--report": options.report}
     data, select, report = (None if text is None else load_batches(text, option) for option, text in asked.items())
-    args, kwargs = draw_inputs(specs, options.seed) if specs else example_of(data)
+    args, kwargs = draw_inputs(specs, options.seed) if specs else example_of(data, model)
     with console.stage("compare") as advance:
         found = compare(
             states,

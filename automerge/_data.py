@@ -39,9 +39,10 @@ class Batches:
     """Any iterable of batches, made re-iterable and moved to a device.
 
     Batches of batches keep what they know about their inputs. A batch is a tensor, a list or tuple whose first
-    ``arity`` items are the positional inputs (what follows are labels), or a dict of keyword inputs (an entry
-    ``labels`` or ``targets`` is taken as labels). A bare tensor is one batch. An iterator that can be consumed only
-    once is listed once; anything else is iterated afresh every time. Batches without a sample are passed over.
+    ``arity`` items are the positional inputs (what follows are labels), or a dict of keyword inputs (an entry ``labels``
+    or ``targets`` is taken as labels, and is an input too if it is one of ``kwargs``). A bare tensor is one batch. An
+    iterator that can be consumed only once is listed once; anything else is iterated afresh every time. Batches without a
+    sample are passed over.
 
     Args:
         data: the batches.
@@ -68,19 +69,23 @@ class Batches:
             data = [data]
         if isinstance(data, Batches):
             known: Batches = data
-            data, arity, kwargs, device = known._data, known._arity, known._kwargs, device or known._device
+            data, arity, device = known._data, known._arity, device or known._device
+            kwargs = {**dict.fromkeys(known._named, torch.zeros(0)), **known._kwargs}
         if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
             raise AutomergeError(
                 f"data is a {type(data).__name__} of single samples, not of batches; "
                 "wrap it: torch.utils.data.DataLoader(dataset, batch_size=256)"
             )
         if not isinstance(data, Iterable) or isinstance(data, (str, bytes, Mapping)):
+            one = "; is it one batch? then give [batch]" if isinstance(data, Mapping) else ""
             raise AutomergeError(
-                f"data is a {type(data).__name__}; give an iterable of batches, such as a list or a DataLoader"
+                f"data is a {type(data).__name__}; give an iterable of batches, such as a list or a DataLoader{one}"
             )
+        check_pair(data)
         self._data: Iterable[Any] = listed(_noted(data)) if isinstance(data, Iterator) else data
         self._arity: int = arity
         self._kwargs: dict[str, Any] = {k: v for k, v in (kwargs or {}).items() if not isinstance(v, torch.Tensor)}
+        self._named: frozenset[str] = frozenset(kwargs or {})
         self._device: torch.device | None = device
 
     def __iter__(self) -> Iterator[Batch]:
@@ -125,7 +130,7 @@ class Batches:
             item = (item,)
         if isinstance(item, Mapping):
             label = next((k for k in _LABEL_KEYS if k in item), None)
-            inputs = {k: v for k, v in item.items() if k != label}
+            inputs = {k: v for k, v in item.items() if k != label or k in self._named}
             return Batch((), {**self._kwargs, **inputs}, item[label] if label else None, number)
         if not isinstance(item, (list, tuple)):
             raise AutomergeError(
@@ -144,6 +149,23 @@ class Batches:
         rest = tuple(item[self._arity :])
         labels = rest[0] if len(rest) == 1 else (rest or None)
         return Batch(tuple(item[: self._arity]), self._kwargs, labels, number)
+
+
+def check_pair(data: object) -> None:
+    """Inputs and labels are not two batches.
+
+    Raises:
+        AutomergeError: if a list or tuple begins with tensors of different kinds.
+    """
+    if not isinstance(data, list | tuple) or not data or not all(isinstance(t, torch.Tensor) for t in data[:2]):
+        return
+    first, *others = data[:2]
+    if any(t.dtype != first.dtype or t.ndim < first.ndim for t in others):
+        kinds = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (first, *others))
+        raise AutomergeError(
+            f"data is a {type(data).__name__} of different tensors, {kinds}; if they are the inputs and labels of one batch, "
+            "give [(inputs, labels)]"
+        )
 
 
 def listed(items: Iterable[Any]) -> list[Any]:
@@ -192,20 +214,26 @@ def device_of(model: nn.Module) -> torch.device | None:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients inside; every module's own mode flag is restored on the way out.
 
-    The fused fast path of multi-head attention is off inside, so that its parts are visible to observers and every pass
-    computes the same numbers.
+    So is the state of the random generators: a model that draws numbers takes none of the caller's, and from one seed
+    (``torch.manual_seed``) all passes start with the same. The fused fast path of multi-head attention is off inside, so
+    that its parts are visible to observers and every pass computes the same numbers.
     """
     flags = [(module, module.training) for module in model.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         model.eval()
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=_gpus(model)):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for module, training in flags:
             module.training = training
+
+
+def _gpus(model: nn.Module) -> list[torch.device]:
+    tensors = (*model.parameters(), *model.buffers())
+    return list({t.device for t in tensors if t.is_cuda}) if torch.cuda.is_available() else []
 
 
 @contextmanager
@@ -241,9 +269,11 @@ def run_batch(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None, b
         raise
     except Exception as error:
         shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in batch.tensors())
+        few = batch.args and isinstance(error, TypeError) and "required positional argument" in str(error)
+        hint = f"; inputs= says how many items of a batch are inputs, and it is {len(batch.args)}" if few else ""
         raise AutomergeError(
             f"the model does not run on batch {batch.number} of the data ({shapes or 'no tensors'}): "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {error}{hint}"
         ) from error
 
 

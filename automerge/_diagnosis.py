@@ -105,7 +105,7 @@ def _multiset_differs(x: torch.Tensor, y: torch.Tensor) -> bool:
     if x.shape != y.shape:
         return True
     if x.is_complex():
-        x, y = torch.view_as_real(x), torch.view_as_real(y)
+        x, y = torch.view_as_real(x.resolve_conj()), torch.view_as_real(y.resolve_conj())
     a, b = x.double().flatten().sort().values, y.double().flatten().sort().values
     a, b = torch.nan_to_num(a, posinf=0.0, neginf=0.0), torch.nan_to_num(b, posinf=0.0, neginf=0.0)
     return bool((a - b).abs().max() > 1e-8 * (a.abs().max() + 1e-30)) if a.numel() else False

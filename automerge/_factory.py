@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import inspect
 import itertools
 import math
 import os
@@ -22,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset, IterableDataset
 
 from automerge._copies import lacking
-from automerge._data import Batches, listed
+from automerge._data import Batches, check_pair, listed
 from automerge._errors import AutomergeError
 
 _DTYPES = {
@@ -153,6 +154,9 @@ def _call(text: str, option: str) -> Any:
         UsageError: with one sentence that says which of the steps failed.
     """
     module_name, colon, attribute = text.partition(":")
+    if module_name.endswith(".py"):
+        module = module_name.removesuffix(".py").strip("./").replace("/", ".")
+        raise UsageError(f"{option} {text!r} names a file; name its module: {module}:{attribute or 'build'}")
     if not colon or not attribute or not all(part.isidentifier() for part in module_name.split(".")):
         raise UsageError(f"{option} {text!r} is not of the form package.module:callable")
     add_current_directory()
@@ -250,14 +254,28 @@ def load_batches(text: str, option: str = "--data") -> Iterable[Any]:
         )
     if isinstance(source, torch.Tensor | str | dict) or not isinstance(source, Iterable):
         raise UsageError(f"{name} returned a {type(source).__name__}, not an iterable of batches")
+    try:
+        check_pair(source)
+    except AutomergeError as error:
+        raise UsageError(f"{name}: {error}") from error
     batches = _Source(name, source)
     return listed(batches) if isinstance(source, Iterator) else batches
 
 
-def example_of(data: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The inputs of the first batch: one positional input, or keyword inputs."""
-    batch = next(iter(Batches(data)))
+def example_of(data: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs of the first batch: as many of its items as the model cannot do without, or keyword inputs."""
+    batch = next(iter(Batches(data, _needed(model))))
     return batch.args, dict(batch.kwargs)
+
+
+def _needed(model: nn.Module) -> int:
+    """The number of positional inputs without a default, at least one."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return 1
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return max(1, sum(p.kind in kinds and p.default is p.empty for p in parameters))
 
 
 def check_checkpoints(files: Sequence[str], verb: str, hint: str = "") -> None:

@@ -8,6 +8,7 @@ norm) belongs to each of them and moves with it.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -45,6 +46,22 @@ def moved_constants(symmetry: Symmetry, names: Collection[str], state: Mapping[s
     ]
 
 
+def without_cache(model: nn.Module, kwargs: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Keyword inputs that ask a model of transformers not to return its keys and values.
+
+    Their order is no part of what the model says, and as outputs they would pin the attention heads.
+    """
+    if not isinstance(kwargs, Mapping | None) or "use_cache" in (kwargs or {}):
+        return kwargs
+    if not getattr(getattr(model, "config", None), "use_cache", False):
+        return kwargs
+    try:
+        known = "use_cache" in inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):
+        return kwargs
+    return {**(kwargs or {}), "use_cache": False} if known else kwargs
+
+
 def infer_common(
     model: nn.Module,
     shared: Collection[str],
@@ -59,14 +76,16 @@ def infer_common(
         model: one of them.
         shared: names of the constants that are the same in all.
         args: example inputs.
-        kwargs: example keyword inputs.
+        kwargs: example keyword inputs; a cache of keys and values is not asked for.
         verify: as for `automerge.infer`.
     """
-    symmetry = infer(model, args, kwargs, verify=verify)
-    fixed = moved_constants(symmetry, shared, model.state_dict())
-    if not fixed:
-        return symmetry
-    again = infer(model, args, kwargs, verify=verify, constants=fixed)
+    kwargs = without_cache(model, kwargs)
+    with torch.random.fork_rng(devices=[]):  # what the model draws is not the caller's
+        symmetry = infer(model, args, kwargs, verify=verify)
+        fixed = moved_constants(symmetry, shared, model.state_dict())
+        if not fixed:
+            return symmetry
+        again = infer(model, args, kwargs, verify=verify, constants=fixed)
     some = ", ".join(fixed[:3]) + (f" and {len(fixed) - 3} more" if len(fixed) > 3 else "")
     note = f"the same in all models, and so kept as constants with the order of what they tell apart: {some}"
     object.__setattr__(again, "notes", (*again.notes, note))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,21 @@ from automerge.symmetry import Symmetry
 
 Model = nn.Module | Mapping[str, torch.Tensor]
 _MODES = ("auto", "none", "reset", "repair", "both")
+
+
+def listed_models(models: Any) -> list[Model]:
+    """The models, of any iterable of them.
+
+    Raises:
+        CheckpointError: for one model or one path in the place of several.
+    """
+    if isinstance(models, str | os.PathLike | Mapping) or (
+        isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList)
+    ):
+        raise CheckpointError(
+            f"models is one {type(models).__name__}; give a list of two or more modules or state dicts"
+        )
+    return list(models)
 
 
 def check_models(
@@ -41,7 +57,9 @@ def check_models(
         elif isinstance(model, Mapping):
             dicts.append(model)
         else:
-            raise CheckpointError(f"model {number} is a {type(model).__name__}; give a module or a state dict")
+            read = isinstance(model, str | os.PathLike)
+            hint = "; load_state_dict(path) reads one from a file" if read else ""
+            raise CheckpointError(f"model {number} is a {type(model).__name__}; give a module or a state dict{hint}")
     if network is None:
         raise CheckpointError("state dicts alone do not say what they compute; give architecture=, a module of theirs")
     own = network.state_dict()
@@ -93,7 +111,7 @@ def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     total = sum(values)
     if total <= 0:
         raise MatchingError("the weights sum to zero; at least one must be positive")
-    return [value / total for value in values]
+    return values if abs(total - 1) < 1e-12 else [value / total for value in values]
 
 
 def check_coordinates(coordinates: object, count: int) -> None:
@@ -202,9 +220,11 @@ def check_data(network: nn.Module, data: Any, args: Any, kwargs: Mapping[str, An
             run_batch(network, None, first)
     except AutomergeError as error:
         cause = error.__cause__ or error
+        hint = f"the first {inputs} items of a batch must be the model's inputs"
+        if first.kwargs and not first.args:
+            hint = "a batch's entries but for its labels must be the model's keyword inputs (labels too if kwargs= has them)"
         raise AutomergeError(
-            f"the model does not run on the first batch of data: {type(cause).__name__}: {cause}; "
-            f"the first {inputs} items of a batch must be the model's inputs"
+            f"the model does not run on the first batch of data: {type(cause).__name__}: {cause}; {hint}"
         ) from cause
     for batch in batches.others():
         with evaluating(network), preserving(network):

@@ -11,7 +11,7 @@ from torch import nn
 
 from automerge._copies import carrying, is_empty, loaded
 from automerge._fixed import infer_common, moved_constants, shared_constants
-from automerge._merge_checks import Model, check_models
+from automerge._merge_checks import Model, check_models, listed_models
 from automerge._offload import Store
 from automerge.groups import Element
 from automerge.symmetry import Symmetry
@@ -37,7 +37,7 @@ class Task:
 
     @staticmethod
     def checked(models: Sequence[Model], architecture: nn.Module | None, store: Store) -> Task:
-        given = models if isinstance(models, Sequence) else list(models)
+        given = listed_models(models)
         network, states, notes = check_models(given, architecture)
         network = carrying(network, states[0], store) if is_empty(network) else network
         return Task(given, network, states, store, notes)

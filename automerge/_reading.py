@@ -110,4 +110,18 @@ def _prefix_length(keys: Collection[str], names: Collection[str] | None) -> int:
     cuts = [0]
     while prefix := next((p for p in _PREFIXES if all(k.startswith(p, cuts[-1]) for k in keys)), ""):
         cuts.append(cuts[-1] + len(prefix))
-    return next((cut for cut in cuts if any(k[cut:] in names for k in keys)), cuts[-1]) if names else cuts[-1]
+    if not names:
+        return cuts[-1]
+    found = next((cut for cut in cuts if any(k[cut:] in names for k in keys)), None)
+    return found if found is not None else _attribute_length(keys, names) or cuts[-1]
+
+
+def _attribute_length(keys: Collection[str], names: Collection[str]) -> int:
+    """The length of a prefix without which all keys are names of the architecture: of a module that holds it; 0 if none."""
+    first = next(iter(names))
+    for key in keys:
+        if key.endswith("." + first):
+            cut = len(key) - len(first)
+            if all(k.startswith(key[:cut]) and k[cut:] in names for k in keys):
+                return cut
+    return 0

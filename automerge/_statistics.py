@@ -227,15 +227,16 @@ def collect(
     run = _Run(network, states, symmetry)
     moments: dict[str, CrossMoments] = {}
     lost: set[str] = set()
-    for batch, counted in _parts(batches, mask):
-        values = run.observe(batch, counted)
-        for name in {n for v in values for n in v} | set(moments):
-            rows = [v.get(name) for v in values]
-            kept = [r for r in rows if r is not None]
-            if len(kept) < len(rows) or any(r.shape != kept[0].shape for r in kept):
-                lost.add(name)
-            else:
-                moments.setdefault(name, CrossMoments(reference)).update(kept)
+    with torch.random.fork_rng(devices=[]):  # what the models draw is not the caller's
+        for batch, counted in _parts(batches, mask):
+            values = run.observe(batch, counted)
+            for name in {n for v in values for n in v} | set(moments):
+                rows = [v.get(name) for v in values]
+                kept = [r for r in rows if r is not None]
+                if len(kept) < len(rows) or any(r.shape != kept[0].shape for r in kept):
+                    lost.add(name)
+                else:
+                    moments.setdefault(name, CrossMoments(reference)).update(kept)
     first = run.first
     assert first is not None
     measured = [p for p in first.places if p.node in moments and p.node not in lost and moments[p.node].count]
@@ -302,8 +303,8 @@ class _Run:
         return [self._replayed(graph, [state[n] for n in info.names.values()] + fed, mask) for state in self.states]
 
     def _graph(self, batch: Batch) -> fx.GraphModule | None:
-        """The graph for a batch's shapes; None if the path depends on values, so that each run must be recorded."""
-        key = repr(map_tensors(lambda _, t: (tuple(t.shape), t.dtype), (batch.args, dict(batch.kwargs))))
+        """The graph for a batch's shapes and layouts; None if the path depends on values, so that each run must be recorded."""
+        key = repr(map_tensors(lambda _, t: _form(t), (batch.args, dict(batch.kwargs))))
         if key not in self.graphs:
             self.network.load_state_dict(self.states[0])
             graph = self._recorded(batch, values=False)
@@ -377,12 +378,17 @@ class _Run:
             out[name] = rows
 
 
+def _form(tensor: torch.Tensor) -> tuple[object, ...]:
+    layout = tensor.stride() if tensor.layout is torch.strided else tensor.layout
+    return tuple(tensor.shape), layout, tensor.dtype
+
+
 def _inputs(batch: Batch) -> list[torch.Tensor]:
-    """The tensors of a batch in the order in which `trace` makes placeholders."""
+    """The tensors of a batch, in the order and the layouts in which `trace` records them."""
     found: list[torch.Tensor] = []
 
     def keep(_: str, tensor: torch.Tensor) -> torch.Tensor:
-        found.append(tensor)
+        found.append(tensor.clone())  # what is cut out of a larger tensor becomes dense, as when it is recorded
         return tensor
 
     map_tensors(keep, tuple(batch.args))

@@ -80,6 +80,12 @@ def unchanged(name: str, value: torch.Tensor) -> torch.Tensor:
     return value
 
 
+def _own(name: str, value: torch.Tensor) -> torch.Tensor:
+    """An input in double precision that a model may write to."""
+    wide = widen(name, value)
+    return wide.clone() if wide is value else wide
+
+
 class Subject:
     """A float64 copy of the model whose weights can be set; one tensor at a time, so that no third copy is made."""
 
@@ -121,9 +127,10 @@ class Subject:
     ) -> list[torch.Tensor]:
         """The float64 outputs under some weights; random operators draw the same numbers every time."""
         self.load(state, change)
+        args, kwargs = map_tensors(_own, args), map_tensors(_own, kwargs)
         with prepared(self.model), double_precision(mode), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            result = self.model(*map_tensors(widen, args), **map_tensors(widen, kwargs))
+            result = self.model(*args, **kwargs)
             return [t.detach().clone() for t in tensors_of(result)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +16,7 @@ _LEAVES = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dt
 def map_tensors(fn: Callable[[str, torch.Tensor], Any], tree: Any, path: str = "") -> Any:
     """Rebuild ``tree`` with ``fn(path, tensor)`` in place of every tensor; other leaves stay.
 
-    A container that cannot be rebuilt from its parts (an opaque object) is returned as it is, its tensors unvisited.
+    Any other object that is none of PyTorch's own (a cache, which a model writes to) is copied, with its tensors replaced.
     """
     if isinstance(tree, torch.Tensor):
         return fn(path, tree)
@@ -35,7 +36,19 @@ def map_tensors(fn: Callable[[str, torch.Tensor], Any], tree: Any, path: str = "
     if isinstance(tree, Mapping):
         items = {k: map_tensors(fn, v, f"{path}[{k!r}]") for k, v in tree.items()}
         return items if type(tree) is dict else _rebuild_mapping(tree, items)
-    return tree
+    return tree if type(tree).__module__.partition(".")[0] in ("builtins", "torch") else _copied(fn, tree, path)
+
+
+def _copied(fn: Callable[[str, torch.Tensor], Any], tree: Any, path: str) -> Any:
+    """A copy of an object with other tensors; the object itself where it refuses to be copied, or is a module."""
+    if isinstance(tree, torch.nn.Module | type):
+        return tree
+    found = list({id(t): t for t in tensors_of(tree)}.values())
+    new = [fn(f"{path}[{i}]", t) for i, t in enumerate(found)]
+    try:
+        return copy.deepcopy(tree, {id(t): n.clone() if n is t else n for t, n in zip(found, new, strict=True)})
+    except Exception:
+        return tree
 
 
 def _rebuild_mapping(tree: Any, items: dict[Any, Any]) -> Any:

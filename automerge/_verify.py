@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from automerge._diagnosis import OtherPathError, Setting, failure
-from automerge._errors import AutomergeError, SymmetryError, TraceError
+from automerge._errors import AutomergeError, InvarianceError, SymmetryError, TraceError
 from automerge._longer import longer_inputs
 from automerge._subject import Change, Subject, fresh_inputs, named_tensors, randomised
 from automerge._tree_io import map_tensors, tensors_of
@@ -76,7 +76,7 @@ def relative_difference(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) ->
         finite = torch.isfinite(x)
         if not torch.equal(finite, torch.isfinite(y)):
             return float("inf")
-        x, y = x[finite], y[finite]
+        x, y = x.detach()[finite], y.detach()[finite]
         if x.numel():
             size = x.abs()
             worst = max(worst, float(((x - y).abs() / size.clamp(min=_floor(size))).max()))
@@ -184,11 +184,22 @@ def _tried(
         error = relative_difference(before, run(move))
         if not error <= tolerance:
             if not within_rounding(error, before, run, relative_difference):
-                raise failure(model, symmetry, setting, turn, move, error)
+                raise _diagnosed(model, symmetry, setting, turn, move, error)
             drowned = True
         else:
             worst = max(worst, error)
     return worst, drowned, count
+
+
+def _diagnosed(*found: Any) -> Exception:
+    """The error for an element that changes the outputs; one without a place if looking for that fails."""
+    try:
+        return failure(*found)
+    except Exception as problem:
+        return InvarianceError(
+            f"a random element of the group changes the output by {found[-1]:.1e} (relative); where values differ first was "
+            f"not found ({type(problem).__name__}: {problem})"
+        )
 
 
 def _check_longer(
@@ -321,6 +332,10 @@ def _alias(state: dict[str, torch.Tensor], symmetry: Symmetry) -> dict[str, torc
 
 def _check_fits(symmetry: Symmetry, tensors: Mapping[str, torch.Tensor], model: nn.Module) -> None:
     """The symmetry is of this architecture."""
+    if not isinstance(symmetry, Symmetry):
+        raise SymmetryError(
+            f"verify(model, args, symmetry) takes what automerge.infer returned, got a {type(symmetry).__name__}"
+        )
     for name, shape in symmetry.shapes.items():
         if name not in tensors or tuple(tensors[name].shape) != tuple(shape):
             found = f"has the shape {tuple(tensors[name].shape)}" if name in tensors else "does not exist"
@@ -333,7 +348,7 @@ def _check_fits(symmetry: Symmetry, tensors: Mapping[str, torch.Tensor], model: 
 def check_replay(model: nn.Module, args: Any, kwargs: Any, graph: fx.GraphModule) -> str | None:
     """A note if the recorded graph and the model disagree on fresh inputs: the path depended on data."""
     positional, keywords = normalise_args(args, kwargs)
-    given = fresh_inputs(positional, keywords, 1)
+    given = map_tensors(lambda _, t: t.clone(), fresh_inputs(positional, keywords, 1))  # a model may write to them
     info = graph.meta["trace"]
     if info.rewritten:
         return f"the forward pass writes to {', '.join(info.rewritten[:3])}; the trace holds for their present values"

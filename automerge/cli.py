@@ -142,7 +142,8 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "example:\n"
         "  automerge merge zoo.models.mlp:build a.safetensors b.safetensors -o merged.safetensors --input 1,1,8,8"
-        "\n\nThe example input is --input, or else the first batch of --data."
+        "\n\nThe example input is --input, or else the first batch of --data: as many of its items as the model\n"
+        "cannot do without."
     )
     _add_model(parser, required=False)
     parser.add_argument(

@@ -23,9 +23,10 @@ from automerge._copies import copied, loaded
 from automerge._data import Batch, Batches, evaluating, logits_of, preserving, run_batch
 from automerge._errors import AutomergeError
 from automerge._fixed import infer_common, shared_constants
-from automerge._merge_checks import Model, check_models, check_weights
+from automerge._merge_checks import Model, check_models, check_weights, listed_models
 from automerge._repair_report import Renormaliser
-from automerge._scores import IGNORED, class_axis, likely_axis
+from automerge._scores import IGNORED, class_axis, counted, likely_axis
+from automerge._singular import measured_again
 from automerge.datafree import GaussianRepair, RowNorms
 from automerge.evaluate import Network, Source, barrier, evaluate, predictions
 from automerge.fitting import LeastSquares
@@ -110,7 +111,7 @@ def compare(
     if pictures:
         new_figure(1.0, 1.0)  # fails now and not after the work
     chosen, fixes = _choices(matchers, repairs)
-    network, dicts, notes = check_models(list(models), architecture)
+    network, dicts, notes = check_models(listed_models(models), architecture)
     share = check_weights(weights, len(dicts))
     sets = DataSets.make(data, select, report, args, kwargs, network, seed)
     if not batchnorm_names(network):
@@ -200,9 +201,12 @@ class _Work:
             batches: list[Batch] = getattr(self.sets, name)
             items = as_items(batches, [torch.zeros(0)] * len(batches))
             with about(name):
-                self.pseudo[name] = predictions(ensemble, items, **self._shape(batches), class_axis=self.axis)
-                if not any(bool((p != IGNORED).any()) for p in self.pseudo[name]):
+                made = predictions(ensemble, items, **self._shape(batches), class_axis=self.axis)
+                if not any(bool((p != IGNORED).any()) for p in made):
                     raise AutomergeError("the models' outputs are NaN on all of it; are there infinite inputs?")
+                self.pseudo[name] = [
+                    p.masked_fill(~counted(b.labels, p), IGNORED) for p, b in zip(made, batches, strict=True)
+                ]
                 self.score(ensemble, name)
         self.average_loss: float | None = None
 
@@ -254,9 +258,8 @@ class _Work:
             except Exception as error:  # one that fails must not take the others' results with it; the table says why
                 rows.append(Row(name, "all", error=_brief(error), seconds=time.perf_counter() - start))
                 continue
-            plain = average(
-                moved, self.share, aliases={**self.symmetry.aliases, **tied_names(self.network.state_dict())}
-            )
+            aliases = {**self.symmetry.aliases, **tied_names(self.network.state_dict())}
+            plain, _ = measured_again(self.network, average(moved, self.share, aliases=aliases))
             matched = time.perf_counter() - start
             fit = {n: r for n, r in self.repairs.items() if matcher.separable or r in ("none", "reset")}
             for j, (repair, mode) in enumerate(fit.items()):

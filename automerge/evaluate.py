@@ -7,7 +7,7 @@ an ensemble.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -17,16 +17,30 @@ from torch import nn
 
 from automerge._copies import copied
 from automerge._data import Batch, Batches, bind, checked_state, device_of, evaluating, logits_of, preserving, run_batch
-from automerge._errors import AutomergeError, CheckpointError
+from automerge._errors import AutomergeError, CheckpointError, MatchingError
 from automerge._measures import Agreement, Barrier, CycleError, Evaluation, Similarity
 from automerge._repair_report import Renormaliser
-from automerge._scores import IGNORED, check_range, class_axis, combine, likely_axis, predicted
+from automerge._scores import (
+    IGNORED,
+    Metric,
+    check_range,
+    class_axis,
+    combine,
+    counted,
+    likely_axis,
+    mean_output,
+    named_metrics,
+    names_next,
+    one_number,
+    predicted,
+    size_of,
+)
 from automerge._similarity import similarity
-from automerge.renormalise import reset_batchnorm
+from automerge._singular import measured_again
+from automerge.renormalise import check_reset, reset_batchnorm
 
 Network = nn.Module | tuple[nn.Module, Mapping[str, torch.Tensor]]
 Source = Network | list[Network]
-Metric = Callable[[Any, Any], float | torch.Tensor]
 
 
 # -------------------------------------------------------------------- running sources
@@ -95,9 +109,12 @@ def evaluate(
     Args:
         source: a module, a pair ``(module, state_dict)``, or a list of those (an ensemble).
         data: batches with labels, ``(inputs, labels)``; integer labels of shape ``(batch, ...)`` with scores ``(batch,
-            classes, ...)`` or ``(batch, ..., classes)``. Labels of -100 do not count, as in torch.
-        metrics: callables ``(output, labels) -> float``, as a mapping from names, a sequence or one; for an ensemble of
-            classifiers the output is the mean of the logits, or the logarithm of the mean of the probabilities.
+            classes, ...)`` or ``(batch, ..., classes)``. Labels of -100 do not count, as in torch. Of an output with several
+            tensors, the scores are its ``logits``, or else its first. Where labels are the inputs themselves,
+            and the model's own loss compares them one place later (causal models of transformers), so do loss and accuracy.
+        metrics: callables ``(output, labels) -> float``, as a mapping from names, a sequence or one. For an ensemble every
+            tensor of the output is a mean, and the scores of classes are the mean of the logits, or the logarithm of the
+            mean of the probabilities.
         average: what an ensemble averages.
         inputs: how many of a batch's items are positional inputs.
         kwargs: keyword inputs for every batch.
@@ -117,7 +134,7 @@ def evaluate(
     """
     if average not in ("probabilities", "logits"):
         raise AutomergeError(f"average must be 'probabilities' or 'logits', got {average!r}")
-    named = _named(metrics)
+    named = named_metrics(metrics)
     tally = _Tally(class_axis)
     with _Runner(source) as runner:
         for number, batch in enumerate(_batches(runner, data, inputs, kwargs)):
@@ -125,8 +142,7 @@ def evaluate(
                 raise AutomergeError(
                     f"batch {number} carries no labels; give (inputs, labels), or use agreement(), which needs none"
                 )
-            outputs = runner.outputs(batch)
-            tally.add(outputs, batch.labels, named, average, number)
+            tally.add(runner, batch, named, average, number)
         return tally.result(average if len(runner.networks) > 1 else None, len(runner.networks))
 
 
@@ -138,12 +154,14 @@ class _Tally:
         self.correct = self.loss = 0.0
         self.samples = self.weight = 0
         self.classes = True
+        self.shifts: bool | None = None  # labels stand one place later than their scores; unknown until it can be asked
         self.metrics: dict[str, float] = {}
 
-    def add(self, outputs: list[Any], labels: Any, metrics: Mapping[str, Metric], average: str, number: int) -> None:
+    def add(self, runner: _Runner, batch: Batch, metrics: Mapping[str, Metric], average: str, number: int) -> None:
+        outputs, labels = runner.outputs(batch), batch.labels
         scores = logits_of(outputs[0])
         axis = class_axis(scores, labels, self.order) if isinstance(labels, torch.Tensor) else None
-        size = int(labels.shape[0]) if isinstance(labels, torch.Tensor) and labels.ndim else 1
+        size = size_of(batch)
         if axis is None:
             if not metrics:
                 shape = tuple(labels.shape) if isinstance(labels, torch.Tensor) else type(labels).__name__
@@ -156,18 +174,25 @@ class _Tally:
         else:
             if axis != self.order[0]:  # the other one did not fit: it is this one from now on
                 self.order = (axis, *self.order)
+            if self.shifts is None:
+                self.shifts = names_next(*runner.networks[0], batch, scores, axis)
             log_probabilities = combine(outputs, average, axis)
-            flat, wanted = log_probabilities.flatten(0, -2), labels.flatten().long()
-            valid = wanted != IGNORED
-            check_range(wanted[valid], flat.shape[-1], number)
-            self.samples += int(valid.sum())
-            self.correct += float((predicted(flat) == wanted)[valid].sum())
-            self.loss += float(F.nll_loss(flat[valid], wanted[valid], reduction="sum")) if valid.any() else 0.0
+            wanted = labels
+            if self.shifts:
+                log_probabilities, wanted = log_probabilities[:, :-1], labels[:, 1:]
+            self._count(log_probabilities.flatten(0, -2), wanted.flatten().long(), number)
         self.weight += size
         if metrics:
-            output = outputs[0] if len(outputs) == 1 else _mean_output(outputs, average, axis)
+            output = outputs[0] if len(outputs) == 1 else mean_output(outputs, average, axis)
             for name, metric in metrics.items():
-                self.metrics[name] = self.metrics.get(name, 0.0) + size * _number(name, metric(output, labels))
+                self.metrics[name] = self.metrics.get(name, 0.0) + size * one_number(name, metric(output, labels))
+
+    def _count(self, flat: torch.Tensor, wanted: torch.Tensor, number: int) -> None:
+        valid = wanted != IGNORED
+        check_range(wanted[valid], flat.shape[-1], number)
+        self.samples += int(valid.sum())
+        self.correct += float((predicted(flat) == wanted)[valid].sum())
+        self.loss += float(F.nll_loss(flat[valid], wanted[valid], reduction="sum")) if valid.any() else 0.0
 
     def result(self, average: str | None, members: int) -> Evaluation:
         if self.classes and not self.samples:
@@ -177,35 +202,6 @@ class _Tally:
         if not self.classes:
             return Evaluation(None, None, self.samples, means, average and "outputs", members)
         return Evaluation(self.correct / count, self.loss / count, self.samples, means, average, members)
-
-
-def _mean_output(outputs: list[Any], average: str, axis: int | None) -> torch.Tensor:
-    """The mean output of an ensemble: of the logits, or log-probabilities where there are classes."""
-    if average == "logits" or axis is None:
-        return torch.stack([logits_of(o) for o in outputs]).mean(0)
-    return combine(outputs, average, axis).movedim(-1, axis)
-
-
-def _named(metrics: Mapping[str, Metric] | Sequence[Metric] | Metric | None) -> dict[str, Metric]:
-    if metrics is None:
-        return {}
-    if isinstance(metrics, Mapping):
-        named = dict(metrics)
-    else:
-        every = [metrics] if callable(metrics) or not isinstance(metrics, Sequence) else list(metrics)
-        named = {getattr(m, "__name__", type(m).__name__): m for m in every}
-    for name, metric in named.items():
-        if not callable(metric):
-            raise AutomergeError(
-                f"metric {name!r} is a {type(metric).__name__}, not a callable (output, labels) -> float"
-            )
-    return named
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, torch.Tensor) and value.numel() != 1:
-        raise AutomergeError(f"metric {name!r} gave a tensor of shape {tuple(value.shape)}; it must give one number")
-    return float(value)
 
 
 def _batches(runner: _Runner, data: Any, inputs: int, kwargs: Mapping[str, Any] | None) -> Iterator[Batch]:
@@ -221,7 +217,9 @@ def agreement(
     kwargs: Mapping[str, Any] | None = None,
     class_axis: int | None = None,
 ) -> Agreement:
-    """The share of predictions (largest score) on which two sources agree; labels are ignored.
+    """The share of predictions (largest score) on which two sources agree; of labels only those of -100 are looked at.
+
+    What they mark (padding, say) does not count here either.
 
     Args:
         a: a module, a pair ``(module, state_dict)``, or a list of those (an ensemble: the mean of probabilities).
@@ -232,7 +230,7 @@ def agreement(
         class_axis: the axis of the classes in the scores, by default as in `predictions`.
 
     Raises:
-        AutomergeError: if the data are empty.
+        AutomergeError: if the data are empty, or the outputs hold one score per sample and so no classes.
     """
     same = total = 0
     with _Runner(a) as first, _Runner(b) as second:
@@ -244,13 +242,19 @@ def agreement(
                     raise AutomergeError(
                         f"batch {number}: scores {tuple(scores.shape)} have no axis {axis} (class_axis=)"
                     )
+                if scores.ndim < 2 or scores.shape[axis] < 2:
+                    raise AutomergeError(
+                        f"batch {number}: outputs {tuple(scores.shape)} are one score per sample, and agreement is about "
+                        "classes; compare such outputs by evaluate(metrics=...)"
+                    )
             left, right = (predicted(combine(outputs, "probabilities", axis)) for outputs in pair)
             if left.shape != right.shape:
                 raise AutomergeError(
                     f"batch {number}: one gives predictions {tuple(left.shape)}, the other {tuple(right.shape)}"
                 )
-            same += int(((left == right) & (left != IGNORED)).sum())
-            total += left.numel()
+            valid = counted(batch.labels, left)
+            same += int(((left == right) & (left != IGNORED) & valid).sum())
+            total += int(valid.sum())
     return Agreement(same / max(total, 1), total)
 
 
@@ -296,6 +300,8 @@ def interpolate(
         >>> interpolate({"w": torch.zeros(2)}, {"w": torch.ones(2)}, 0.25)["w"]
         tensor([0.2500, 0.2500])
     """
+    if isinstance(position, bool) or not isinstance(position, int | float):
+        raise AutomergeError(f"position is the place on the line, a number from 0 to 1, got {position!r}")
     out = {}
     for name, a in checked_state(sd_a).items():
         if name not in checked_state(sd_b) or sd_b[name].shape != a.shape:
@@ -322,7 +328,7 @@ def barrier(
     inputs: int = 1,
     kwargs: Mapping[str, Any] | None = None,
 ) -> Barrier:
-    """Loss and accuracy along the straight line from ``sd_a`` to ``sd_b``.
+    """Loss and accuracy along the straight line from ``sd_a`` to ``sd_b``; spectral norms are those of every point's weights.
 
     Args:
         model: the architecture; not changed.
@@ -339,16 +345,20 @@ def barrier(
         kwargs: keyword inputs for every batch.
 
     Raises:
-        AutomergeError: for fewer than two points, empty data, or labels that are no classes without ``loss``.
+        AutomergeError: for fewer than two points, empty data, labels that are no classes without ``loss``, or a reset where
+            there is no BatchNorm.
     """
     if not isinstance(points, int) or points < 2:
         raise AutomergeError(f"a path needs a whole number of at least two points, got {points!r}")
+    check_reset(model, repair)
     batches = Batches(data, inputs, kwargs)
     source = batches if repair_data is None else Batches(repair_data, inputs, kwargs)
     positions = tuple(k / (points - 1) for k in range(points))
     values = []
     for t in positions:
         weights = interpolate(sd_a, sd_b, t)
+        if 0 < t < 1:
+            weights, _ = measured_again(model, weights)
         if repair is not None and 0 < t < 1:
             weights = _repaired(model, weights, sd_a, sd_b, t, source, repair, inputs, kwargs)
         values.append(evaluate((model, weights), batches, loss and {"loss": loss}, inputs=inputs, kwargs=kwargs))
@@ -382,5 +392,11 @@ def _repaired(
 
 
 def cycle_error(matching: Any) -> CycleError:
-    """The cycle error of a matching's composed pairwise maps; 0 when they go through one universe."""
+    """The cycle error of a matching's composed pairwise maps; 0 when they go through one universe.
+
+    Raises:
+        MatchingError: if it is no matching.
+    """
+    if not callable(getattr(matching, "cycle_error", None)):
+        raise MatchingError(f"cycle_error takes what automerge.match returns, got a {type(matching).__name__}")
     return CycleError(float(matching.cycle_error()), len(matching.to_universe))

@@ -40,8 +40,9 @@ def load_state_dict(path: str | os.PathLike[str], names: Collection[str] | None 
 
     Args:
         path: the file.
-        names: the architecture's, if known: prefixes that are part of them stay. If it is a state dict, names that it ties
-            and the file leaves out are added.
+        names: the architecture's, if known: prefixes that are part of them stay, and any other prefix that all keys have in
+            front of names of the architecture is stripped (``model.`` of a LightningModule). If it is a state dict, names that
+            it ties and the file leaves out are added.
 
     Returns:
         Name -> tensor, in the file's order for ``.pt`` and in name order for safetensors.
@@ -59,6 +60,8 @@ def load_state_dict(path: str | os.PathLike[str], names: Collection[str] | None 
         {'w': tensor([1., 1.])}
         >>> folder.cleanup()
     """
+    if not isinstance(path, str | os.PathLike):
+        raise CheckpointError(f"load_state_dict takes the path of a file, got a {type(path).__name__}")
     file = Path(path)
     status = status_of(file, CheckpointError, "read")
     if status is None:
@@ -295,6 +298,14 @@ def save_state_dict(
         OutputError: if the path exists (without ``force``), cannot be written, has another suffix, or a tensor is of a
             kind that safetensors cannot hold.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise OutputError(
+            f"the path comes first, save_state_dict(path, state_dict); got a {type(path).__name__} for it"
+        )
+    if not isinstance(state_dict, Mapping):
+        raise OutputError(
+            f"save_state_dict writes a state dict, got a {type(state_dict).__name__}; give its .state_dict() or .state_dict"
+        )
     file = Path(path)
     sharded = file.name.endswith(SHARDS)
     if file.suffix.lower() != ".safetensors" and not sharded:

@@ -12,8 +12,10 @@ from automerge._copies import copied
 from automerge._data import Batches, checked_state, reals
 from automerge._errors import AutomergeError, CheckpointError
 from automerge._measures import Evaluation, Plane
-from automerge.evaluate import Metric, evaluate
-from automerge.renormalise import reset_batchnorm
+from automerge._scores import Metric
+from automerge._singular import measured_again
+from automerge.evaluate import evaluate
+from automerge.renormalise import check_reset, reset_batchnorm
 
 
 def plane(
@@ -48,7 +50,8 @@ def plane(
         kwargs: keyword inputs for every batch.
 
     Raises:
-        AutomergeError: for fewer than two points, labels that are no classes without ``loss``, or three networks on one line.
+        AutomergeError: for fewer than two points, labels that are no classes without ``loss``, three networks on one
+            line, or a reset where there is no BatchNorm.
         CheckpointError: if the state dicts are of different architectures.
 
     Examples:
@@ -64,6 +67,7 @@ def plane(
         raise AutomergeError(f"a plane needs a whole number of at least two points along each axis, got {points!r}")
     if repair not in (None, "reset"):
         raise AutomergeError(f"repair must be None or 'reset' in a plane, got {repair!r}")
+    check_reset(model, repair)
     places = _plane_places(sd_a, sd_b, sd_c)
     batches = Batches(data, inputs, kwargs)
     source = batches if repair_data is None else Batches(repair_data, inputs, kwargs)
@@ -72,6 +76,8 @@ def plane(
     def measured(x: float, y: float, touched: bool) -> Evaluation:
         share = _barycentric(places, x, y)
         weights = _combination((sd_a, sd_b, sd_c), share)
+        if touched:
+            weights, _ = measured_again(own, weights)
         if repair is not None and touched:
             own.load_state_dict(weights)
             reset_batchnorm(own, source, inputs=inputs, kwargs=kwargs)

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from automerge._copies import copied
-from automerge._data import Batches, device_of
-from automerge._errors import MatchingError
+from automerge._data import Batches, checked_state, device_of
+from automerge._errors import AutomergeError, CheckpointError, MatchingError
 from automerge._merge_checks import (
     Model,
     check_coordinates,
@@ -37,6 +37,7 @@ from automerge._merge_checks import (
 from automerge._merge_task import Task
 from automerge._offload import MEMORY, Store
 from automerge._repair_report import Renormaliser, RepairReport
+from automerge._singular import measured_again
 from automerge._version import __version__
 from automerge.groups import Element
 from automerge.io import SHARD_BYTES, buffer_names, check_state_dict, hash_state_dict, save_state_dict, tied_names
@@ -78,8 +79,10 @@ class MergeResult:
             The model.
 
         Raises:
-            CheckpointError: if its keys or shapes differ.
+            CheckpointError: if its keys or shapes differ, or it is no module.
         """
+        if not isinstance(model, nn.Module):
+            raise CheckpointError(f"load_into takes a module, such as build(), got a {type(model).__name__}")
         check_state_dict(self.state_dict, model.state_dict(), "the merged state dict", buffer_names(model))
         model.load_state_dict(self.state_dict)
         return model
@@ -149,7 +152,8 @@ def merge(
     parameter that takes no gradient, that is the same in all models (a mask, a table of positions) is a constant of the
     architecture and stays; the groups respect it. BatchNorm's running
     means and running variances are averaged like weights: the plain weighted mean of the variances, which is what naive
-    averaging does too; it is not the merged network's own variance, so give ``data`` to measure that. Integer and
+    averaging does too; it is not the merged network's own variance, so give ``data`` to measure that. Spectral norms are
+    measured again on the merged weights. Integer and
     boolean entries must be equal, except ``num_batches_tracked``, of which the largest is taken. Tied tensors stay
     tied.
 
@@ -194,6 +198,8 @@ def merge(
     clock = _Clock()
     check_matcher(matcher)
     check_symmetry(symmetry)
+    if progress is not None and not callable(progress):
+        raise AutomergeError(f"progress= is called with numbers as the work goes on; got a {type(progress).__name__}")
     matcher = _offloaded(matcher, offload, matching)
     task = Task.checked(models, architecture, Store(offload))
     share = check_weights(weights, len(task.states))
@@ -217,7 +223,7 @@ def merge(
     clock.lap("match")
     moved = task.moved(symmetry, _elements(matching, coordinates), kept=mode != "none")
     aliases = {**symmetry.aliases, **tied_names(task.network.state_dict())}
-    merged = average(moved, share, aliases=aliases, store=task.store)
+    merged, spectral = measured_again(task.network, average(moved, share, aliases=aliases, store=task.store))
     clock.lap("average")
     if batches is None and isinstance(mode, Renormaliser):
         batches = Batches([_example(args, kwargs)], _arity(args), kwargs, device_of(task.network))
@@ -225,6 +231,9 @@ def merge(
     clock.lap("repair")
     if mode == "none" and batchnorm_names(task.network):
         task.notes.append(_AVERAGED)
+    if spectral:
+        more = f" and {len(spectral) - 3} more" if len(spectral) > 3 else ""
+        task.notes.append(f"spectral norms were measured again on the merged weights: {', '.join(spectral[:3])}{more}")
     chosen = mode if isinstance(mode, str) else repr(mode)
     options = {"weights": share, "coordinates": coordinates, "repair": chosen, "verify": verify}
     made = _provenance(task.network, task.states, options, matching.matcher)
@@ -243,7 +252,7 @@ def average(
 
     Args:
         state_dicts: of equal keys and shapes.
-        weights: one per state dict, with the sum one.
+        weights: one per state dict; normalised to the sum one.
         aliases: names that share the tensor of another name.
         store: where the mean is held.
 
@@ -251,12 +260,18 @@ def average(
         New tensors with the dtypes and devices of the first state dict.
 
     Raises:
-        CheckpointError: if integer or boolean entries differ.
+        CheckpointError: if integer or boolean entries differ, or something is no state dict.
+        MatchingError: for unsuitable weights, or no state dict.
 
     Examples:
         >>> average([{"w": torch.zeros(2)}, {"w": torch.ones(2)}], [0.25, 0.75])
         {'w': tensor([0.7500, 0.7500])}
     """
+    if not state_dicts:
+        raise MatchingError("averaging needs at least one state dict, got none")
+    for state in state_dicts:
+        checked_state(state)
+    weights = check_weights(weights, len(state_dicts))
     out: StateDict = {}
     with store.working():
         for name, first in state_dicts[0].items():
@@ -336,7 +351,9 @@ def renormalise(
     if mode in ("reset", "both"):
         own = copied(network)
         own.load_state_dict(merged)
-        report = RepairReport(mode, reset=reset_batchnorm(own, batches))
+        names = reset_batchnorm(own, batches)
+        missed = {n: "no batch runs it: its statistics are averages" for n in batchnorm_names(own) if n not in names}
+        report = RepairReport(mode, reset=names, skipped=missed)
         fresh = own.state_dict()
         ties = tied_names(fresh)
         merged = {n: fresh[n].detach().to(merged[n].dtype).to(merged[n].device) for n in merged}

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from automerge._data import Batches, bind, device_of, evaluating, preserving, run_batch
+from automerge._data import Batches, bind, device_of, preserving, run_batch
 from automerge._errors import AutomergeError
 from automerge._moments import Moments
 from automerge._observe import Key
@@ -38,6 +38,16 @@ from automerge.symmetry import Symmetry
 
 
 # -------------------------------------------------------------------- BatchNorm
+def check_reset(model: nn.Module, repair: object) -> None:
+    """A reset finds something to reset.
+
+    Raises:
+        AutomergeError: if not.
+    """
+    if repair == "reset" and not batchnorm_names(model):
+        raise AutomergeError("repair='reset' needs BatchNorm statistics, and this model has none; leave repair= out")
+
+
 def batchnorm_names(model: nn.Module) -> tuple[str, ...]:
     """The module paths of the BatchNorms that keep running statistics."""
     return tuple(name for name, _ in _norms(model))
@@ -109,7 +119,7 @@ def reset_batchnorm(
     handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in pooled]
     done = False
     try:
-        with evaluating(model), preserving(model):
+        with watching(model), preserving(model):  # compiled modules would not call hooks
             for batch in batches:
                 run_batch(model, None, batch)
         for module, moments in pooled.items():

@@ -96,7 +96,8 @@ def trace(
 def _recorded(model: nn.Module, positional: Any, keywords: Any, recorder: Recorder) -> fx.GraphModule:
     """One run of a model under a recorder."""
     positional, keywords = recorder.add_inputs(positional, keywords)
-    with prepared(model), recorder.watch_modules(), releasing(_LARGE):
+    # what the model draws is not the caller's
+    with prepared(model), recorder.watch_modules(), releasing(_LARGE), torch.random.fork_rng(devices=[]):
         try:
             with torch.no_grad(), opaque_modules(recorder, model), recorder, Readers(recorder):
                 result = model(*positional, **keywords)

@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.weak import TensorWeakRef
 
-from automerge import TraceError, infer, trace, verify
+from automerge import SymmetryError, TraceError, infer, trace, verify
 from automerge.infer import infer_graph
 from automerge.testing import Network, networks
 from tests.inference.networks_hostile import Program
@@ -675,3 +675,35 @@ def test_numbers_given_as_inputs_are_named() -> None:
     assert sorted(g.size for g in given.generators()) == [3, 5]
     assert "numbers that were given as inputs (args[1] = 3, kwargs['scale'] = 2.5)" in str(given)
     assert not infer(Cut(), x).notes
+
+
+class Drawing(nn.Module):
+    """Adds noise, measures itself and differentiates by its input, as people's models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.enable_grad(), torch.profiler.record_function("span"):
+            x = x.detach().requires_grad_()
+            y = self.down(torch.tanh(self.up(x)) + 0.1 * torch.randn(6))
+            (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        return y, slope
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_caller_s_random_numbers_are_left_alone() -> None:
+    torch.manual_seed(5)
+    model, before = Drawing(), torch.get_rng_state()
+    symmetry = infer(model, torch.ones(3, 4))
+    assert symmetry.stats["verified"] < 1e-9
+    assert torch.equal(before, torch.get_rng_state())
+    trace(model, torch.ones(3, 4))
+    verify(model, torch.ones(3, 4), symmetry)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_what_is_no_symmetry_is_told() -> None:
+    with pytest.raises(SymmetryError, match=r"takes what automerge\.infer returned, got a dict"):
+        verify(Drawing(), torch.ones(3, 4), {})  # type: ignore[arg-type]

@@ -258,6 +258,8 @@ def _read_element(
 
 def state_dict(model: Model) -> dict[str, torch.Tensor]:
     """The tensors of a model, detached."""
+    if not isinstance(model, Mapping | nn.Module):
+        raise MatchingError(f"each model must be a state dict or a module, got a {type(model).__name__}")
     values = model.state_dict() if isinstance(model, nn.Module) else model
     return {n: v.detach() if isinstance(v, torch.Tensor) else v for n, v in values.items()}
 
@@ -278,9 +280,6 @@ def check_models(models: Sequence[Model], symmetry: Symmetry | None = None) -> l
     if isinstance(models, Mapping | nn.Module) or not isinstance(models, Sequence) or len(models) < 2:
         given = f"{len(models)}" if isinstance(models, list | tuple) else f"a {type(models).__name__}"
         raise MatchingError(f"matching needs a list of at least 2 models (state dicts or modules), got {given}")
-    wrong = next((m for m in models if not isinstance(m, Mapping | nn.Module)), None)
-    if wrong is not None:
-        raise MatchingError(f"each model must be a state dict or a module, got a {type(wrong).__name__}")
     if symmetry is not None and not isinstance(symmetry, Symmetry):
         raise MatchingError(
             f"expected the Symmetry of the models, got a {type(symmetry).__name__}; automerge.infer(model, inputs) makes it"

@@ -149,11 +149,9 @@ class _Run:
             self.constant.add(node)
             if not self.veiled.isdisjoint(node.all_input_nodes) or veils(node, self.live, self.engine.several):
                 self.veiled.add(node)  # known by its values, but its structure is that of what it was made from
-                self.values[node] = _with_data(self.apply(node), value)
-        elif node.target is operator.getitem:
-            self.values[node] = self.fetch(node.args[0])[node.args[1]]
+                self.values[node] = _with_data(self.found(node), value)
         else:
-            self.values[node] = self.apply(node)
+            self.values[node] = self.found(node)
 
     def empty(self, node: fx.Node, value: torch.Tensor) -> Value:
         """A tensor without entries; a cut of none still shows its other axes, which may be filled up again."""
@@ -263,6 +261,10 @@ class _Run:
             return self.engine.constant_structure(array.resolve_conj().resolve_neg().numpy(), axes)
 
         return ConstantValue(tensor, structure)
+
+    def found(self, node: fx.Node) -> Any:
+        """What is known of an operator's result, or of one of several."""
+        return self.fetch(node.args[0])[node.args[1]] if node.target is operator.getitem else self.apply(node)
 
     def apply(self, node: fx.Node) -> Any:
         rule = find_rule(node.target)

@@ -118,13 +118,15 @@ class Engine(Combine):
         singles = [made_once[key] for key in keys]
         coordinates = [bool(v.pinned & set(v.axes[axis])) for v in values]
         lengths = [v.shape[axis] for v in values]
-        n, count = len(singles[0].axes), len(singles)
-        apart = []  # the joined axes side by side, each a further axis of its own
+        n = len(singles[0].axes)
+        long = [i for i, v in enumerate(singles) if v.axes[axis]]
+        apart = []  # the joined axes side by side, each a further axis of its own, but for those of length one
         for i, v in enumerate(singles):
             others = tuple(() if k == axis else a for k, a in enumerate(v.axes))
-            apart.append(v.with_axes((*others, *(v.axes[axis] if i == j else () for j in range(count)))))
+            apart.append(v.with_axes((*others, *(v.axes[axis] if i == j else () for j in long))))
         aligned, wide, size = self.align(apart)
-        axes, own = wide[:n], wide[n:]
+        further = dict(zip(long, wide[n:], strict=True))
+        axes, own = wide[:n], [further.get(i, ()) for i in range(len(singles))]
         made = new_letter()
         inner = {c for a in own for c in a}
         total = sum(lengths)

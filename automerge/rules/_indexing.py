@@ -11,7 +11,7 @@ import torch
 from automerge.rules._axes import Unruled
 from automerge.rules._contraction import repinned
 from automerge.rules._engine import Engine
-from automerge.rules._movement import gathered, without_axis
+from automerge.rules._movement import gathered, permuted, without_axis
 from automerge.rules._reduction import axes_of, fits, normalised
 from automerge.rules._registry import Context, rule, values_in
 from automerge.rules._value import Factor, Value, copy_letters, plain, rename
@@ -126,8 +126,10 @@ def _generic_index(context: Context, x: Value, given: Sequence[tuple[int, Value]
     if any(n.meta["val"].dtype in (torch.bool, torch.uint8) for n in nodes):
         return _masked(context, x, given)
     axes = [k for k, _ in given]
-    if axes != list(range(axes[0], axes[0] + len(axes))):
-        raise Unruled("indices on separated axes")
+    if axes != list(range(axes[0], axes[0] + len(axes))):  # what separated axes are read to comes first
+        x = permuted(x, [*axes, *(k for k in range(len(x.axes)) if k not in axes)])
+        given = [(k, v) for k, (_, v) in enumerate(given)]
+        axes = list(range(len(given)))
     kept = whole_axes(x, given)
     gone = [k for k in axes if k not in kept.values()]
     for k in gone:
@@ -401,9 +403,11 @@ def searchsorted(context: Context, edges: Value, x: Value, *_: Any, sorter: Any 
     return engine.elementwise([edges if len(edges.axes) > 1 else edges.with_axes(()), x])
 
 
-@rule("nonzero", "unique_dim", "_unique2")
-def positions(context: Context, x: Value, *_: Any, **__: Any) -> Any:
-    context.engine.pin_all(x, "positions are read from it")
+@rule("nonzero", "unique_dim", "_unique2", "_ctc_loss", "linalg_householder_product")
+def positions(context: Context, *args: Any, **_: Any) -> Any:
+    """All positions have a meaning: those of steps and symbols, of the first entries of reflections."""
+    for x in values_in(args):
+        context.engine.pin_all(x, "positions are read from it")
     value = context.node.meta["val"]
     if isinstance(value, torch.Tensor):
         return plain(value.shape, pinned=True)

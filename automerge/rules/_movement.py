@@ -101,7 +101,10 @@ def repeat(context: Context, x: Value, repeats: Sequence[int]) -> Value:
 
 
 @rule("repeat_interleave")
-def repeat_interleave(context: Context, x: Value, repeats: Any, dim: int | None = None, **_: Any) -> Value:
+def repeat_interleave(context: Context, x: Value, repeats: Any = None, dim: int | None = None, **_: Any) -> Value:
+    if repeats is None:  # every position as often as ``x`` says
+        context.engine.pin_all(x, "positions are read from it")
+        return plain(context.shape, pinned=True)
     if not isinstance(repeats, int) or dim is None:
         raise Unruled("repeat_interleave by a tensor")
     letter = new_letter()

@@ -131,8 +131,7 @@ class _Back:
         value = node.meta.get("val")
         users = [u for u in node.users if u in self.live]
         if not isinstance(value, torch.Tensor):
-            if _name(node) in _PIECES:
-                self.pieces(node, users)
+            self.pieces(node, users)
             return
         if value.numel() == 0 or any(u not in self.cuts and u not in self.needed for u in users):
             return
@@ -144,9 +143,10 @@ class _Back:
         self.needed[node] = mask
 
     def pieces(self, node: fx.Node, users: Sequence[fx.Node]) -> None:
-        """What is needed of a tensor that is cut in pieces, some of which nobody reads."""
+        """What is needed of several outputs: of pieces that a tensor is cut in, and of a normalisation beside its mean."""
         read = {u.args[1]: u for u in users if u.target is operator.getitem}
-        if len(read) < len(node.meta["val"]) or not self.needed.keys().isdisjoint(read.values()):
+        unread = _name(node) in _PIECES and len(read) < len(node.meta["val"])
+        if unread or not self.needed.keys().isdisjoint(read.values()):
             self.needed[node] = [
                 self.all_of(read[i]) if i in read else torch.zeros(v.shape, dtype=torch.bool)
                 for i, v in enumerate(node.meta["val"])
@@ -202,8 +202,11 @@ class _Back:
 
         with torch.enable_grad():
             out = user.target(*fx.node.map_arg(user.args, known), **fx.node.map_arg(user.kwargs, known))  # type: ignore[operator]
-            weight = torch.rand(out.shape, generator=rng, dtype=torch.float64) + 0.5
-            return torch.autograd.grad((out * weight * needed).sum(), leaf)[0] != 0
+            total = torch.zeros((), dtype=torch.float64)
+            for value, mask in zip(*([out], [needed]) if torch.is_tensor(out) else (out, needed), strict=True):
+                if bool(mask.any()):
+                    total = total + (value * mask * (torch.rand(mask.shape, generator=rng) + 0.5)).sum()
+            return torch.autograd.grad(total, leaf)[0] != 0
 
     @staticmethod
     def _moved(user: fx.Node, node: fx.Node, needed: Any) -> torch.Tensor:

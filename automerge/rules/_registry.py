@@ -58,7 +58,12 @@ def operator_name(target: Any) -> str:
 
 
 _CARRYING: set[str] = set()
-_UNTAGGED = (torch.ops.aten.complex.default, torch.ops.aten.polar.default)  # pointwise, and not tagged as such
+_UNTAGGED = tuple(  # pointwise, and not tagged as such
+    getattr(packet, overload)
+    for packet in (torch.ops.aten.complex, torch.ops.aten.polar, torch.ops.aten.floor_divide)
+    for overload in ("default", "Scalar")
+    if overload in packet.overloads()
+)
 _MODULE_RULES: dict[type[nn.Module], Rule] = {}
 
 

@@ -81,8 +81,9 @@ def selected(d: Draw, *more: str) -> Case:
         "mask": [torch.arange(a) != 1],
         "input": [ints(a, 3)],
         "inputs": [ints(a, 2, 1), ints(b, 3)],
+        "apart": [ints(a, 3), None, ints(a, 3)],
     }
-    return call(p(a, b), constant[which])
+    return call(p(a, b, a) if which == "apart" else p(a, b), constant[which])
 
 
 def joined(d: Draw) -> Case:
@@ -395,7 +396,7 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     "embedding_renorm": lambda d: call(p(4, d.n()), ints(4, 2), 1.0, 2.0),
     "_embedding_bag _embedding_bag_forward_only": bags,
     "index_select": lambda d: (lambda a: call(p(a, d.n()), 0, d.pick(d.index(a), ints(a, 3))))(d.n()),
-    "index": lambda d: selected(d, "mask"),
+    "index": lambda d: selected(d, "mask", "apart"),
     "_unsafe_index": selected,
     "gather": gathered,
     "take_along_dim": looked_up,
@@ -433,6 +434,10 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     ),
     "_unique2": lambda d: call(p(d.n(3, 4)), complete=False),
     "unique_dim": lambda d: call(p(d.n(3, 4), 2), 0, complete=False),
+    "_ctc_loss": lambda d: (
+        lambda n, k: call(P((5, n, k)), ints(k, n, 2), [5] * n, [2] * n, outs=(0,), complete=False)
+    )(d.n(2, 3), d.n(3, 4)),
+    "linalg_householder_product": lambda d: call(p(d.n(3, 4), 3), p(d.n(2, 3)), complete=False),
     "nonzero": lambda d: call(p(d.n(3, 4)), complete=False),
     # some of those that the tag of pointwise operators covers
     "relu sin exp gelu neg": lambda d: call(P(d.shape())),

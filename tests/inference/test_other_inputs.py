@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -524,6 +525,88 @@ def _recurrent(s: Any, x: torch.Tensor) -> torch.Tensor:
 add("OneStep", "6", ONE, LONGER, _recurrent, w=par(6, 6), **_waves)
 
 
+# ------------------------------------------------------------ as libraries do it
+def _normalised(s: Any, x: torch.Tensor) -> torch.Tensor:
+    """Scores of distances from a normalised table, of which a short sequence reads a few rows (DeBERTa's)."""
+    rows = F.layer_norm(s.t, (8,), s.g, s.b)
+    n = x.shape[1]
+    scores = (s.q(x) @ rows.mT).gather(-1, (distances(n) + 16).expand(len(x), n, n))
+    return s.out(scores.softmax(-1) @ s.v(x))
+
+
+add(
+    "NormalisedTable",
+    "8 6",
+    SHORT,
+    LONG,
+    _normalised,
+    q=lin(5, 8),
+    t=par(32, 8),
+    g=par(8),
+    b=par(8),
+    v=lin(5, 6),
+    out=lin(6, 2),
+)
+add(  # as many tokens of a phoneme as a duration says
+    "RepeatedByCounts",
+    "6",
+    (draw(3, 4), torch.tensor([2, 1, 3])),
+    [(draw(3, 4), torch.tensor([1, 1, 2])), (draw(4, 4), torch.tensor([1, 4, 2, 1]))],
+    lambda s, x, n: s.out(s.inp(x).relu().repeat_interleave(n, 0) * s.inp(x)[torch.repeat_interleave(n)]),
+    inp=lin(4, 6),
+    out=lin(6, 2),
+)
+
+
+def _mixed_batch(s: Any, x: torch.Tensor) -> torch.Tensor:
+    """Every head is scaled by one of the batch: as long as these are two, by the same one as the head after the next."""
+    heads = torch.fft.ifft(torch.fft.fft(s.inp(x), dim=1).conj(), dim=1).real.unflatten(-1, (4, 3)).transpose(1, 2)
+    heads = heads.flatten(0, 1) * x.mean((1, 2)).repeat(4)[:, None, None]
+    return s.out(heads.unflatten(0, (len(x), 4)).transpose(1, 2).flatten(2))
+
+
+add(
+    "HeadsByBatch",
+    "3x4",
+    (draw(2, 4, 5),),
+    [(draw(3, 4, 5),), (draw(10, 4, 5),)],
+    _mixed_batch,
+    inp=lin(5, 12),
+    out=lin(12, 2),
+)
+
+add(  # of a constant that hides what it was made from, one of two outputs
+    "LargestSlope",
+    HEADS,
+    ONE,
+    LONGER,
+    lambda s, x: attend(
+        s, x, lambda a, n: a * (1 + (SLOPES[:, None, None] * distances(n)).max(-1).values[..., None]).exp()
+    ),
+    **QKVO,
+)
+
+add(  # a lookup on the first and the last axis
+    "LookedUpApart",
+    "6",
+    (draw(3, 4, 5), torch.tensor([1, 2]), torch.tensor([3, 0])),
+    [(draw(3, 6, 5), torch.tensor([2, 0, 1]), torch.tensor([1, 1, 3]))],
+    lambda s, x, i, j: s.out(s.inp(x).relu().transpose(1, 2)[i, :, j]),
+    inp=lin(5, 6),
+    out=lin(6, 2),
+)
+
+add(  # of integers among the inputs
+    "WholeParts",
+    "6",
+    (draw(3, 4), torch.tensor([[7], [8], [9]]), torch.tensor([[2], [3], [2]])),
+    [(draw(4, 4), torch.tensor([[5], [6], [7], [9]]), torch.tensor([[2], [5], [1], [4]]))],
+    lambda s, x, i, j: s.out(s.inp(x).relu()) * (i // (j + 1)),
+    inp=lin(4, 6),
+    out=lin(6, 2),
+)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_groups_hold_on_other_inputs(name: str) -> None:
     factory, args, others, sizes = CASES[name]
@@ -544,3 +627,47 @@ def test_what_nobody_reads_is_reported() -> None:
     symmetry = infer(factory(), args)
     assert any("do not read all of" in n and "w.weight (54 of 72 numbers)" in n for n in symmetry.notes)
     assert any(p.param == "w.weight" and p.axis == 0 and "not read" in p.reason for p in symmetry.pins)
+
+
+class NoModule(types.SimpleNamespace):
+    """An object that is none of PyTorch's."""
+
+
+class Cached(nn.Module):
+    """Appends to a cache of another library that comes with the inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.out = nn.Linear(5, 6), nn.Linear(5, 6), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor, cache: NoModule) -> torch.Tensor:
+        k = self.k(x)
+        cache.kept.append(k)
+        k = cache.kept[0] = torch.cat(cache.kept, 1)
+        cache.seen += 1
+        return self.out((self.q(x) @ k.mT / cache.seen).softmax(-1) @ k)
+
+
+def test_every_pass_has_a_cache_of_its_own() -> None:
+    torch.manual_seed(0)
+    kept = torch.ones(2, 3, 6)
+    empty, full = NoModule(kept=[], seen=torch.tensor(0)), NoModule(kept=[kept], seen=torch.tensor(0))
+    symmetry = infer(Cached(), (draw(2, 4, 5), empty))
+    assert [g.size for g in symmetry.sets] == [6]
+    assert not any("verified" in n for n in symmetry.notes)
+    assert infer(Cached(), (draw(2, 4, 5), full)).sets == ()  # what was kept has an order
+    assert (empty.kept, int(empty.seen)) == ([], 0)
+    assert len(full.kept) == 1
+    assert full.kept[0] is kept
+
+
+def test_numbers_that_the_model_writes_to_are_not_those_of_the_inputs() -> None:
+    def forward(s: Any, x: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+        n += 1
+        return s.out(s.inp(x).relu()) * n
+
+    times = torch.arange(3)[:, None]
+    symmetry = infer(Program(forward, {"inp": lin(4, 6), "out": lin(6, 2)}), (draw(3, 4), times))
+    assert [g.size for g in symmetry.sets] == [6]
+    assert not any("verified" in n for n in symmetry.notes)
+    assert times.tolist() == [[0], [1], [2]]

@@ -104,6 +104,14 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": {"num_key_value_heads": 4, "head_dim": None},
     "deepseek_v3": {"num_key_value_heads": 4, "head_dim": None},
+    "deepseek_v32": {"num_key_value_heads": 4, "head_dim": None},
+    "falcon_h1": {
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_ssm": 64,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 8,
+    },
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
@@ -285,13 +293,16 @@ _DECODERS = (
     "gemma3_text phi phi3 falcon mpt stablelm starcoder2 olmo olmo2 cohere granite granitemoe mamba mamba2 "
     "falcon_mamba rwkv deepseek_v2 deepseek_v3 jamba recurrent_gemma persimmon codegen xglm biogpt nemotron glm "
     "glm4 smollm3 ernie4_5 bitnet olmoe minimax lfm2 dbrx gpt_bigcode ctrl openai-gpt cohere2 granitemoehybrid "
-    "exaone4 gpt_neox_japanese helium arcee seed_oss bamba gpt_oss hunyuan_v1_dense phimoe jetmoe moshi xlstm"
+    "exaone4 gpt_neox_japanese helium arcee seed_oss bamba gpt_oss hunyuan_v1_dense phimoe jetmoe moshi xlstm "
+    "afmoe apertus aria_text bert-generation cohere2_moe cwm deepseek_v32 diffllama doge ernie4_5_moe falcon_h1 "
+    "flex_olmo glm4_moe granitemoeshared hunyuan_v1_moe llama4_text minimax_m2 ministral ministral3 nanochat olmo3 "
+    "olmo_hybrid vaultgemma modernbert-decoder"
 )
 _ENCODERS = (
     "bert roberta distilbert albert electra deberta deberta-v2 xlm-roberta mpnet camembert roformer nystromformer "
     "convbert squeezebert fnet ibert layoutlm canine longformer big_bird funnel xlnet reformer megatron-bert "
     "rembert lilt markuplm ernie esm flaubert xlm xmod yoso mobilebert mra luke roc_bert data2vec-text modernbert "
-    "roberta-prelayernorm nomic_bert"
+    "roberta-prelayernorm nomic_bert eurobert gte xlm-roberta-xl"
 )
 _TRANSLATORS = (
     "t5 mt5 bart mbart pegasus m2m_100 blenderbot blenderbot-small marian led mvp plbart prophetnet bigbird_pegasus "

@@ -18,6 +18,8 @@ with contextlib.suppress(ImportError):
 
 import transformers
 
+from zoo.coverage import _multimodal
+
 _HEAD_OUTPUTS = ("logits", "logits_per_image", "predicted_depth", "prediction_logits")
 _TOKENS, _TARGETS, _BATCH = 16, 8, 2
 
@@ -35,11 +37,12 @@ class _Head(nn.Module):
 
 
 def names() -> Sequence[str]:
-    """``type``, ``type:Head`` and ``type:Head@experts``."""
+    """``type``, ``type:Head`` and ``type:Head@experts``; ``type:*`` where a model has several parts."""
     known = transformers.CONFIG_MAPPING
     found = [t for t in HEADS if t in known]
     found += [f"{t}:{head}" for t in HEADS if t in known for head in HEADS[t]]
-    return found + [f"{t}:CausalLM@{how}" for t in EXPERTS if t in known for how in ("eager", "batched_mm")]
+    found += [f"{t}:CausalLM@{how}" for t in EXPERTS if t in known for how in ("eager", "batched_mm")]
+    return [*found, *_multimodal.names()]
 
 
 def configuration(kind: str) -> Any:
@@ -143,8 +146,10 @@ def _inputs(kind: str, config: Any, main: str) -> dict[str, Any]:
 
 
 def build(name: str) -> Case:
-    """``type``, or ``type:Head``, or ``type:Head@experts`` with how the experts are computed."""
+    """``type``, or ``type:Head``, or ``type:Head@experts`` with how the experts are computed, or ``type:*``."""
     kind, _, rest = name.partition(":")
+    if rest == "*":
+        return _multimodal.build(kind)
     head, _, experts = rest.partition("@")
     model = _model(kind, head, experts)
     given = _inputs(kind, model.config, str(model.main_input_name))
