@@ -1,11 +1,15 @@
-"""The models of one merge: checked, with a module that carries their weights, and moved to other coordinates."""
+"""The models of one merge: checked, with a module that carries their weights, moved to other coordinates; its record."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -13,7 +17,9 @@ from automerge._copies import carrying, is_empty, loaded
 from automerge._fixed import infer_common, moved_constants, shared_constants
 from automerge._merge_checks import Model, check_models, listed_models
 from automerge._offload import Store
+from automerge._version import __version__
 from automerge.groups import Element
+from automerge.io import hash_state_dict
 from automerge.symmetry import Symmetry
 
 
@@ -88,3 +94,41 @@ class _Moved(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._state)
+
+
+def provenance(
+    network: nn.Module, dicts: Sequence[Mapping[str, torch.Tensor]], options: Mapping[str, Any], matcher: str
+) -> dict[str, Any]:
+    """Where a merged network comes from: its parts by their hashes, versions, options, the time."""
+    count = sum(p.numel() for p in network.parameters())
+    inputs = [{"sha256": hash_state_dict(state), "parameters": count} for state in dicts]
+    versions = {
+        "automerge": __version__,
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+    return {
+        "inputs": inputs,
+        "versions": versions,
+        "options": dict(options),
+        "matcher": matcher,
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+class Clock:
+    """Seconds per stage."""
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+        self._start = self._last = now()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        current = self._now()
+        self._laps[name] = current - self._last
+        self._last = current
+
+    def seconds(self) -> dict[str, float]:
+        return {**self._laps, "total": self._now() - self._start}

@@ -10,7 +10,6 @@ import re
 import sys
 import warnings
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NoReturn
 
@@ -25,6 +24,7 @@ from automerge._aliases import Tracked, overlaps, read, shadow, write
 from automerge._double import plainly
 from automerge._errors import TraceError
 from automerge._lazy_module import LazyModule
+from automerge._trace_info import TraceInfo
 from automerge._tree_io import map_tensors, tensors_of
 from automerge._unfilled import NeedsValues, looks, unfilled
 
@@ -32,34 +32,6 @@ aten = torch.ops.aten
 _NO_WORD = re.compile("[^0-9A-Za-z]")
 _TORCH_DIR = os.path.dirname(torch.__file__) + os.sep  # torchvision's files are a model's own
 _HERE = os.path.dirname(__file__) + os.sep
-
-
-@dataclass
-class TraceInfo:
-    """What a trace knows beside its graph; found at ``graph_module.meta["trace"]``.
-
-    Attributes:
-        names: placeholder name -> state-dict name, for parameters and persistent buffers.
-        aliases: further state-dict names of tied tensors -> the first name.
-        inputs: placeholder name -> path of the tensor in ``(args, kwargs)``.
-        outputs: the number of output tensors.
-        data_dependent: where a python value was read from a tensor that depends on inputs or parameters.
-        reads: nodes whose values python read (``.item()``, ``.tolist()``, ``if tensor``); they must not change either.
-        rewritten: state-dict names that the forward pass writes to (they are put back).
-        unknown: places where a tensor of unknown provenance entered (treated as a constant).
-        overlaps: ``(name, other, places)``: state-dict tensors in one memory under several shapes; entry i of ``name`` is
-            entry ``places[i]`` of ``other``, or none of its entries where that is -1.
-    """
-
-    names: dict[str, str] = field(default_factory=dict)
-    aliases: dict[str, str] = field(default_factory=dict)
-    inputs: dict[str, str] = field(default_factory=dict)
-    outputs: int = 0
-    data_dependent: list[str] = field(default_factory=list)
-    reads: list[str] = field(default_factory=list)
-    rewritten: list[str] = field(default_factory=list)
-    unknown: list[str] = field(default_factory=list)
-    overlaps: list[tuple[str, str, torch.Tensor]] = field(default_factory=list)
 
 
 class Recorder(TorchDispatchMode):

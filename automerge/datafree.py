@@ -18,7 +18,8 @@ from automerge._errors import AutomergeError
 from automerge._gauss import Gaussian
 from automerge._moments import Moments
 from automerge._propagation import propagate
-from automerge._repair import Site, Tensors, channel_change, fold, make_plan, watching
+from automerge._repair import Tensors, channel_change, fold, make_plan, watching
+from automerge._repair_plan import Site
 from automerge._repair_report import LayerRepair, Renormaliser, RepairReport, on_devices, shares
 from automerge.symmetry import Symmetry
 from automerge.trace import trace

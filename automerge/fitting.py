@@ -19,7 +19,8 @@ from torch import nn
 from automerge._data import Batch, Batches, bind, device_of, run_batch
 from automerge._errors import AutomergeError
 from automerge._observe import Event, Observer
-from automerge._repair import Norm, Reached, Site, Tensors, make_plan, measure_one, watching
+from automerge._repair import Reached, Tensors, make_plan, measure_one, watching
+from automerge._repair_plan import Norm, Site
 from automerge._repair_report import LayerRepair, Renormaliser, RepairReport, on_devices, shares
 from automerge.symmetry import Symmetry
 

@@ -9,14 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -34,13 +30,12 @@ from automerge._merge_checks import (
     choose_repair,
     merge_integers,
 )
-from automerge._merge_task import Task
+from automerge._merge_task import Clock, Task, provenance
 from automerge._offload import MEMORY, Store
 from automerge._repair_report import Renormaliser, RepairReport
 from automerge._singular import measured_again
-from automerge._version import __version__
 from automerge.groups import Element
-from automerge.io import SHARD_BYTES, buffer_names, check_state_dict, hash_state_dict, save_state_dict, tied_names
+from automerge.io import SHARD_BYTES, buffer_names, check_state_dict, save_state_dict, tied_names
 from automerge.matchers import FrankWolfe, Matcher, Matching, Progress, check_matcher, match
 from automerge.renormalise import Repair, batchnorm_names, reset_batchnorm
 from automerge.symmetry import Symmetry
@@ -195,7 +190,7 @@ def merge(
         >>> result.state_dict["0.weight"].shape
         torch.Size([8, 2])
     """
-    clock = _Clock()
+    clock = Clock()
     check_matcher(matcher)
     check_symmetry(symmetry)
     if progress is not None and not callable(progress):
@@ -236,7 +231,7 @@ def merge(
         task.notes.append(f"spectral norms were measured again on the merged weights: {', '.join(spectral[:3])}{more}")
     chosen = mode if isinstance(mode, str) else repr(mode)
     options = {"weights": share, "coordinates": coordinates, "repair": chosen, "verify": verify}
-    made = _provenance(task.network, task.states, options, matching.matcher)
+    made = provenance(task.network, task.states, options, matching.matcher)
     notes = (*task.notes, *symmetry.notes)
     return MergeResult(merged, matching, symmetry, made, clock.seconds(), report, notes)
 
@@ -370,26 +365,6 @@ def _in_types(state: Mapping[str, torch.Tensor], types: Mapping[str, torch.dtype
     return out | {alias: out[name] for alias, name in tied_names(state).items()}
 
 
-def _provenance(
-    network: nn.Module, dicts: Sequence[Mapping[str, torch.Tensor]], options: Mapping[str, Any], matcher: str
-) -> dict[str, Any]:
-    count = sum(p.numel() for p in network.parameters())
-    inputs = [{"sha256": hash_state_dict(state), "parameters": count} for state in dicts]
-    versions = {
-        "automerge": __version__,
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-    }
-    return {
-        "inputs": inputs,
-        "versions": versions,
-        "options": dict(options),
-        "matcher": matcher,
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
 def _arity(args: Any) -> int:
     return len(args) if isinstance(args, tuple | list) else 1
 
@@ -398,20 +373,3 @@ def _example(args: Any, kwargs: Mapping[str, Any] | None) -> Any:
     """The example inputs as a batch; keyword tensors among them make a batch of keyword inputs."""
     positional = tuple(args) if isinstance(args, tuple | list) else (args,)
     return positional if positional else dict(kwargs or {})
-
-
-class _Clock:
-    """Seconds per stage."""
-
-    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
-        self._now = now
-        self._start = self._last = now()
-        self._laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        current = self._now()
-        self._laps[name] = current - self._last
-        self._last = current
-
-    def seconds(self) -> dict[str, float]:
-        return {**self._laps, "total": self._now() - self._start}

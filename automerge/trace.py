@@ -25,7 +25,7 @@ from automerge._machine import releasing
 from automerge._opaque import opaque_modules
 from automerge._readers import Readers
 from automerge._recorder import NO_NESTED, Recorder
-from automerge._recorder import TraceInfo as TraceInfo  # public here
+from automerge._trace_info import TraceInfo as TraceInfo  # public here
 from automerge._tree_io import tensors_of
 from automerge._unfilled import NeedsValues
 

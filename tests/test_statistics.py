@@ -16,8 +16,9 @@ from torch import nn
 from automerge import infer, trace
 from automerge._data import Batch, Batches
 from automerge._errors import CheckpointError
+from automerge._moments import CrossMoments
 from automerge._places import _spread_mask, survey
-from automerge._statistics import CrossMoments, collect
+from automerge._statistics import collect
 from automerge.symmetry import Symmetry
 from tests.matchers import _families as families
 

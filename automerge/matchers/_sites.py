@@ -10,7 +10,8 @@ from torch import nn
 
 from automerge._data import Batch, Batches, device_of
 from automerge._errors import MatchingError
-from automerge._statistics import CrossMoments, Mask, Observed, attention_mask, collect
+from automerge._moments import CrossMoments
+from automerge._statistics import Mask, Observed, attention_mask, collect
 from automerge.io import StateDict
 from automerge.matchers._augment import Site, correlation
 from automerge.matchers._base import Model

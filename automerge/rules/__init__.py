@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch import fx
 
-from automerge.rules import _contraction, _creation, _indexing, _movement, _reduction, _writing  # noqa: F401  (they register themselves)
+from automerge.rules import _contraction, _creation, _indexing, _movement, _ordering, _positions, _reduction, _writing  # noqa: F401  (they register themselves)
 from automerge.rules._axes import Family, Unruled
 from automerge.rules._constants import veils
 from automerge.rules._decompose import decomposition
 from automerge.rules._engine import Engine
-from automerge.rules._movement import all_border, gathered
+from automerge.rules._movement import all_border
+from automerge.rules._positions import gathered
 from automerge.rules._reads import liveness, unread
 from automerge.rules._registry import Context, carries, find_rule, operator_name, register_rule, values_in
 from automerge.rules._value import ConstantValue, Factor, Value, drop_constant, plain, split_letter

@@ -11,7 +11,8 @@ import torch
 from automerge.rules._axes import Unruled
 from automerge.rules._engine import MAX_BESIDE, Engine
 from automerge.rules._indexing import bare, constant_index, points_into, tie_axis, whole_axes
-from automerge.rules._movement import expanded, gathered, scattered
+from automerge.rules._movement import expanded, scattered
+from automerge.rules._positions import gathered
 from automerge.rules._registry import Context, rule, values_in
 from automerge.rules._value import Value, copy_letters, plain
 

@@ -1,0 +1,35 @@
+"""What a trace knows beside its graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class TraceInfo:
+    """What a trace knows beside its graph; found at ``graph_module.meta["trace"]``.
+
+    Attributes:
+        names: placeholder name -> state-dict name, for parameters and persistent buffers.
+        aliases: further state-dict names of tied tensors -> the first name.
+        inputs: placeholder name -> path of the tensor in ``(args, kwargs)``.
+        outputs: the number of output tensors.
+        data_dependent: where a python value was read from a tensor that depends on inputs or parameters.
+        reads: nodes whose values python read (``.item()``, ``.tolist()``, ``if tensor``); they must not change either.
+        rewritten: state-dict names that the forward pass writes to (they are put back).
+        unknown: places where a tensor of unknown provenance entered (treated as a constant).
+        overlaps: ``(name, other, places)``: state-dict tensors in one memory under several shapes; entry i of ``name`` is
+            entry ``places[i]`` of ``other``, or none of its entries where that is -1.
+    """
+
+    names: dict[str, str] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+    outputs: int = 0
+    data_dependent: list[str] = field(default_factory=list)
+    reads: list[str] = field(default_factory=list)
+    rewritten: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    overlaps: list[tuple[str, str, torch.Tensor]] = field(default_factory=list)
