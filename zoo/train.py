@@ -120,7 +120,8 @@ def train(
             report(recipe.epochs, recipe.epochs)
         return done
     devices = [device] if torch.device(device).type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)  # of CUDA's convolutions
+    with torch.random.fork_rng(devices=devices), exact:
         torch.manual_seed(seed)
         model = factory()
         if start is not None:

@@ -4,6 +4,10 @@ import gzip
 import hashlib
 import io
 import tarfile
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -104,8 +108,24 @@ def test_text_is_cut_into_pieces_with_the_next_character_as_label(
     assert not zoo_data.digits().is_text
 
 
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> Iterator[str]:
+    """Where a server on the loopback interface gives the files of the directory."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(tmp_path))) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
 def test_a_download_is_checked_unpacked_and_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rng = np.random.default_rng(0)
     arrays = {"x_train": rng.integers(0, 256, (5, 4, 4), dtype=np.uint8), "y_train": np.arange(5, dtype=np.uint8)}
@@ -114,7 +134,7 @@ def test_a_download_is_checked_unpacked_and_read(
     for key, array in arrays.items():
         path = tmp_path / f"{key}.gz"
         path.write_bytes(gzip.compress(idx(array)))
-        files[key] = (path.as_uri(), hashlib.sha256(path.read_bytes()).hexdigest())
+        files[key] = (f"{address}/{path.name}", hashlib.sha256(path.read_bytes()).hexdigest())
     out = tmp_path / "data"
     monkeypatch.setitem(zoo_download.SOURCES, "mnist", Source(files, unpack_idx))
     assert zoo_download.main(["mnist", "--out", str(out)]) == 0
