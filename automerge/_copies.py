@@ -34,12 +34,15 @@ def lacking(network: nn.Module) -> str | None:
 
 def copied(network: nn.Module) -> nn.Module:
     """A copy of a module, with what it keeps of earlier passes by value."""
-    return deepcopy(network, _of_passes(network))
+    return deepcopy(network, of_passes(network))
 
 
-def _of_passes(network: nn.Module) -> dict[Any, Any]:
-    """Copies of what a module keeps of earlier passes, which ``deepcopy`` refuses: the weight of an older weight norm."""
-    kept = (v for m in network.modules() for v in vars(m).values() if isinstance(v, torch.Tensor) and not v.is_leaf)
+def of_passes(network: nn.Module) -> dict[Any, Any]:
+    """Copies of what a module keeps of earlier passes, which ``deepcopy`` refuses, by identity.
+
+    The weight of an older weight norm; what a pass with gradients left in a cache.
+    """
+    kept = (v for m in network.modules() for v in tree_leaves(vars(m)) if isinstance(v, torch.Tensor) and not v.is_leaf)
     return {id(t): t.detach().clone() for t in kept}
 
 
@@ -49,7 +52,7 @@ def loaded(network: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module
     ``deepcopy`` gives every parameter memory of its own, so that parameters over one memory (``nn.Parameter(w.t())``) would
     be independent in the copy, and so would their groups.
     """
-    memo = _of_passes(network)
+    memo = of_passes(network)
     held: dict[Any, dict[int, torch.Tensor]] = {}
     for tensor in (*network.parameters(), *network.buffers()):
         if tensor.layout is torch.strided and tensor.numel():
@@ -90,7 +93,7 @@ def carrying(network: nn.Module, weights: Mapping[str, torch.Tensor], store: Sto
                 "the CPU"
             )
         return loaded(network, weights)
-    memo = _of_passes(network)
+    memo = of_passes(network)
     for name, own in network.state_dict(keep_vars=True).items():
         if isinstance(own, torch.Tensor) and id(own) not in memo:
             value = weights[ties.get(name, name)].detach()

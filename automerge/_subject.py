@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from automerge._copies import of_passes
 from automerge._double import Calibrate, Double, double_precision, widen
 from automerge._errors import TraceError
 from automerge._tree_io import map_tensors, tensors_of
@@ -66,12 +67,6 @@ def fresh_inputs(args: Any, kwargs: Any, seed: int) -> tuple[Any, Any]:
     return map_tensors(change, args), map_tensors(change, kwargs)
 
 
-def _memo(model: nn.Module) -> dict[int, Any]:
-    """Stand-ins for tensors that cannot be copied: results of earlier passes that a module keeps."""
-    kept = (v for m in model.modules() for v in vars(m).values() if isinstance(v, torch.Tensor) and not v.is_leaf)
-    return {id(t): t.detach().clone() for t in kept}
-
-
 Change = Callable[[str, torch.Tensor], torch.Tensor]
 """What is done to a tensor on its way into the model, by its name."""
 
@@ -91,7 +86,7 @@ class Subject:
 
     def __init__(self, model: nn.Module) -> None:
         try:
-            self.model = copy.deepcopy(model, _memo(model)).double().eval()
+            self.model = copy.deepcopy(model, of_passes(model)).double().eval()
         except Exception as error:
             raise TraceError(
                 f"{type(model).__name__} cannot be copied for verification ({type(error).__name__}: {error}); "

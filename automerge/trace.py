@@ -170,8 +170,7 @@ def prepared(model: nn.Module) -> Iterator[None]:
     before = [(m, _attributes(m)) for m in modules if not isinstance(m, torch.jit.ScriptModule)]
     fastpath = torch.backends.mha.get_fastpath_enabled()
     mkldnn, recurrent = torch._C._get_mkldnn_enabled(), any(isinstance(m, nn.RNNBase) for m in modules)
-    if any(mode for _, mode in modes):
-        model.eval()
+    model.eval()  # in eval mode already, too: a model may drop its caches at that
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         if recurrent:

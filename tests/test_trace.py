@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.weak import TensorWeakRef
 
-from automerge import SymmetryError, TraceError, infer, trace, verify
+from automerge import SymmetryError, TraceError, infer, merge, trace, verify
 from automerge.infer import infer_graph
 from automerge.testing import Network, networks
 from tests.inference.networks_hostile import Program
@@ -707,3 +707,38 @@ def test_the_caller_s_random_numbers_are_left_alone() -> None:
 def test_what_is_no_symmetry_is_told() -> None:
     with pytest.raises(SymmetryError, match=r"takes what automerge\.infer returned, got a dict"):
         verify(Drawing(), torch.ones(3, 4), {})  # type: ignore[arg-type]
+
+
+class Warm(nn.Module):
+    """Keeps a lookup of its parameter from pass to pass, in eval mode, and drops it whenever the mode is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.bias = nn.Linear(4, 6), nn.Linear(6, 2), nn.Parameter(torch.zeros(6, 2))
+        self.register_buffer("index", torch.tensor([0, 1, 1, 0]), persistent=False)
+        self.cache: dict[str, torch.Tensor] = {}
+
+    def train(self, mode: bool = True) -> Warm:
+        self.cache = {}
+        return super().train(mode)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training and "cpu" not in self.cache:
+            self.cache["cpu"] = self.bias[:, self.index]
+        table = self.bias[:, self.index] if self.training else self.cache["cpu"]
+        return self.down(self.up(x) * (1 + table.sum(1)))
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_model_that_has_run_is_inferred_as_a_fresh_one(gradients: bool) -> None:
+    x = torch.randn(3, 4)
+    fresh, warm = Warm().eval(), Warm().eval()
+    with torch.set_grad_enabled(gradients):
+        warm(x)
+    assert str(infer(warm, x)) == str(infer(fresh, x))
+    assert [g.size for g in infer(warm, x).generators()] == [6, 2]
+    models = [Warm().eval(), warm]
+    for model in models:
+        model(x)
+    merged = merge(models, x, data=[x]).load_into(Warm().eval())
+    assert torch.isfinite(merged(x)).all()
