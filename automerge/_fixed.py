@@ -80,12 +80,11 @@ def infer_common(
         verify: as for `automerge.infer`.
     """
     kwargs = without_cache(model, kwargs)
-    with torch.random.fork_rng(devices=[]):  # what the model draws is not the caller's
-        symmetry = infer(model, args, kwargs, verify=verify)
-        fixed = moved_constants(symmetry, shared, model.state_dict())
-        if not fixed:
-            return symmetry
-        again = infer(model, args, kwargs, verify=verify, constants=fixed)
+    symmetry = infer(model, args, kwargs, verify=verify)
+    fixed = moved_constants(symmetry, shared, model.state_dict())
+    if not fixed:
+        return symmetry
+    again = infer(model, args, kwargs, verify=verify, constants=fixed)
     some = ", ".join(fixed[:3]) + (f" and {len(fixed) - 3} more" if len(fixed) > 3 else "")
     note = f"the same in all models, and so kept as constants with the order of what they tell apart: {some}"
     object.__setattr__(again, "notes", (*again.notes, note))

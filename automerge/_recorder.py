@@ -203,10 +203,8 @@ class Recorder(TorchDispatchMode):
 
     def emit(self, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
         node = self.graph.call_function(target)
-        node.args, node.kwargs = (
-            args,
-            kwargs,
-        )  # given to the call they are searched for symbols, which takes longest of all
+        # given to the call they would be searched for symbols, which takes longest of all
+        node.args, node.kwargs = args, kwargs
         sources = node.all_input_nodes
         if any(n in self.tainted for n in sources):
             self.tainted.add(node)

@@ -58,12 +58,7 @@ def operator_name(target: Any) -> str:
 
 
 _CARRYING: set[str] = set()
-_UNTAGGED = tuple(  # pointwise, and not tagged as such
-    getattr(packet, overload)
-    for packet in (torch.ops.aten.complex, torch.ops.aten.polar, torch.ops.aten.floor_divide)
-    for overload in ("default", "Scalar")
-    if overload in packet.overloads()
-)
+_UNTAGGED = {torch.ops.aten.complex, torch.ops.aten.polar, torch.ops.aten.floor_divide}  # pointwise, not tagged as such
 _MODULE_RULES: dict[type[nn.Module], Rule] = {}
 
 
@@ -119,7 +114,7 @@ def find_rule(target: Any) -> Rule | None:
         return _MODULE_RULES.get(type(target.module))
     found = _RULES.get(operator_name(target))
     if found is None and isinstance(target, torch._ops.OpOverload):
-        return pointwise if torch.Tag.pointwise in target.tags or target in _UNTAGGED else None
+        return pointwise if torch.Tag.pointwise in target.tags or target.overloadpacket in _UNTAGGED else None
     return found
 
 

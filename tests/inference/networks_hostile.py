@@ -1318,6 +1318,23 @@ for _name, _sizes, _outputs, _change in (
     add(_name, _sizes, (x,), lambda s, x, f=_change: s.out(f(s.a(x))), a=lin(4, 8), out=lin(_outputs, 2))
 
 
+def _three(order: tuple[int, ...]) -> Callable[..., Any]:
+    """Two operands that name every unit twice, and two that do not, three of them at a time, in some order."""
+
+    def forward(s: Any, x: Any) -> Any:
+        h, g = s.h(x).tanh(), s.g(x).sin()
+        operands = [torch.cat([h, h], 1), torch.cat([g, g], 1), s.b(x), s.e(x)]
+        return s.out(s.norm(torch.addcmul(*(operands[i] for i in order))).relu())
+
+    return forward
+
+
+for _order in ((0, 1, 2), (2, 1, 0), (0, 2, 1), (2, 3, 0), (0, 2, 3), (2, 0, 3), (3, 1, 2)):
+    _used = {"h": lin(4, 4), "g": lin(4, 4), "b": lin(4, 8), "e": lin(4, 8)}
+    add(f"ThreeOperands{''.join(map(str, _order))}", "2x4 4", (x,), _three(_order), **_used, norm=lambda: nn.BatchNorm1d(8),
+        out=lin(8, 2))  # fmt: skip
+
+
 add(
     "PiecesOverlapping",
     "4 2",
