@@ -45,12 +45,17 @@ class RepairReport:
         layers: the layers that were changed, in the order of execution.
         reset: the BatchNorms whose statistics were measured again.
         skipped: layer -> why it was left alone.
+        drift: how far the merged network's outputs are from the weighted mean of the models' own, before and after the repair:
+            the root mean square of the difference, in standard deviations of that mean, on the first 512 samples of the
+            data. 0: as the models' mean; 1: no nearer than a constant. None if `merge` did not measure it, or the outputs
+            are no finite real numbers of one shape.
     """
 
     mode: str = "none"
     layers: tuple[LayerRepair, ...] = ()
     reset: tuple[str, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
+    drift: tuple[float, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -70,6 +75,9 @@ class RepairReport:
                 f"  {layer.name}: {layer.corrected} of {layer.channels} channels by {low:.3g} to {high:.3g}{dead}{note}{left}"
             )
         lines += [f"  {name}: left alone, {reason}" for name, reason in self.skipped.items()]
+        if self.drift is not None:
+            before, after = self.drift
+            lines.append(f"  outputs: {before:.3g} standard deviations from the models' mean before, {after:.3g} after")
         return "\n".join(lines)
 
 

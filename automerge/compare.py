@@ -25,6 +25,7 @@ from automerge._errors import AutomergeError
 from automerge._fixed import infer_common, shared_constants
 from automerge._merge_checks import Model, check_models, check_weights, listed_models
 from automerge._repair_report import Renormaliser
+from automerge._repair_stage import renormalise
 from automerge._scores import IGNORED, class_axis, counted, likely_axis
 from automerge._singular import measured_again
 from automerge.datafree import GaussianRepair, RowNorms
@@ -33,7 +34,7 @@ from automerge.fitting import LeastSquares
 from automerge.io import tied_names
 from automerge.landscape import plane
 from automerge.matchers import MATCHERS, Matcher, match
-from automerge.merge import average, renormalise
+from automerge.merge import average
 from automerge.renormalise import Repair, batchnorm_names
 from automerge.symmetry import Symmetry
 

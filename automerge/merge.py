@@ -16,7 +16,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from automerge._copies import copied
 from automerge._data import Batches, checked_state, device_of
 from automerge._errors import AutomergeError, CheckpointError, MatchingError
 from automerge._merge_checks import (
@@ -33,11 +32,12 @@ from automerge._merge_checks import (
 from automerge._merge_task import Clock, Task, provenance
 from automerge._offload import MEMORY, Store
 from automerge._repair_report import Renormaliser, RepairReport
+from automerge._repair_stage import renormalise
 from automerge._singular import measured_again
 from automerge.groups import Element
 from automerge.io import SHARD_BYTES, buffer_names, check_state_dict, save_state_dict, tied_names
 from automerge.matchers import FrankWolfe, Matcher, Matching, Progress, check_matcher, match
-from automerge.renormalise import Repair, batchnorm_names, reset_batchnorm
+from automerge.renormalise import batchnorm_names
 from automerge.symmetry import Symmetry
 
 StateDict = dict[str, torch.Tensor]
@@ -222,8 +222,10 @@ def merge(
     clock.lap("average")
     if batches is None and isinstance(mode, Renormaliser):
         batches = Batches([_example(args, kwargs)], _arity(args), kwargs, device_of(task.network))
-    merged, report = renormalise(mode, task.network, merged, moved, share, batches, symmetry)
+    merged, report = renormalise(mode, task.network, merged, moved, share, batches, symmetry, watched=data is not None)
     clock.lap("repair")
+    if report.drift is not None and report.drift[1] > 1.01 * report.drift[0]:
+        task.notes.append(_FURTHER.format(*report.drift))
     if mode == "none" and batchnorm_names(task.network):
         task.notes.append(_AVERAGED)
     if spectral:
@@ -292,6 +294,10 @@ def _mean(values: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Ten
 
 
 # -------------------------------------------------------------------- stages
+_FURTHER = (
+    "the repair moved the outputs away from the models' own, from {:.3g} to {:.3g} standard deviations of their mean; see by "
+    "`automerge compare` whether repair='none' is better"
+)
 _AVERAGED = "the BatchNorm statistics are averages of the models' own; give data to measure the merged network's"
 
 
@@ -310,59 +316,6 @@ def _elements(matching: Matching, coordinates: str | int) -> list[Element]:
         return list(to_universe)
     back = to_universe[coordinates].inverse()
     return [element.then(back) for element in to_universe]
-
-
-def renormalise(
-    mode: str | Renormaliser,
-    network: nn.Module,
-    merged: StateDict,
-    moved: Sequence[Mapping[str, torch.Tensor]],
-    share: Sequence[float],
-    batches: Batches | None,
-    symmetry: Symmetry,
-) -> tuple[StateDict, RepairReport]:
-    """Repair a merged state dict by a mode other than ``auto``, see `merge`; nothing that is given is written.
-
-    Args:
-        mode: what to do.
-        network: the architecture.
-        merged: the average of ``moved``.
-        moved: the aligned models.
-        share: their weights.
-        batches: data, or one example input.
-        symmetry: which channels may be corrected.
-    """
-    types = {name: value.dtype for name, value in network.state_dict().items()}
-    if any(types.get(name, value.dtype) != value.dtype for name, value in merged.items()):
-        # checkpoints in another precision than the architecture: repair in its own, answer in theirs
-        own_moved = [_in_types(m, types) for m in moved]
-        wide, report = renormalise(mode, network, _in_types(merged, types), own_moved, share, batches, symmetry)
-        return _in_types(wide, {name: value.dtype for name, value in merged.items()}), report
-    if isinstance(mode, Renormaliser):
-        return mode(network, merged, moved, batches, symmetry=symmetry, weights=share)
-    if mode == "none" or batches is None:
-        return merged, RepairReport()
-    report = RepairReport(mode)
-    if mode in ("reset", "both"):
-        own = copied(network)
-        own.load_state_dict(merged)
-        names = reset_batchnorm(own, batches)
-        missed = {n: "no batch runs it: its statistics are averages" for n in batchnorm_names(own) if n not in names}
-        report = RepairReport(mode, reset=names, skipped=missed)
-        fresh = own.state_dict()
-        ties = tied_names(fresh)
-        merged = {n: fresh[n].detach().to(merged[n].dtype).to(merged[n].device) for n in merged}
-        merged.update({alias: merged[name] for alias, name in ties.items()})
-    if mode in ("repair", "both"):
-        repair = Repair(reset=mode == "both")
-        merged, report = repair(network, merged, moved, batches, symmetry=symmetry, weights=share)
-    return merged, report
-
-
-def _in_types(state: Mapping[str, torch.Tensor], types: Mapping[str, torch.dtype]) -> StateDict:
-    """The tensors in other types; what was tied stays so."""
-    out = {name: value.to(types.get(name, value.dtype)) for name, value in state.items()}
-    return out | {alias: out[name] for alias, name in tied_names(state).items()}
 
 
 def _arity(args: Any) -> int:

@@ -1,0 +1,85 @@
+"""How far the outputs of a merged network are from those of the networks that were merged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from automerge._data import Batch, Batches, bind, evaluating, logits_of, preserving, run_batch
+from automerge._errors import AutomergeError
+
+SAMPLES = 512  # that are looked at; the distance is a mean over all outputs, and a comparison needs no more
+
+
+def drifts(
+    network: nn.Module,
+    candidates: Sequence[Mapping[str, torch.Tensor]],
+    endpoints: Sequence[Mapping[str, torch.Tensor]],
+    share: Sequence[float],
+    batches: Batches,
+) -> list[float] | None:
+    """The distance of each candidate's outputs from the weighted mean of the endpoints' outputs.
+
+    Every pass of a batch starts with the same random numbers; only the first batches, with 512 samples, are looked at.
+
+    Args:
+        network: the architecture; not changed.
+        candidates: state dicts.
+        endpoints: the state dicts that were merged; they compute outputs that can be compared.
+        share: their weights, with the sum one.
+        batches: the data.
+
+    Returns:
+        Per candidate the root mean square of the difference, relative to the mean outputs' own standard deviation. None where
+        the model has no real outputs of one shape, the endpoints' mean is the same everywhere, or a candidate's output is
+        not finite where that mean is.
+    """
+    nets = [bind(network, state) for state in (*candidates, *endpoints)]
+    squares = [0.0] * len(candidates)
+    count, total, square = 0, 0.0, 0.0
+    for batch in _first(batches):
+        outputs = [_output(network, bound, batch) for bound in nets]
+        real = [o for o in outputs if o is not None]
+        if len({o.shape for o in real}) != 1 or len(real) < len(outputs):
+            return None
+        ends = real[len(candidates) :]
+        mean = torch.stack([w * x for w, x in zip(share, ends, strict=True) if w]).sum(0)
+        known = mean.isfinite()
+        centre = mean[known]
+        count, total, square = (
+            count + centre.numel(),
+            total + float(centre.sum()),
+            square + float(centre.square().sum()),
+        )
+        for k, own in enumerate(real[: len(candidates)]):
+            squares[k] += float((own[known] - centre).square().sum())
+    spread = square - total**2 / max(count, 1)
+    if not spread > 1e-12 * square or not all(map(math.isfinite, squares)):
+        return None
+    return [math.sqrt(s / spread) for s in squares]
+
+
+def _first(batches: Batches) -> list[Batch]:
+    """The batches until there are enough samples."""
+    out: list[Batch] = []
+    seen = 0
+    for batch in batches:
+        out.append(batch)
+        seen += max((t.shape[0] for t in batch.tensors() if t.ndim), default=1)
+        if seen >= SAMPLES:
+            break
+    return out
+
+
+def _output(network: nn.Module, bound: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor | None:
+    """The scores in float64; None where the model has none, or they are integers."""
+    with evaluating(network), preserving(network, bound):
+        found = run_batch(network, bound, batch)
+    try:
+        scores = logits_of(found)
+    except AutomergeError:
+        return None
+    return scores.detach().double() if scores.is_floating_point() and scores.numel() else None

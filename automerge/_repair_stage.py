@@ -1,0 +1,90 @@
+"""The stage that repairs a merged state dict, and what it did to the outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from automerge._copies import copied
+from automerge._data import Batches
+from automerge._drift import drifts
+from automerge._repair_report import Renormaliser, RepairReport
+from automerge.io import StateDict, tied_names
+from automerge.renormalise import Repair, batchnorm_names, reset_batchnorm
+from automerge.symmetry import Symmetry
+
+
+def renormalise(
+    mode: str | Renormaliser,
+    network: nn.Module,
+    merged: StateDict,
+    moved: Sequence[Mapping[str, torch.Tensor]],
+    share: Sequence[float],
+    batches: Batches | None,
+    symmetry: Symmetry,
+    *,
+    watched: bool = False,
+) -> tuple[StateDict, RepairReport]:
+    """Repair a merged state dict by a mode other than ``auto``, see `automerge.merge`; nothing that is given is written.
+
+    Args:
+        mode: what to do.
+        network: the architecture.
+        merged: the average of ``moved``.
+        moved: the aligned models.
+        share: their weights.
+        batches: data, or one example input.
+        symmetry: which channels may be corrected.
+        watched: measure how far the outputs are from the models' before and after (`RepairReport.drift`).
+    """
+    types = {name: value.dtype for name, value in network.state_dict().items()}
+    if any(types.get(name, value.dtype) != value.dtype for name, value in merged.items()):
+        # checkpoints in another precision than the architecture: repair in its own, answer in theirs
+        own_moved = [_in_types(m, types) for m in moved]
+        own = _in_types(merged, types)
+        wide, report = renormalise(mode, network, own, own_moved, share, batches, symmetry, watched=watched)
+        return _in_types(wide, {name: value.dtype for name, value in merged.items()}), report
+    fixed, report = _repaired(mode, network, merged, moved, share, batches, symmetry)
+    if watched and batches is not None and report.mode != "none":
+        found = drifts(network, (merged, fixed), moved, share, batches)
+        report = replace(report, drift=None if found is None else (found[0], found[1]))
+    return fixed, report
+
+
+def _repaired(
+    mode: str | Renormaliser,
+    network: nn.Module,
+    merged: StateDict,
+    moved: Sequence[Mapping[str, torch.Tensor]],
+    share: Sequence[float],
+    batches: Batches | None,
+    symmetry: Symmetry,
+) -> tuple[StateDict, RepairReport]:
+    if isinstance(mode, Renormaliser):
+        return mode(network, merged, moved, batches, symmetry=symmetry, weights=share)
+    if mode == "none" or batches is None:
+        return merged, RepairReport()
+    report = RepairReport(mode)
+    if mode in ("reset", "both"):
+        own = copied(network)
+        own.load_state_dict(merged)
+        names = reset_batchnorm(own, batches)
+        missed = {n: "no batch runs it: its statistics are averages" for n in batchnorm_names(own) if n not in names}
+        report = RepairReport(mode, reset=names, skipped=missed)
+        fresh = own.state_dict()
+        ties = tied_names(fresh)
+        merged = {n: fresh[n].detach().to(merged[n].dtype).to(merged[n].device) for n in merged}
+        merged.update({alias: merged[name] for alias, name in ties.items()})
+    if mode in ("repair", "both"):
+        repair = Repair(reset=mode == "both")
+        merged, report = repair(network, merged, moved, batches, symmetry=symmetry, weights=share)
+    return merged, report
+
+
+def _in_types(state: Mapping[str, torch.Tensor], types: Mapping[str, torch.dtype]) -> StateDict:
+    """The tensors in other types; what was tied stays so."""
+    out = {name: value.to(types.get(name, value.dtype)) for name, value in state.items()}
+    return out | {alias: out[name] for alias, name in tied_names(state).items()}
