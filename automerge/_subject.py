@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -46,25 +47,106 @@ def randomised(state: Mapping[str, torch.Tensor], statistics: frozenset[str], se
     return out
 
 
-def fresh_inputs(args: Any, kwargs: Any, seed: int) -> tuple[Any, Any]:
-    """Other inputs of the same kind: new float values, flipped integer ones; masks stay."""
+@dataclass(frozen=True)
+class Fresh:
+    """How other inputs are made of an example.
+
+    Attributes:
+        floats: "new" values of the example's mean and deviation; the same "positive"; "exchanged" along the first axis, "kept".
+        integers: "reversed" along their last axis; "exchanged" along the first; "kept".
+    """
+
+    floats: Literal["new", "positive", "exchanged", "kept"] = "new"
+    integers: Literal["reversed", "exchanged", "kept"] = "reversed"
+
+
+_KEPT = Fresh("kept", "kept")
+_CHOICES = (
+    Fresh(),
+    Fresh("new", "exchanged"),
+    Fresh("positive", "reversed"),
+    Fresh("positive", "exchanged"),
+    Fresh("exchanged", "exchanged"),
+)
+
+
+def fresh_inputs(args: Any, kwargs: Any, seed: int, how: Fresh = _CHOICES[0]) -> tuple[Any, Any]:
+    """Other inputs of the same kind: new float values, integers in another order; masks stay.
+
+    Args:
+        args: example inputs.
+        kwargs: example keyword inputs.
+        seed: of the new values.
+        how: they are made.
+    """
     rng = torch.Generator().manual_seed(seed)
 
     def change(_: str, x: torch.Tensor) -> torch.Tensor:
         if x.is_floating_point():
-            finite = torch.isfinite(x)
-            if not bool(finite.all()) or (
-                x.numel() > 2 and bool(((x == 0) | (x == 1)).all()) and x.unique().numel() == 2
-            ):
-                return x
-            scale = float(x.std()) if x.numel() > 1 else 0.0
-            noise = torch.randn(x.shape, generator=rng, dtype=torch.float64).to(x.device, x.dtype)
-            return float(x.mean()) + (scale if scale > 1e-6 else 1.0) * noise
-        if x.dtype in (torch.int64, torch.int32, torch.int16, torch.int8) and x.dim():
-            return x.flip(x.dim() - 1)
+            return _other_floats(x, rng, how)
+        if x.dtype in (torch.int64, torch.int32, torch.int16, torch.int8) and x.dim() and how.integers != "kept":
+            return x.flip(x.dim() - 1 if how.integers == "reversed" else 0)
         return x
 
     return map_tensors(change, args), map_tensors(change, kwargs)
+
+
+def _other_floats(x: torch.Tensor, rng: torch.Generator, how: Fresh) -> torch.Tensor:
+    if how.floats in ("exchanged", "kept"):
+        return x.flip(0) if x.dim() and how.floats == "exchanged" else x
+    finite = torch.isfinite(x)
+    if not bool(finite.all()) or (x.numel() > 2 and bool(((x == 0) | (x == 1)).all()) and x.unique().numel() == 2):
+        return x
+    scale = float(x.std()) if x.numel() > 1 else 0.0
+    noise = torch.randn(x.shape, generator=rng, dtype=torch.float64).to(x.device, x.dtype)
+    new = float(x.mean()) + (scale if scale > 1e-6 else 1.0) * noise
+    return new.abs() if how.floats == "positive" and bool((x >= 0).all()) else new
+
+
+def runnable(run: Callable[[Any, Any], Any], args: Any, kwargs: Any) -> Fresh:
+    """How `fresh_inputs` makes inputs that a model runs with.
+
+    Tokens may stand anywhere, but the columns of a table have ranges of their own; and not every number has a logarithm.
+
+    Args:
+        run: runs the model on inputs and returns its outputs; raises where it cannot.
+        args: example inputs.
+        kwargs: example keyword inputs.
+
+    Returns:
+        The first choice that gives finite outputs, or else that runs. What may be an index and is not on the CPU gets no new
+        values: a wrong one there ends the whole process.
+    """
+    plain = tensors_of((args, kwargs))
+    if any(_may_index(t) for t in plain if not t.is_cpu):
+        return Fresh("exchanged", "kept")
+    ran: Fresh | None = None
+    tried = [plain]
+    for choice in _CHOICES:
+        given = fresh_inputs(args, kwargs, 0, choice)
+        values = tensors_of(given)
+        if any(all(map(_same, values, other)) for other in tried):
+            continue
+        tried.append(values)
+        try:
+            finite = all(bool(t.isfinite().all()) for t in tensors_of(run(*given)) if t.is_floating_point())
+        except Exception:
+            continue
+        if finite:
+            return choice
+        ran = ran or choice
+    return ran or (_CHOICES[0] if len(tried) == 1 else _KEPT)
+
+
+def _may_index(x: torch.Tensor) -> bool:
+    """Whether the last axis has an entry of whole numbers only."""
+    if not x.is_floating_point():
+        return not x.is_complex()
+    return bool((x == x.round()).reshape(-1, x.shape[-1]).all(0).any()) if x.dim() and x.numel() else False
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a is b or torch.equal(a, b)
 
 
 Change = Callable[[str, torch.Tensor], torch.Tensor]

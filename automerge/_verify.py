@@ -17,7 +17,7 @@ from torch import fx, nn
 from automerge._diagnosis import OtherPathError, Setting, failure
 from automerge._errors import AutomergeError, InvarianceError, SymmetryError, TraceError
 from automerge._longer import longer_inputs
-from automerge._subject import Change, Subject, fresh_inputs, named_tensors, randomised
+from automerge._subject import Change, Subject, fresh_inputs, named_tensors, randomised, runnable
 from automerge._tree_io import map_tensors, tensors_of
 from automerge.groups import Element
 from automerge.symmetry import Symmetry
@@ -145,12 +145,13 @@ def verify(
 
 def _randomised(subject: Subject, symmetry: Symmetry, example: tuple[Any, Any], seed: int) -> Setting | None:
     """The example and a fresh input under randomised weights; None if the model gives no finite output then."""
-    inputs = [example, fresh_inputs(*example, seed)]
     free = {n: t for n, t in subject.tensors.items() if symmetry.aliases.get(n, n) in symmetry.shapes}
     rest = {n: t.detach().clone() for n, t in subject.tensors.items() if n not in free}
     base = rest | _alias(randomised(free, symmetry.statistics, seed), symmetry)
     try:
         base = subject.calibrate(base, *example, fixed=rest)
+        how = runnable(partial(subject.outputs, base), *example)
+        inputs = [example, fresh_inputs(*example, seed, how)]
         before = [subject.outputs(base, *i) for i in inputs]
     except Exception:
         return None
@@ -348,18 +349,23 @@ def _check_fits(symmetry: Symmetry, tensors: Mapping[str, torch.Tensor], model: 
 def check_replay(model: nn.Module, args: Any, kwargs: Any, graph: fx.GraphModule) -> str | None:
     """A note if the recorded graph and the model disagree on fresh inputs: the path depended on data."""
     positional, keywords = normalise_args(args, kwargs)
-    given = map_tensors(lambda _, t: t.clone(), fresh_inputs(positional, keywords, 1))  # a model may write to them
     info = graph.meta["trace"]
     if info.rewritten:
         return f"the forward pass writes to {', '.join(info.rewritten[:3])}; the trace holds for their present values"
     if any("rand" in str(n.target) or "bernoulli" in str(n.target) for n in graph.graph.nodes):
         return "the forward pass draws random numbers; the groups hold for any fixed draw"
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+    def run(args: Any, kwargs: Any) -> Any:
+        own = map_tensors(lambda _, t: t.clone(), (args, kwargs))  # a model may write to them
+        return model(*own[0], **own[1])
+
     try:
         with torch.no_grad(), prepared(model):
+            given = fresh_inputs(positional, keywords, 1, runnable(run, positional, keywords))
             fed = [t.clone() for t in tensors_of_in_order(given)]
             replayed = graph(*(tensors[n].detach().clone() for n in info.names.values()), *fed)
-            expected = tensors_of(model(*given[0], **given[1]))
+            expected = tensors_of(run(*given))
         same = relative_difference([t.double() for t in expected], [t.double() for t in replayed]) < 1e-2
     except Exception as error:
         return (

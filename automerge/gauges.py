@@ -15,6 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ from automerge._gauge_steps import (
 )
 from automerge._longer import longer_inputs
 from automerge._norm_folds import NormFinder, NormFold
-from automerge._subject import Subject, fresh_inputs, randomised
+from automerge._subject import Subject, fresh_inputs, randomised, runnable
 from automerge._verify import relative_difference
 from automerge.symmetry import Generator, Slot, Symmetry
 from automerge.trace import normalise_args
@@ -137,7 +138,7 @@ def canonicalise(
         wide = {n: v.detach().double().clone() if v.is_floating_point() else v for n, v in state.items()}
         apply_gauges(wide, idle, folds, scalings, folded, symmetry)
         for k in range(2):
-            inputs = fresh_inputs(*given, seed=seed + 100 + k)
+            inputs = probe.fresh(seed + 100 + k)
             before = {n: v.double() if v.is_floating_point() else v for n, v in state.items()}
             own = relative_difference(probe.subject.outputs(before, *inputs), probe.subject.outputs(wide, *inputs))
             error = max(error, own)
@@ -160,12 +161,18 @@ class _Probe:
         self.subject, self.symmetry, self.given, self.seed = Subject(model), symmetry, given, seed
         self.rng = np.random.default_rng(seed)
         self.inputs: Sequence[Inputs] = ()
+        wide = {n: v.double() if v.is_floating_point() else v for n, v in state.items()}
+        self.how = runnable(partial(self.subject.outputs, wide), *given)
         self.start = self._random(state, seed)
-        self._look(self.start, [fresh_inputs(*given, seed=seed + k) for k in range(2)])
+        self._look(self.start, [self.fresh(seed + k) for k in range(2)])
+
+    def fresh(self, seed: int) -> Inputs:
+        """Other inputs than the given ones."""
+        return fresh_inputs(*self.given, seed, self.how)
 
     def _random(self, state: Mapping[str, torch.Tensor], seed: int) -> StateDict:
         base = randomised(state, self.symmetry.statistics, seed)
-        return self.subject.calibrate(base, *fresh_inputs(*self.given, seed=seed))
+        return self.subject.calibrate(base, *self.fresh(seed))
 
     def _look(self, state: Mapping[str, torch.Tensor], inputs: Sequence[Inputs]) -> None:
         """Try what follows on these weights and inputs."""
@@ -179,10 +186,10 @@ class _Probe:
         A unit that happens to be dead in one setting, or a sequence of one token, shows symmetries that are none.
         """
         for k in range(_DRAWS):
-            inputs = [fresh_inputs(*self.given, seed=self.seed + 10 * (k + 1) + i) for i in range(2)]
+            inputs = [self.fresh(self.seed + 10 * (k + 1) + i) for i in range(2)]
             yield self._random(self._shuffled(states[k % len(states)], k), self.seed + k + 1), inputs
         for state in states:
-            inputs = [fresh_inputs(*self.given, seed=self.seed + 50 + i) for i in range(2)]
+            inputs = [self.fresh(self.seed + 50 + i) for i in range(2)]
             yield {n: v.double() if v.is_floating_point() else v for n, v in state.items()}, inputs
         # on another device a wrong index of an input that is none ends the whole process
         if all(t.device.type == "cpu" for t in self.subject.tensors.values()):

@@ -19,7 +19,7 @@ from torch import nn
 
 from automerge._double import double_precision
 from automerge._errors import AutomergeError
-from automerge._subject import Change, fresh_inputs, randomised
+from automerge._subject import Change, fresh_inputs, randomised, runnable
 from automerge._tree_io import tensors_of
 from automerge._verify import within_rounding
 from automerge.groups import Element
@@ -119,7 +119,8 @@ def assert_sound(
     _check_arguments(group, elements, tolerance)
     given = normalise_args(args, kwargs)
     subject = _Subject(model)
-    inputs: list[Given] = [given, fresh_inputs(*given, seed)]
+    how = runnable(lambda *other: subject.run(subject.own, other), *given)
+    inputs: list[Given] = [given, fresh_inputs(*given, seed, how)]
     state = _lively(subject, inputs, group, seed)
     if state is None:
         state, inputs = dict(subject.own), [given]

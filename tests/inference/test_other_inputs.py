@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from automerge import infer
+from automerge import canonicalise, infer, verify
+from automerge._subject import Fresh, _may_index, runnable
 from tests.inference.networks_hostile import Program
 from tests.inference.test_networks import parse, worst_change
 
@@ -416,7 +417,7 @@ def _shifted(s: Any, x: torch.Tensor) -> torch.Tensor:
     return s.out(torch.cat([F.pad(h[..., :3], (0, 0, 1, -1)), h[..., 3:]], -1))
 
 
-add("TokenShift", "3", ONE, LONGER, _shifted, **_waves)  # what is shifted out is not read
+add("TokenShift", "3x2", ONE, LONGER, _shifted, **_waves)  # what is shifted out is not read, and moves with what is
 add(
     "FramesShifted",
     "2x3",
@@ -671,3 +672,83 @@ def test_numbers_that_the_model_writes_to_are_not_those_of_the_inputs() -> None:
     assert [g.size for g in symmetry.sets] == [6]
     assert not any("verified" in n for n in symmetry.notes)
     assert times.tolist() == [[0], [1], [2]]
+
+
+class Table(nn.Module):
+    """Categories, each column with a range of its own: they cannot be exchanged among columns."""
+
+    SIZES = (3, 50, 7)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.ModuleList([nn.Embedding(n, 4) for n in self.SIZES])
+        self.hidden = nn.Linear(12, 16)
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = [embed(x[:, k]) for k, embed in enumerate(self.embed)]
+        return self.head(torch.relu(self.hidden(torch.cat(parts, 1))))
+
+
+def test_columns_of_a_table_keep_their_places_in_fresh_inputs() -> None:
+    x = torch.stack([torch.arange(50) % n for n in Table.SIZES], 1)
+    found = infer(Table(), x)
+    assert not found.notes
+    seen = verify(Table(), x, found)
+    assert seen.randomised
+    assert seen.inputs == 2
+    states = [Table().state_dict() for _ in range(2)]
+    _, report = canonicalise(Table(), x, states, found)
+    assert report.error < 1e-9
+    assert report.scalings
+
+
+def _below(*ranges: int) -> Callable[[Any, Any], torch.Tensor]:
+    def run(args: Any, kwargs: Any) -> torch.Tensor:
+        if (args[-1] >= torch.tensor(ranges)).any() or (args[-1] < 0).any():
+            raise IndexError("index out of range")
+        return args[0].log() if len(args) > 1 else args[0].float()
+
+    return run
+
+
+CODES = torch.tensor([[0, 8], [2, 5], [1, 1]])
+
+
+@pytest.mark.parametrize(
+    ("run", "args", "how"),
+    [
+        (_below(9, 9), (CODES,), Fresh("new", "reversed")),
+        (_below(3, 9), (CODES,), Fresh("new", "exchanged")),
+        (_below(0, 0), (CODES,), Fresh("kept", "kept")),
+        (_below(9, 9), (torch.ones(4), CODES), Fresh("positive", "reversed")),
+        (_below(3, 9), (torch.ones(4), CODES), Fresh("positive", "exchanged")),
+        (_below(3, 9), (CODES.double(),), Fresh("exchanged", "exchanged")),
+        (_below(9, 9), (-torch.ones(4), CODES), Fresh("new", "reversed")),
+        (_below(9), (), Fresh("new", "reversed")),
+    ],
+    ids=["tokens", "table", "none fits", "logarithm", "both", "a table of floats", "never finite", "no inputs"],
+)
+def test_fresh_inputs_are_such_that_the_model_runs(run: Any, args: tuple[Any, ...], how: Fresh) -> None:
+    assert runnable(run, args, {}) == how
+
+
+def test_no_wrong_index_is_tried_where_it_would_end_the_process() -> None:
+    def run(args: object, kwargs: object) -> None:
+        raise AssertionError("tried")
+
+    assert runnable(run, (torch.zeros(2, 3, dtype=torch.int64, device="meta"),), {}) == Fresh("exchanged", "kept")
+    assert _may_index(torch.tensor([[0.5, 1.0], [0.1, 2.0]]))
+    assert not _may_index(torch.tensor([[0.5, 1.0], [0.1, 2.5]]))
+
+
+def test_numbers_that_have_no_logarithm_or_are_codes_are_no_fresh_inputs() -> None:
+    class Mixed(Table):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x[:, :3].long()) * x[:, 3:].log()
+
+    x = torch.cat([torch.stack([torch.arange(50) % n for n in Table.SIZES], 1), 1 + torch.rand(50, 1)], 1)
+    found = infer(Mixed(), x)
+    assert not found.notes
+    seen = verify(Mixed(), x, found)
+    assert (seen.randomised, seen.inputs) == (True, 2)
