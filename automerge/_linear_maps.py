@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from automerge._errors import MatchingError, SymmetryError
-from automerge.groups import Element, identity_index
+from automerge.groups import Element, identity_index, written
 from automerge.symmetry import Symmetry
 
 ArrayLike = TypeVar("ArrayLike", np.ndarray, torch.Tensor)
@@ -136,12 +136,12 @@ class LinearElement(Element):
             total += int(off.sum()) * sum(s.index.shape[1] for s in self.symmetry.sets[g].slots)
         return total
 
-    def apply_to(self, name: str, tensor: ArrayLike) -> ArrayLike:
+    def apply_to(self, name: str, tensor: ArrayLike, out: ArrayLike | None = None) -> ArrayLike:
         """Move one tensor by its name; matrices are multiplied in float64."""
         tensor = super().apply_to(name, tensor)
         if isinstance(tensor, np.ndarray):
-            return self._multiplied(name, torch.from_numpy(tensor)).numpy()
-        return self._multiplied(name, tensor)
+            return written(self._multiplied(name, torch.from_numpy(tensor)).numpy(), out)
+        return written(self._multiplied(name, tensor), out)
 
     def _multiplied(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         assert self.symmetry is not None

@@ -14,6 +14,8 @@ from automerge._copies import of_passes
 from automerge._double import Calibrate, Double, double_precision, widen
 from automerge._errors import TraceError
 from automerge._tree_io import map_tensors, tensors_of
+from automerge.groups import Element
+from automerge.symmetry import Symmetry
 from automerge.trace import prepared
 
 
@@ -32,17 +34,18 @@ def randomised(state: Mapping[str, torch.Tensor], statistics: frozenset[str], se
         if not value.is_floating_point() or value.numel() == 0:
             out[name] = value
             continue
-        w = value.detach().to("cpu", torch.float64)
+        w = value.detach().to("cpu", torch.float64, copy=True)
         noise = torch.randn(w.shape, generator=rng, dtype=torch.float32)  # in float32: several times faster
+        low, high = map(float, w.aminmax())
         if name in statistics:
-            positive = bool((w > 0).all())
+            positive = low > 0
             out[name] = w.abs().clamp(min=0.1) * torch.exp(0.3 * noise) if positive else w + 0.3 * noise
-        elif w.numel() > 1 and float(w.abs().max()) < 1e-3:
+        elif w.numel() > 1 and max(-low, high) < 1e-3:
             out[name] = 0.2 * (noise if bool((w == 0).any()) else torch.exp(0.3 * noise) * torch.sign(w)).double()
         else:
             zero = w == 0
-            w = w.mul(torch.exp(0.2 * noise))
-            out[name] = torch.where(zero, 0.1 * noise, w) if bool(zero.any()) else w
+            instead = 0.1 * noise[zero].double()
+            out[name] = w.mul_(noise.mul_(0.2).exp_()).masked_scatter_(zero, instead)
         out[name] = out[name].to(value.device)
     return out
 
@@ -103,7 +106,7 @@ def _other_floats(x: torch.Tensor, rng: torch.Generator, how: Fresh) -> torch.Te
     return new.abs() if how.floats == "positive" and bool((x >= 0).all()) else new
 
 
-def runnable(run: Callable[[Any, Any], Any], args: Any, kwargs: Any) -> Fresh:
+def runnable(run: Callable[[Any, Any], Any], args: Any, kwargs: Any, seed: int = 0) -> tuple[Fresh, Any]:
     """How `fresh_inputs` makes inputs that a model runs with.
 
     Tokens may stand anywhere, but the columns of a table have ranges of their own; and not every number has a logarithm.
@@ -112,30 +115,31 @@ def runnable(run: Callable[[Any, Any], Any], args: Any, kwargs: Any) -> Fresh:
         run: runs the model on inputs and returns its outputs; raises where it cannot.
         args: example inputs.
         kwargs: example keyword inputs.
+        seed: of the new values.
 
     Returns:
         The first choice that gives finite outputs, or else that runs. What may be an index and is not on the CPU gets no new
-        values: a wrong one there ends the whole process.
+        values: a wrong one there ends the whole process. Beside it the outputs on these inputs; None if they were not asked.
     """
     plain = tensors_of((args, kwargs))
     if any(_may_index(t) for t in plain if not t.is_cpu):
-        return Fresh("exchanged", "kept")
-    ran: Fresh | None = None
+        return Fresh("exchanged", "kept"), None
+    ran: tuple[Fresh, Any] | None = None
     tried = [plain]
     for choice in _CHOICES:
-        given = fresh_inputs(args, kwargs, 0, choice)
+        given = fresh_inputs(args, kwargs, seed, choice)
         values = tensors_of(given)
         if any(all(map(_same, values, other)) for other in tried):
             continue
         tried.append(values)
         try:
-            finite = all(bool(t.isfinite().all()) for t in tensors_of(run(*given)) if t.is_floating_point())
+            result = run(*given)
         except Exception:
             continue
-        if finite:
-            return choice
-        ran = ran or choice
-    return ran or (_CHOICES[0] if len(tried) == 1 else _KEPT)
+        if all(bool(t.isfinite().all()) for t in tensors_of(result) if t.is_floating_point()):
+            return choice, result
+        ran = ran or (choice, result)
+    return ran or (_CHOICES[0] if len(tried) == 1 else _KEPT, None)
 
 
 def _may_index(x: torch.Tensor) -> bool:
@@ -151,6 +155,18 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 Change = Callable[[str, torch.Tensor], torch.Tensor]
 """What is done to a tensor on its way into the model, by its name."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """The `Change` that a group element makes."""
+
+    symmetry: Symmetry
+    element: Element
+
+    def __call__(self, name: str, value: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The moved tensor, in memory of its own or in ``out``."""
+        return self.element.apply_to(self.symmetry.aliases.get(name, name), value, out)
 
 
 def unchanged(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -178,10 +194,17 @@ class Subject:
 
     def load(self, state: Mapping[str, torch.Tensor], change: Change = unchanged) -> None:
         """Set the weights, changed on the way."""
+        done: set[int] = set()
         with torch.no_grad():
             for name, value in state.items():
-                if name in self.tensors and self.tensors[name].shape == value.shape:
-                    self.tensors[name].copy_(change(name, value))
+                own = self.tensors.get(name)
+                if own is None or own.shape != value.shape or id(own) in done:
+                    continue
+                done.add(id(own))  # a tied tensor has several names
+                if isinstance(change, Move) and own.dtype == value.dtype and own.device == value.device:
+                    change(name, value, own)
+                else:
+                    own.copy_(change(name, value))
 
     def calibrate(
         self, state: dict[str, torch.Tensor], args: Any, kwargs: Any, *, fixed: Collection[str] = ()

@@ -162,7 +162,7 @@ class _Probe:
         self.rng = np.random.default_rng(seed)
         self.inputs: Sequence[Inputs] = ()
         wide = {n: v.double() if v.is_floating_point() else v for n, v in state.items()}
-        self.how = runnable(partial(self.subject.outputs, wide), *given)
+        self.how, _ = runnable(partial(self.subject.outputs, wide), *given)
         self.start = self._random(state, seed)
         self._look(self.start, [self.fresh(seed + k) for k in range(2)])
 

@@ -18,6 +18,7 @@ import torch
 
 IndexArrays = tuple[np.ndarray, ...]
 ArrayLike = TypeVar("ArrayLike", np.ndarray, torch.Tensor)
+_CACHED = 1 << 16  # entries
 
 
 def axis_index(shape: tuple[int, ...], axis: int) -> np.ndarray:
@@ -85,17 +86,68 @@ def inverse_index(index: IndexArrays) -> IndexArrays:
     return tuple(done[k] for k in range(ndim))
 
 
-def apply_index(index: IndexArrays, tensor: ArrayLike) -> ArrayLike:
-    """Move one tensor: ``tensor[idx_0, idx_1, ...]``, one gather per axis where the axes are independent."""
-    plain = all(a.size == a.shape[k] for k, a in enumerate(index))
-    if isinstance(tensor, torch.Tensor):
-        if plain:
-            for k, a in enumerate(index):
-                if not _is_identity_axis(a):
-                    tensor = tensor.index_select(k, torch.from_numpy(a.reshape(-1)).to(tensor.device))
-            return tensor
-        return tensor[tuple(torch.from_numpy(a).to(tensor.device) for a in index)]
-    return tensor[index]
+def apply_index(index: IndexArrays, tensor: ArrayLike, out: ArrayLike | None = None) -> ArrayLike:
+    """Move one tensor: ``tensor[idx_0, idx_1, ...]``, one gather per axis where the axes are independent.
+
+    Args:
+        index: one array per axis.
+        tensor: what is moved.
+        out: another tensor of its shape and dtype to write to; a new one, or the same where nothing moves, if None.
+    """
+    if isinstance(tensor, np.ndarray):
+        moved = tensor[index]
+    elif all(a.size == a.shape[k] for k, a in enumerate(index)):
+        moving = {k: a.reshape(-1) for k, a in enumerate(index) if not _is_identity_axis(a)}
+        if moving and tensor.numel() and _in_plain_memory(tensor) and (out is None or _in_plain_memory(out)):
+            out = tensor.new_empty(tensor.shape) if out is None else out
+            _gather(_bits(tensor), moving, _bits(out))
+            return out
+        moved = tensor
+        for k, a in moving.items():
+            moved = moved.index_select(k, torch.from_numpy(a).to(tensor.device))
+    else:
+        moved = tensor[tuple(torch.from_numpy(a).to(tensor.device) for a in index)]
+    return written(moved, out)
+
+
+def written(value: ArrayLike, out: ArrayLike | None) -> ArrayLike:
+    """``out`` with a value in it; the value itself if there is none."""
+    if out is None:
+        return value
+    out[...] = value
+    return out
+
+
+def _in_plain_memory(tensor: torch.Tensor) -> bool:
+    """Whether numpy can read and write a tensor's memory as it is."""
+    return (
+        tensor.is_cpu
+        and tensor.layout is torch.strided
+        and type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and not (tensor.is_conj() or tensor.is_neg() or (tensor.requires_grad and torch.is_grad_enabled()))
+    )
+
+
+def _bits(tensor: torch.Tensor) -> np.ndarray:
+    """The memory of a tensor as numbers of the same size; numpy has no bfloat16."""
+    same = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}[tensor.element_size()]
+    return tensor.detach().view(same).numpy()
+
+
+def _gather(source: np.ndarray, moving: Mapping[int, np.ndarray], out: np.ndarray) -> None:
+    """Move along some axes, a few rows at a time: what is moved along one axis is still in the cache for the next."""
+    rows = moving.get(0)
+    rest = sorted((k, a) for k, a in moving.items() if k)
+    if rows is not None and not rest:
+        np.take(source, rows, 0, out=out, mode="clip")
+        return
+    step = max(1, _CACHED // source[0].size) if rows is not None or len(rest) > 1 else len(source)
+    (last, order) = rest.pop()
+    for start in range(0, len(source), step):
+        part = source[start : start + step] if rows is None else source[rows[start : start + step]]
+        for k, a in rest:
+            part = np.take(part, a, k, mode="clip")
+        np.take(part, order, last, out=out[start : start + step], mode="clip")
 
 
 def _is_identity_axis(index: np.ndarray) -> bool:
@@ -138,9 +190,9 @@ class Element:
             for k, a in enumerate(m)
         )
 
-    def apply_to(self, name: str, tensor: ArrayLike) -> ArrayLike:
-        """Move one tensor (a parameter's value, its gradient, ...) by its name."""
-        return apply_index(self.maps[name], tensor) if name in self.maps else tensor
+    def apply_to(self, name: str, tensor: ArrayLike, out: ArrayLike | None = None) -> ArrayLike:
+        """Move one tensor (a parameter's value, its gradient, ...) by its name, see `apply_index`."""
+        return apply_index(self.maps[name], tensor, out) if name in self.maps else written(tensor, out)
 
     def _of(self, name: str) -> IndexArrays:
         if name in self.maps:

@@ -94,3 +94,46 @@ def test_axes_that_depend_on_each_other_have_no_inverse_here() -> None:
     grid = np.array([[0, 1], [1, 0]])
     with pytest.raises(ValueError, match="depend on each other in a cycle"):
         inverse_index((grid, grid))
+
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64, torch.complex128)
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_every_memory_is_moved_as_advanced_indexing_does(data: st.DataObject) -> None:
+    """Any dtype, layout, subset of axes and chunk of rows; into memory of its own or into given memory."""
+    shape = tuple(data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=4)))
+    rng = np.random.default_rng(data.draw(st.integers(0, 999)))
+    moves = [data.draw(st.booleans()) for _ in shape]
+    index = tuple(
+        rng.permutation(n).reshape([n if j == k else 1 for j in range(len(shape))])
+        if moves[k]
+        else axis_index(shape, k)
+        for k, n in enumerate(shape)
+    )
+    order = rng.permutation(len(shape)).tolist()
+    wide = torch.arange(2 * int(np.prod(shape))).reshape(*(shape[k] for k in order[:-1]), 2 * shape[order[-1]])[
+        ..., ::2
+    ]
+    tensor = wide.permute(np.argsort(order).tolist()).to(data.draw(st.sampled_from(DTYPES)))
+    if data.draw(st.booleans()) and tensor.is_complex():
+        tensor = (tensor * (1 + 2j)).conj()
+    expected = tensor[tuple(torch.from_numpy(a) for a in index)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("automerge.groups._CACHED", data.draw(st.sampled_from([1, 7, 1 << 16])))
+        assert torch.equal(apply_index(index, tensor), expected)
+        out = torch.zeros_like(tensor)
+        assert apply_index(index, tensor, out) is out
+        assert torch.equal(out, expected)
+
+
+def test_moving_a_parameter_keeps_its_gradient() -> None:
+    w = torch.nn.Parameter(torch.randn(4, 3))
+    index = (np.array([[2], [0], [3], [1]]), axis_index((4, 3), 1))
+    weight = torch.randn(4, 3)
+    (apply_index(index, w) * weight).sum().backward()
+    assert w.grad is not None
+    assert torch.equal(apply_index(index, w.grad), weight)
+    with torch.no_grad():
+        assert torch.equal(apply_index(index, w), w[[2, 0, 3, 1]])

@@ -119,7 +119,7 @@ def assert_sound(
     _check_arguments(group, elements, tolerance)
     given = normalise_args(args, kwargs)
     subject = _Subject(model)
-    how = runnable(lambda *other: subject.run(subject.own, other), *given)
+    how, _ = runnable(lambda *other: subject.run(subject.own, other), *given)
     inputs: list[Given] = [given, fresh_inputs(*given, seed, how)]
     state = _lively(subject, inputs, group, seed)
     if state is None:

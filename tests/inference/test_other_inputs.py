@@ -730,14 +730,14 @@ CODES = torch.tensor([[0, 8], [2, 5], [1, 1]])
     ids=["tokens", "table", "none fits", "logarithm", "both", "a table of floats", "never finite", "no inputs"],
 )
 def test_fresh_inputs_are_such_that_the_model_runs(run: Any, args: tuple[Any, ...], how: Fresh) -> None:
-    assert runnable(run, args, {}) == how
+    assert runnable(run, args, {})[0] == how
 
 
 def test_no_wrong_index_is_tried_where_it_would_end_the_process() -> None:
     def run(args: object, kwargs: object) -> None:
         raise AssertionError("tried")
 
-    assert runnable(run, (torch.zeros(2, 3, dtype=torch.int64, device="meta"),), {}) == Fresh("exchanged", "kept")
+    assert runnable(run, (torch.zeros(2, 3, dtype=torch.int64, device="meta"),), {})[0] == Fresh("exchanged", "kept")
     assert _may_index(torch.tensor([[0.5, 1.0], [0.1, 2.0]]))
     assert not _may_index(torch.tensor([[0.5, 1.0], [0.1, 2.5]]))
 
