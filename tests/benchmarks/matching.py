@@ -263,7 +263,8 @@ Written by `python -m tests.benchmarks.matching` ({rev}). Times are CPU seconds 
 ## One iteration
 
 All models move once. *Products* are the multiplications of the gradient alone, as plain `torch.mm` on operands of the same
-shapes; the ratio says what everything else costs. Random weights, a soft start. *Peak* is the
+shapes; the ratio says what everything else costs. On small networks that is the exact assignment, which alone is as long as the
+products or longer, and the number of calls; on large ones it is memory traffic. Random weights, a soft start. *Peak* is the
 growth of the process's memory in a whole match.
 
 {iterations}
