@@ -176,6 +176,8 @@ class _Back:
                 return _summed(user, node, needed)
             if user not in self.own and name in _OPERANDS:
                 return _multiplied(user, node, needed)
+            if name == "aten::native_layer_norm":
+                return _normalised(user, node, needed)
             if not _chooses(user) and (user in self.own or node.meta["val"].numel() < _MAX_MIXED):
                 return self._mixed(user, node, needed)
         except Exception:  # an operator that refuses integers, a shape that is not known
@@ -308,6 +310,19 @@ def _multiplied(user: fx.Node, node: fx.Node, needed: torch.Tensor) -> Any:
     if lacks is None:
         return needed.float().sum_to_size(shape) > 0
     return needed.any(lacks, keepdim=True).expand(shape)
+
+
+def _normalised(user: fx.Node, node: fx.Node, needed: Sequence[torch.Tensor]) -> Any:
+    """The rows that are normalised, or the entries of weight and bias, behind what is needed of a layer norm."""
+    places = [i for i, a in enumerate(user.args) if a is node]
+    count = len(cast(Any, user.args[1]))
+    if len(places) != 1:
+        return True
+    if places != [0]:
+        return needed[0].flatten(0, -count - 1).any(0) if needed[0].dim() > count else needed[0]
+    rows = needed[0].flatten(-count).any(-1)
+    rows = rows.reshape(*rows.shape, *[1] * count) | needed[1] | needed[2]
+    return rows.expand(needed[0].shape)
 
 
 def _empty(node: fx.Node) -> bool:
