@@ -72,6 +72,8 @@ def unread(
         elif node.op == "call_function" and not own.isdisjoint(sources := node.all_input_nodes):
             own.update([node] if all(n in own or n in constant for n in sources) else [])
     cuts = {n for n in nodes if _cuts(n, constant) or (n in own and _selects(n, constant))}
+    if not cuts:
+        return {}
     back = _Back(cuts, own, constant, live, {})
     for node in reversed(nodes):
         if node not in constant and node not in looked:
