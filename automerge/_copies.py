@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from copy import deepcopy
+from functools import partial
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -34,7 +38,82 @@ def lacking(network: nn.Module) -> str | None:
 
 def copied(network: nn.Module) -> nn.Module:
     """A copy of a module, with what it keeps of earlier passes by value."""
-    return deepcopy(network, of_passes(network))
+    return duplicate(network, of_passes(network))
+
+
+def duplicate(network: nn.Module, memo: dict[Any, Any]) -> nn.Module:
+    """``deepcopy``; functions that the module holds (lambdas on self, hooks) read the copy where they read the module.
+
+    Args:
+        network: the module.
+        memo: what stands for what in the copy, by identity.
+    """
+    own = deepcopy(network, memo)
+    closures = _Closures(memo)
+    for module in own.modules():
+        closures.within(vars(module))
+    return own
+
+
+class _Closures:
+    """Rebuilds functions over the cells and defaults of a copy; ``deepcopy`` takes functions as they are."""
+
+    def __init__(self, memo: Mapping[Any, Any]) -> None:
+        self.memo = memo
+        self.made: dict[int, Any] = {}
+        self.seen: set[int] = set()
+
+    def within(self, held: Any) -> None:
+        """Replace what a dict or list of the copy holds."""
+        if id(held) in self.seen:
+            return
+        self.seen.add(id(held))
+        for key, value in list(held.items() if isinstance(held, dict) else enumerate(held)):
+            if type(value) in (dict, list, OrderedDict):
+                self.within(value)
+            elif (new := self.of(value)) is not value:
+                held[key] = new
+
+    def of(self, value: Any) -> Any:
+        """What stands for a value in the copy."""
+        if isinstance(value, nn.Module | torch.Tensor):
+            return self.memo.get(id(value), value)
+        if isinstance(value, FunctionType):
+            return self._function(value)
+        if isinstance(value, MethodType):
+            own = self.of(value.__self__)
+            return value if own is value.__self__ else MethodType(value.__func__, own)
+        if isinstance(value, partial):
+            func, args, keywords = self.of(value.func), self.of(value.args), self.of(value.keywords)
+            same = func is value.func and args is value.args and keywords is value.keywords
+            return value if same else partial(func, *args, **keywords)
+        if type(value) is dict:
+            items = {k: self.of(v) for k, v in value.items()}
+            return value if all(v is value[k] for k, v in items.items()) else items
+        if type(value) in (list, tuple):
+            found = [self.of(v) for v in value]
+            return value if all(a is b for a, b in zip(found, value, strict=True)) else type(value)(found)
+        return value
+
+    def _function(self, value: FunctionType) -> FunctionType:
+        if id(value) in self.made or not (value.__closure__ or value.__defaults__ or value.__kwdefaults__):
+            return self.made.get(id(value), value)
+        cells = tuple(CellType() for _ in value.__closure__ or ())
+        new = FunctionType(
+            value.__code__, value.__globals__, value.__name__, self.of(value.__defaults__), cells or None
+        )
+        keywords = self.of(value.__kwdefaults__)
+        new.__kwdefaults__ = keywords
+        new.__dict__.update(value.__dict__)
+        self.made[id(value)] = new
+        changed = new.__defaults__ is not value.__defaults__ or keywords is not value.__kwdefaults__
+        for cell, own in zip(value.__closure__ or (), cells, strict=True):
+            with suppress(ValueError):  # a cell that is still empty
+                own.cell_contents = self.of(cell.cell_contents)
+                changed = changed or own.cell_contents is not cell.cell_contents
+        if not changed:
+            self.made[id(value)] = value
+        return self.made[id(value)]
 
 
 def of_passes(network: nn.Module) -> dict[Any, Any]:
@@ -61,7 +140,7 @@ def loaded(network: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module
         for key, tensor in together.items():
             if type(tensor) is nn.Parameter:
                 memo[key] = nn.Parameter(deepcopy(tensor.data, memo), tensor.requires_grad)
-    own = deepcopy(network, memo)
+    own = duplicate(network, memo)
     own.load_state_dict(dict(weights))
     return own
 
@@ -99,4 +178,4 @@ def carrying(network: nn.Module, weights: Mapping[str, torch.Tensor], store: Sto
             value = weights[ties.get(name, name)].detach()
             value = value if value.dtype == own.dtype else store.keep(value.to(own.dtype))
             memo[id(own)] = nn.Parameter(value, own.requires_grad) if isinstance(own, nn.Parameter) else value
-    return deepcopy(network, memo)
+    return duplicate(network, memo)

@@ -7,7 +7,6 @@ network per layer. Only one thread computes at a time. What it costs is memory: 
 from __future__ import annotations
 
 import contextvars
-import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_iter
 
+from automerge._copies import duplicate
 from automerge._data import Batch, Batches, run_batch
 from automerge._machine import physical_memory
 from automerge._observe import Event, Observer
@@ -99,7 +99,7 @@ def replicas(model: nn.Module, count: int) -> list[nn.Module] | None:
     )
     shared = {id(t): t for t in tensors}
     try:
-        return [copy.deepcopy(model, dict(shared)) for _ in range(count)]
+        return [duplicate(model, dict(shared)) for _ in range(count)]
     except Exception:
         return None
 

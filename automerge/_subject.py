@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from automerge._copies import of_passes
+from automerge._copies import copied
 from automerge._double import Calibrate, Double, double_precision, widen
 from automerge._errors import TraceError
 from automerge._tree_io import map_tensors, tensors_of
@@ -184,7 +183,7 @@ class Subject:
 
     def __init__(self, model: nn.Module) -> None:
         try:
-            self.model = copy.deepcopy(model, of_passes(model)).double().eval()
+            self.model = copied(model).double().eval()
         except Exception as error:
             raise TraceError(
                 f"{type(model).__name__} cannot be copied for verification ({type(error).__name__}: {error}); "

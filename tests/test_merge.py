@@ -522,3 +522,25 @@ def test_networks_that_write_to_themselves_are_left_as_they_were() -> None:
 def test_options_of_another_kind_are_one_sentence(options: dict[str, Any], message: str) -> None:
     with pytest.raises(AutomergeError, match=message):
         merge([_mlp(0), _mlp(1)], X, **options)
+
+
+def test_groups_that_no_matcher_searches_are_named() -> None:
+    """A matrix made from the data, flattened: every unit owns a row and a column of one axis."""
+
+    class Transform(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features, self.matrix, self.out = nn.Linear(3, 4), nn.Linear(4, 16), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.features(x).relu()
+            matrix = self.matrix(h.amax(1)) + torch.eye(4).flatten()
+            return self.out((h @ matrix.view(-1, 4, 4)).relu())
+
+    torch.manual_seed(0)
+    models = [Transform() for _ in range(2)]
+    result = merge(models, torch.randn(2, 5, 3))
+    assert any("overlap without being nested" in remark for remark in result.matching.remarks())
+    assert "features.weight[0]" in str(result)
+    plain = [nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)) for _ in range(2)]
+    assert not merge(plain, torch.randn(2, 3)).matching.remarks()

@@ -165,6 +165,15 @@ class Matching:
         out += [f"by permutations only: {_some(groups)} ({reason})" for reason, groups in reasons.items()]
         if unseen := self.stats.get("not_observed", ()):
             out.append(f"shown by no activation: {_some(unseen)}")
+        generators = self.symmetry.generators()
+        left = [g for g in self.stats.get("left_out_generators", ()) if generators[g].size > 1]
+        if left:
+            slots = [generators[g].slots[0] for g in left]
+            where = _some(list(dict.fromkeys(f"{s.param}[{s.axis}]" for s in slots)))
+            out.append(
+                f"{len(left)} of {len(generators)} groups were not searched, since their units overlap without being nested; "
+                f"the models keep their own order there: {where}"
+            )
         return [*out, *self.stats.get("notes", ())]
 
     # ---------------------------------------------------------------- files

@@ -6,7 +6,6 @@ They move parameters by the definition of a generator (``new[index[u]] = old[ind
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from automerge._copies import copied
 from automerge._double import double_precision
 from automerge._errors import AutomergeError
 from automerge._subject import Change, fresh_inputs, randomised, runnable
@@ -202,7 +202,7 @@ class _Subject:
     """A float64 copy of a model, run with any state."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = copy.deepcopy(model).double().eval()
+        self.model = copied(model).double().eval()
         named = [
             *self.model.named_parameters(remove_duplicate=False),
             *self.model.named_buffers(remove_duplicate=False),
