@@ -135,14 +135,25 @@ def computed(
         return recorder.emit(target, args, kwargs, run(*values, **named))
 
 
+_BATCH_NORMS = {getattr(aten, name).default for name in ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")}
+
+
+def writes(func: Any, args: Any) -> bool:
+    """Whether an operator writes to its operands; batch normalisations do in training, which their schemas do not tell."""
+    return bool(func._schema.is_mutable or (func in _BATCH_NORMS and args[5]))
+
+
 def write(recorder: Any, func: Any, args: Any, kwargs: Any, node_args: Any, node_kwargs: Any) -> Any:
     """Run an in-place or ``out=`` operator, and record its functional form written to what it mutates."""
+    if func in _BATCH_NORMS:
+        return _normalise(recorder, func, args, node_args)
     targets = written(func, args, kwargs)
-    for target in targets:
-        recorder._lookup(target).base.freeze()
+    before = [recorder._lookup(target) for target in targets]
+    for tracked in before:
+        tracked.base.freeze()
     out = func(*args, **kwargs)
     if func.overloadpacket in _METADATA:
-        return _retarget(recorder, func, args, node_args, node_kwargs, out)
+        return _retarget(recorder, func, args, node_args, node_kwargs, out, before[0])
     _record_new(recorder, func, node_args, node_kwargs, out)
     functional, drop = functional_of(func)
     plain_kwargs = {k: v for k, v in node_kwargs.items() if k not in drop}
@@ -161,6 +172,26 @@ def write(recorder: Any, func: Any, args: Any, kwargs: Any, node_args: Any, node
     for value in returned:
         if isinstance(value, torch.Tensor) and not recorder.knows(value):
             recorder._register(value, recorder._lookup(value))
+    return out
+
+
+def _normalise(recorder: Any, func: Any, args: Any, node_args: Any) -> Any:
+    """Run a batch normalisation in training, and record its form that returns what becomes of the running statistics."""
+    running = args[3:5]
+    if any(t is None for t in running):
+        out = func(*args)
+        recorder.record(func, args, node_args, {}, out)
+        return out
+    for statistic in running:
+        recorder._lookup(statistic).base.freeze()
+    out = func(*args)
+    whole = recorder.emit(aten._native_batch_norm_legit_functional.default, node_args, {}, (*out, *running))
+    nodes = [recorder.emit(operator.getitem, (whole, i), {}, v.detach()) for i, v in enumerate((*out, *running))]
+    for value, node in zip(out, nodes[:3], strict=False):
+        recorder._register(value, Tracked(node))
+    for statistic, node in zip(running, nodes[3:], strict=True):
+        node.meta["val"] = recorder.example(node, node.meta["val"], own=True)
+        assign(recorder, recorder._lookup(statistic), node, statistic)
     return out
 
 
@@ -184,10 +215,11 @@ def _record_new(recorder: Any, func: Any, node_args: Any, node_kwargs: Any, out:
 _METADATA = {aten.transpose_, aten.t_, aten.unsqueeze_, aten.squeeze_, aten.swapaxes_, aten.swapdims_, aten.detach_}
 
 
-def _retarget(recorder: Any, func: Any, args: Any, node_args: Any, node_kwargs: Any, out: torch.Tensor) -> torch.Tensor:
+def _retarget(
+    recorder: Any, func: Any, args: Any, node_args: Any, node_kwargs: Any, out: torch.Tensor, before: Tracked
+) -> torch.Tensor:
     """An operator that changes a tensor's own shape: the object becomes a view of what it was."""
     functional, _ = functional_of(func)
-    before = recorder._lookup(args[0])
     node = recorder.emit(functional, node_args, node_kwargs, out)
     node.meta["val"] = recorder.example(node, node.meta["val"], own=True)
     recorder._register(
@@ -220,9 +252,12 @@ def functional_of(func: Any) -> tuple[Any, set[str]]:
     }
     wanted = [a.name for a in func._schema.arguments if a.name not in outs]
     in_place = name.endswith("_") and not name.endswith("__")
-    packet = getattr(space, name[:-1] if in_place else name, None)
-    names = sorted(packet.overloads(), key=lambda n: n != func._overloadname) if packet is not None else []
-    for overload in names:
+    plain = name[:-1] if in_place else name
+    packets = [getattr(space, n, None) for n in ((plain, f"{plain}_functional") if in_place else (plain,))]
+    names = [
+        (p, n) for p in packets if p is not None for n in sorted(p.overloads(), key=lambda n: n != func._overloadname)
+    ]
+    for packet, overload in names:
         candidate = getattr(packet, overload)
         if not candidate._schema.is_mutable and [a.name for a in candidate._schema.arguments] == wanted:
             return candidate, outs

@@ -27,11 +27,10 @@ class DataSets:
 
     @staticmethod
     def make(data: Any, select: Any, report: Any, args: Any, kwargs: Any, network: nn.Module, seed: int) -> DataSets:
-        arity = len(args) if isinstance(args, tuple | list) else 1
         given: list[list[Batch] | None] = []
         for name, source in (("data", data), ("select", select), ("report", report)):
             with about(name):
-                given.append(None if source is None else list(Batches(source, arity, kwargs, device_of(network))))
+                given.append(None if source is None else list(Batches.like(source, args, kwargs, device_of(network))))
         first, second, third = given
         if first is None:
             raise MatchingError("comparing needs data: batches for calibration (data=)")
@@ -69,14 +68,21 @@ def _length(batch: Batch) -> int:
 
 
 def _fingerprints(batches: Sequence[Batch]) -> list[bytes]:
-    """One short digest for the inputs of every sample."""
+    """One short digest for the inputs of every sample; what is not cut into samples belongs to all of its batch."""
     out = []
     for batch in batches:
-        parts = [t.detach().cpu().contiguous() for t in batch.tensors() if t.ndim and t.shape[0] == _length(batch)]
-        for k in range(_length(batch) if parts else 0):
-            whole = b"".join(p[k].reshape(-1).view(torch.uint8).numpy().tobytes() for p in parts)
+        n = _length(batch)
+        inputs = [t.detach().cpu().contiguous() for t in batch.tensors() if t.layout is torch.strided]
+        parts = [t for t in inputs if t.ndim and t.shape[0] == n]
+        common = blake2b(b"".join(map(_bytes, (t for t in inputs if not t.ndim or t.shape[0] != n)))).digest()
+        for k in range(n if parts else 0):
+            whole = common + b"".join(_bytes(p[k]) for p in parts)
             out.append(blake2b(whole, digest_size=12).digest())
     return out
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def as_items(batches: Sequence[Batch], labels: Sequence[torch.Tensor] | None = None) -> list[Any]:

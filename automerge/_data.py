@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset, IterableDataset
 
 from automerge._errors import AutomergeError, CheckpointError
 from automerge._machine import physical_memory
+from automerge._restoring import lent, restored
 from automerge.io import tied_names, with_ties
 
 _LABEL_KEYS = ("labels", "label", "targets", "target")
@@ -40,15 +42,16 @@ class Batches:
 
     Batches of batches keep what they know about their inputs. A batch is a tensor, a list or tuple whose first
     ``arity`` items are the positional inputs (what follows are labels), or a dict of keyword inputs (an entry ``labels``
-    or ``targets`` is taken as labels, and is an input too if it is one of ``kwargs``). A bare tensor is one batch. An
-    iterator that can be consumed only once is listed once; anything else is iterated afresh every time. Batches without a
-    sample are passed over.
+    or ``targets`` is taken as labels, and is an input too if it is one of ``kwargs``). A bare tensor is one batch, and so is
+    a packed sequence, which is one input. An iterator that can be consumed only once is listed once; anything else is
+    iterated afresh every time. Batches without a sample are passed over.
 
     Args:
         data: the batches.
         arity: the number of positional inputs.
         kwargs: keyword inputs for every batch; tensors among them belong to one example and are dropped.
         device: where tensors are moved to; None leaves them.
+        named: types of tuples with names that are one input; any other is a batch, as a DataLoader makes of named samples.
 
     Raises:
         AutomergeError: if the data are no iterable of batches; on iteration, if they are empty or an input holds NaN.
@@ -64,13 +67,16 @@ class Batches:
         arity: int = 1,
         kwargs: Mapping[str, Any] | None = None,
         device: torch.device | None = None,
+        named: Collection[type] = (),
     ) -> None:
-        if isinstance(data, torch.Tensor):
+        self._single: tuple[type, ...] = (torch.Tensor, PackedSequence, *named)
+        if isinstance(data, self._single):
             data = [data]
         if isinstance(data, Batches):
             known: Batches = data
             data, arity, device = known._data, known._arity, device or known._device
             kwargs = {**dict.fromkeys(known._named, torch.zeros(0)), **known._kwargs}
+            self._single = known._single
         if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
             raise AutomergeError(
                 f"data is a {type(data).__name__} of single samples, not of batches; "
@@ -87,6 +93,16 @@ class Batches:
         self._kwargs: dict[str, Any] = {k: v for k, v in (kwargs or {}).items() if not isinstance(v, torch.Tensor)}
         self._named: frozenset[str] = frozenset(kwargs or {})
         self._device: torch.device | None = device
+
+    @classmethod
+    def like(cls, data: Any, args: Any, kwargs: Mapping[str, Any] | None, device: torch.device | None) -> Batches:
+        """Batches of inputs as those of an example: a tensor, or a tuple or list of inputs.
+
+        A tuple with names is one input, as in `automerge.trace.normalise_args`.
+        """
+        one = not isinstance(args, list | tuple) or hasattr(args, "_fields")
+        example = [args] if one else args
+        return cls(data, len(example), kwargs, device, {type(a) for a in example if hasattr(a, "_fields")})
 
     def __iter__(self) -> Iterator[Batch]:
         given = used = 0
@@ -125,8 +141,8 @@ class Batches:
             raise AutomergeError(
                 f"batch {number} of the data is on the meta device and has no values; load the data first"
             )
-        item = tree_map_only(torch.Tensor, lambda t: t.detach().to(self._device or t.device), item)
-        if isinstance(item, torch.Tensor):
+        item = _moved(item, self._device)
+        if isinstance(item, self._single):
             item = (item,)
         if isinstance(item, Mapping):
             label = next((k for k in _LABEL_KEYS if k in item), None)
@@ -149,6 +165,18 @@ class Batches:
         rest = tuple(item[self._arity :])
         labels = rest[0] if len(rest) == 1 else (rest or None)
         return Batch(tuple(item[: self._arity]), self._kwargs, labels, number)
+
+
+def _moved(item: Any, device: torch.device | None) -> Any:
+    """A batch without history, on a device."""
+
+    def move(leaf: Any) -> Any:
+        if isinstance(leaf, PackedSequence):  # its lengths stay on the CPU
+            leaf = leaf._replace(data=leaf.data.detach())
+            return leaf if device is None else leaf.to(device)
+        return leaf.detach().to(device or leaf.device) if isinstance(leaf, torch.Tensor) else leaf
+
+    return tree_map(move, item, is_leaf=lambda leaf: isinstance(leaf, PackedSequence))
 
 
 def check_pair(data: object) -> None:
@@ -257,14 +285,18 @@ def preserving(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None =
 def run_batch(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None, batch: Batch) -> Any:
     """The model's output on a batch, with its own weights or with those of a state dict.
 
+    What the pass binds to the modules (a hidden state, a weight computed anew) is gone after it.
+
     Raises:
         AutomergeError: if the model does not run on it, with the model's own error as the cause.
     """
     try:
         if state_dict is None:
-            return model(*batch.args, **batch.kwargs)
-        lent = _once(model, state_dict)
-        return torch.func.functional_call(model, lent, batch.args, dict(batch.kwargs), tie_weights=False)
+            with restored(model):
+                return model(*batch.args, **batch.kwargs)
+        with restored(model):
+            tensors = lent(model, state_dict)
+            return torch.func.functional_call(model, tensors, batch.args, dict(batch.kwargs), tie_weights=False)
     except AutomergeError:
         raise
     except Exception as error:
@@ -275,25 +307,6 @@ def run_batch(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None, b
             f"the model does not run on batch {batch.number} of the data ({shapes or 'no tensors'}): "
             f"{type(error).__name__}: {error}{hint}"
         ) from error
-
-
-def _once(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A bound state dict with one name for every place of a tensor.
-
-    ``functional_call`` lends the tensors to the model name by name and takes them back in the same order: a module that is
-    registered under two names would keep what it was lent.
-    """
-    out, seen = dict(state_dict), set()
-    for path, module in model.named_modules(remove_duplicate=False):
-        own_tensors = (
-            *module.named_parameters(recurse=False, remove_duplicate=False),
-            *module.named_buffers(recurse=False, remove_duplicate=False),
-        )
-        for own, _ in own_tensors:
-            if (id(module), own) in seen:
-                out.pop(f"{path}.{own}" if path else own, None)
-            seen.add((id(module), own))
-    return out
 
 
 def logits_of(output: Any) -> torch.Tensor:

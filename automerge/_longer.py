@@ -1,7 +1,8 @@
 """Inputs of other sizes: what is a symmetry on a short example only shows on a longer one.
 
 All distances are 0 in a sequence of one, a table's first row may hold nothing but ones, and windows of different widths all
-reach over a few tokens. Where a constant was computed from lists or written entry by entry, its values do not tell.
+reach over a few tokens. Where a constant was computed from lists or written entry by entry, its values do not tell. Where a
+view mixes channels with pixels, the size decides how.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ import torch
 from automerge._subject import fresh_inputs
 from automerge._tree_io import map_tensors, tensors_of
 
-_SHORT, _ENTRIES, _FEW = 32, 16_384, 1024
+_ENTRIES, _FEW = 16_384, 1024
 Inputs = tuple[Any, Any]
 
 
 def longer_inputs(
     args: Any, kwargs: Any, seed: int, sizes: Collection[int] = ()
 ) -> Iterator[Sequence[Callable[[], Inputs]]]:
-    """For every length that is short, inputs whose axes of that length are longer.
+    """For every length, inputs whose axes of that length are longer.
 
     The first of a group lengthens all these axes; the others, for models that do not run on it, those at one place in the
     shape. Nothing is known of what an axis is: many of these inputs are none that the model takes.
@@ -38,7 +39,7 @@ def longer_inputs(
     """
     many = next(n for n in (7, 11, 13, 17, 19, 23) if n not in sizes or n == 23)
     shapes = [tuple(t.shape) for t in tensors_of((args, kwargs))]
-    for n in sorted({n for shape in shapes for n in shape if n <= _SHORT}):
+    for n in sorted({n for shape in shapes for n in shape}):
         ranks = sorted({k for shape in shapes for k, m in enumerate(shape) if m == n})
         where: list[list[int]] = [ranks, *([k] for k in ranks if len(ranks) > 1)]
         group = []
@@ -52,6 +53,34 @@ def longer_inputs(
             yield group
 
 
+def other_sizes(
+    args: Any, kwargs: Any, seed: int, sizes: Collection[int] = ()
+) -> Iterator[Sequence[Callable[[], Inputs]]]:
+    """`longer_inputs`, and for every length inputs that are longer by one, and half as long; groups as above.
+
+    What is longer than a table is refused by the model, and where it is cut shows one position further; in a half, what was
+    symmetric about the middle is not.
+    """
+    yield from longer_inputs(args, kwargs, seed, sizes)
+    shapes = [tuple(t.shape) for t in tensors_of((args, kwargs))]
+    for n in sorted({n for shape in shapes for n in shape if n}):
+        ranks = sorted({k for shape in shapes for k, m in enumerate(shape) if m == n})
+        where: list[list[int]] = [ranks, *([k] for k in ranks if len(ranks) > 1)]
+        if sum(_entries(shape, n, ranks, 2) for shape in shapes) <= 2 * _ENTRIES:
+            yield [partial(_lengthened, args, kwargs, n, axes, 2, seed, size=n + 1) for axes in where]
+        if n > 1:
+            yield [partial(_halved, args, kwargs, n, axes) for axes in where]
+
+
+def _halved(args: Any, kwargs: Any, n: int, axes: Sequence[int]) -> Inputs:
+    def cut(_: str, x: torch.Tensor) -> torch.Tensor:
+        for k in axes:
+            x = x.narrow(k, 0, n // 2) if k < x.dim() and x.shape[k] == n else x
+        return x.clone()
+
+    return map_tensors(cut, args), map_tensors(cut, kwargs)
+
+
 def _entries(shape: Sequence[int], n: int, axes: Sequence[int], times: int) -> int:
     total = 1
     for k, m in enumerate(shape):
@@ -59,8 +88,10 @@ def _entries(shape: Sequence[int], n: int, axes: Sequence[int], times: int) -> i
     return total
 
 
-def _lengthened(args: Any, kwargs: Any, n: int, axes: Sequence[int], times: int, seed: int) -> Inputs:
-    """The inputs with some axes repeated, and other values: integers between those of the example."""
+def _lengthened(
+    args: Any, kwargs: Any, n: int, axes: Sequence[int], times: int, seed: int, *, size: int | None = None
+) -> Inputs:
+    """The inputs with some axes repeated (up to a size), and other values: integers between those of the example."""
     rng = torch.Generator().manual_seed(seed)
 
     def repeated(_: str, x: torch.Tensor) -> torch.Tensor:
@@ -68,6 +99,8 @@ def _lengthened(args: Any, kwargs: Any, n: int, axes: Sequence[int], times: int,
         if not n:
             return x.new_zeros([times if k in here else m for k, m in enumerate(x.shape)])
         wide = x.repeat([times if k in here else 1 for k in range(x.dim())])
+        for k in here:
+            wide = wide if size is None else wide.narrow(k, 0, size)
         if not wide.numel() or wide.shape == x.shape or wide.dtype not in (torch.int64, torch.int32, torch.bool):
             return wide
         if wide.dtype is torch.bool:

@@ -212,15 +212,14 @@ def check_data(network: nn.Module, data: Any, args: Any, kwargs: Mapping[str, An
     Raises:
         AutomergeError: if the data are empty or no batches, or the model does not run on one of those.
     """
-    inputs = len(args) if isinstance(args, (tuple, list)) else 1
-    batches = Batches(data, inputs, kwargs, device_of(network))
+    batches = Batches.like(data, args, kwargs, device_of(network))
     first = next(iter(batches))
     try:
         with evaluating(network), preserving(network):
             run_batch(network, None, first)
     except AutomergeError as error:
         cause = error.__cause__ or error
-        hint = f"the first {inputs} items of a batch must be the model's inputs"
+        hint = f"the first {len(first.args)} items of a batch must be the model's inputs"
         if first.kwargs and not first.args:
             hint = "a batch's entries but for its labels must be the model's keyword inputs (labels too if kwargs= has them)"
         raise AutomergeError(

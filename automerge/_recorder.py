@@ -20,7 +20,7 @@ from torch.nn.modules import module as _nn_module
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.weak import TensorWeakRef
 
-from automerge._aliases import Tracked, overlaps, read, shadow, write
+from automerge._aliases import Tracked, overlaps, read, shadow, write, writes
 from automerge._double import plainly
 from automerge._errors import TraceError
 from automerge._lazy_module import LazyModule
@@ -190,6 +190,8 @@ class Recorder(TorchDispatchMode):
         value = tensor.detach().clone()
         node = self.fixed(value)
         self.info.unknown.append(f"{node.target}{self.where()}")
+        if isinstance(tensor, nn.Parameter):
+            self.info.unregistered.append(node.meta["source"])
         self.keep(self.buffers.get(id(tensor), f"a tensor of its own{self.where()}"), tensor, value)
         return node
 
@@ -253,7 +255,7 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         if self.blank and looks(func, args, node_args, self.blank):
             self.give_up()
-        if func._schema.is_mutable:
+        if writes(func, args):
             return write(self, func, args, kwargs, node_args, node_kwargs)
         out = None if self.compute else self._unfilled(func, args, kwargs, node_args, node_kwargs)
         if out is not None:

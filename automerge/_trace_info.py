@@ -20,6 +20,8 @@ class TraceInfo:
         reads: nodes whose values python read (``.item()``, ``.tolist()``, ``if tensor``); they must not change either.
         rewritten: state-dict names that the forward pass writes to (they are put back).
         unknown: places where a tensor of unknown provenance entered (treated as a constant).
+        unregistered: places where one of them is a parameter, which the state dict does not hold.
+        carried: attributes that held tensors of an earlier pass, which this pass read as constants and replaced.
         overlaps: ``(name, other, places)``: state-dict tensors in one memory under several shapes; entry i of ``name`` is
             entry ``places[i]`` of ``other``, or none of its entries where that is -1.
     """
@@ -32,4 +34,6 @@ class TraceInfo:
     reads: list[str] = field(default_factory=list)
     rewritten: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
+    unregistered: list[str] = field(default_factory=list)
+    carried: list[str] = field(default_factory=list)
     overlaps: list[tuple[str, str, torch.Tensor]] = field(default_factory=list)

@@ -24,7 +24,8 @@ def map_tensors(fn: Callable[[str, torch.Tensor], Any], tree: Any, path: str = "
         return tree
     if isinstance(tree, (list, tuple)):
         if hasattr(tree, "_fields"):
-            return type(tree)(*(map_tensors(fn, v, f"{path}.{k}") for k, v in zip(tree._fields, tree, strict=True)))
+            kind: Any = type(tree)  # a packed sequence refuses to be made of other things than tensors, but for _make
+            return kind._make(map_tensors(fn, v, f"{path}.{k}") for k, v in zip(tree._fields, tree, strict=True))
         return type(tree)([map_tensors(fn, v, f"{path}[{i}]") for i, v in enumerate(tree)])
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         values = {

@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from automerge._diagnosis import OtherPathError, Setting, failure
 from automerge._errors import AutomergeError, InvarianceError, SymmetryError, TraceError
-from automerge._longer import longer_inputs
+from automerge._longer import other_sizes
 from automerge._subject import Change, Move, Subject, fresh_inputs, named_tensors, randomised, runnable
 from automerge._tree_io import map_tensors, tensors_of
 from automerge.groups import Element
@@ -111,7 +111,8 @@ def verify(
 
     The weights and normalisation statistics are randomised first, because a fresh initialisation (zeros, ones, layer
     scales of 1e-6) hides mistakes. The elements take turns on the example and on a fresh input. Then a few are tried on
-    inputs whose short axes are longer, where the model runs on them: a sequence of one hides distances. (On the CPU only.)
+    inputs whose axes are longer (none that are large), longer by one, or half as long, where the model runs on them: a
+    sequence of one hides distances. (On the CPU only.)
 
     Args:
         model: the model; it is copied, not changed.
@@ -214,7 +215,8 @@ def _check_longer(
     if any(t.device.type != "cpu" for t in subject.tensors.values()):
         return
     sizes = {n for shape in symmetry.shapes.values() for n in shape}
-    for group in longer_inputs(*setting.inputs[0], seed, sizes):
+    example = setting.inputs[0]
+    for group in other_sizes(*example, seed, sizes):
         for i, make in enumerate(group):
             given = make()
             try:

@@ -11,7 +11,7 @@ import numpy as np
 from torch import fx, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from automerge._assemble import Assembler
+from automerge._assemble import Assembler, completed
 from automerge._diagnosis import OtherPathError
 from automerge._errors import InvarianceError, TraceError, UnknownOperatorError
 from automerge._longer import longer_inputs
@@ -222,7 +222,8 @@ def infer_graph(*graphs: fx.GraphModule) -> tuple[Symmetry, Analysis]:
     dropped = 0
     for units in search(structure, assembler.wanted()):
         made = assembler.generator(units)
-        if made is None or _halved(made, analysis.unread):
+        made = completed(made, analysis.unread) if made is not None else None
+        if made is None:
             dropped += 1
         else:
             generators.append(made)
@@ -249,20 +250,6 @@ def infer_graph(*graphs: fx.GraphModule) -> tuple[Symmetry, Analysis]:
         },
     )
     return symmetry, analysis
-
-
-def _halved(generator: Generator, unread: dict[str, np.ndarray]) -> bool:
-    """Whether its units own several positions of an axis of which some are not read.
-
-    The axis is a product that other inputs read more of (a flattened table), and what they read belongs to the units, too.
-    """
-    for slot in generator.slots:
-        mask = unread.get(slot.param)
-        if mask is not None and slot.index.shape[1] > 1:
-            others = tuple(k for k in range(mask.ndim) if k != slot.axis)
-            if bool(mask.all(axis=others).any()):
-                return True
-    return False
 
 
 def _shapes(graph: fx.GraphModule) -> dict[str, tuple[int, ...]]:
@@ -297,8 +284,8 @@ def _reach(analysis: Analysis, unused: list[str]) -> list[str]:
     if analysis.unread:
         cut = [f"{name} ({int(m.sum()):,} of {m.size:,} numbers)" for name, m in analysis.unread.items()]
         notes.append(
-            f"these inputs do not read all of {_some(cut)}; the positions left out stay in place, and their other axes "
-            "move with what is read"
+            f"these inputs do not read all of {_some(cut)}; the positions left out stay in place (or move along, in "
+            "pieces like those that are read), and their other axes move with what is read"
         )
     if unused:
         notes.append(
@@ -319,5 +306,16 @@ def _notes(info: TraceInfo) -> list[str]:
         places = ", ".join(dict.fromkeys(info.data_dependent[:3]))
         notes.append(
             f"python read values that depend on the data ({places}); the groups hold for the path that these inputs took"
+        )
+    if info.unregistered:
+        places = ", ".join(list(dict.fromkeys(info.unregistered))[:3])
+        notes.append(
+            f"the model computes with weights that its state dict does not hold ({places}); they are neither matched nor "
+            "merged, so keep their modules in an nn.ModuleList, or run the model once if its first pass makes them"
+        )
+    if info.carried:
+        notes.append(
+            f"the model holds tensors of an earlier pass ({_some(info.carried)}), which were taken as constants: the units "
+            "that meet them stay in place; reset them, or give a model that has not run"
         )
     return notes

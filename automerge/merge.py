@@ -39,6 +39,7 @@ from automerge.io import SHARD_BYTES, buffer_names, check_state_dict, save_state
 from automerge.matchers import FrankWolfe, Matcher, Matching, Progress, check_matcher, match
 from automerge.renormalise import batchnorm_names
 from automerge.symmetry import Symmetry
+from automerge.trace import normalise_args
 
 StateDict = dict[str, torch.Tensor]
 RepairMode = Literal["auto", "none", "reset", "repair", "both"]
@@ -221,7 +222,7 @@ def merge(
     merged, spectral = measured_again(task.network, average(moved, share, aliases=aliases, store=task.store))
     clock.lap("average")
     if batches is None and isinstance(mode, Renormaliser):
-        batches = Batches([_example(args, kwargs)], _arity(args), kwargs, device_of(task.network))
+        batches = Batches.like([_example(args, kwargs)], args, kwargs, device_of(task.network))
     merged, report = renormalise(mode, task.network, merged, moved, share, batches, symmetry, watched=data is not None)
     clock.lap("repair")
     if report.drift is not None and report.drift[1] > 1.01 * report.drift[0]:
@@ -318,11 +319,7 @@ def _elements(matching: Matching, coordinates: str | int) -> list[Element]:
     return [element.then(back) for element in to_universe]
 
 
-def _arity(args: Any) -> int:
-    return len(args) if isinstance(args, tuple | list) else 1
-
-
 def _example(args: Any, kwargs: Mapping[str, Any] | None) -> Any:
     """The example inputs as a batch; keyword tensors among them make a batch of keyword inputs."""
-    positional = tuple(args) if isinstance(args, tuple | list) else (args,)
-    return positional if positional else dict(kwargs or {})
+    positional, keywords = normalise_args((args,) if args is None else args, kwargs)
+    return positional or keywords

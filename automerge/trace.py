@@ -8,10 +8,7 @@ loops and hooks need no support, because they simply run. The graph holds for th
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
-import operator
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,12 +16,14 @@ import torch
 from torch import fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
 
 from automerge._errors import TraceError
 from automerge._machine import releasing
 from automerge._opaque import opaque_modules
 from automerge._readers import Readers
 from automerge._recorder import NO_NESTED, Recorder
+from automerge._restoring import Before, replaced, restored
 from automerge._trace_info import TraceInfo as TraceInfo  # public here
 from automerge._tree_io import tensors_of
 from automerge._unfilled import NeedsValues
@@ -35,8 +34,11 @@ Args = torch.Tensor | Sequence[Any]
 
 
 def normalise_args(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The positional and keyword arguments of a call, from a tensor, a tuple or list of inputs, and a dict."""
-    if isinstance(args, (torch.Tensor, Mapping)) or not isinstance(args, list | tuple):
+    """The positional and keyword arguments of a call, from a tensor, a tuple or list of inputs, and a dict.
+
+    A tuple with names (a packed sequence, a batch) is one input.
+    """
+    if not isinstance(args, list | tuple) or hasattr(args, "_fields"):
         positional: tuple[Any, ...] = (args,) if args is not None else ()
     else:
         positional = tuple(args)
@@ -97,10 +99,11 @@ def _recorded(model: nn.Module, positional: Any, keywords: Any, recorder: Record
     """One run of a model under a recorder."""
     positional, keywords = recorder.add_inputs(positional, keywords)
     # what the model draws is not the caller's
-    with prepared(model), recorder.watch_modules(), releasing(_LARGE), torch.random.fork_rng(devices=[]):
+    with prepared(model) as before, recorder.watch_modules(), releasing(_LARGE), torch.random.fork_rng(devices=[]):
         try:
             with torch.no_grad(), opaque_modules(recorder, model), recorder, Readers(recorder):
                 result = model(*positional, **keywords)
+            recorder.info.carried += _carried(before, recorder)
         except TraceError:
             raise
         except Exception as error:
@@ -113,6 +116,20 @@ def _recorded(model: nn.Module, positional: Any, keywords: Any, recorder: Record
         finally:
             recorder.restore()
     return recorder.finish(result)
+
+
+def _carried(before: Before, recorder: Recorder) -> list[str]:
+    """Where the model held a state of an earlier pass: what this one read as a constant, and replaced.
+
+    One number, or equal ones, are no state of units.
+    """
+    read = {
+        id(tensor)
+        for _, tensor, value, _ in recorder.kept
+        if value.layout is torch.strided and value.numel() > 1 and bool((value != value.flatten()[0]).any())
+    }
+    found = (name for name, held in replaced(before) if any(id(t) in read for t in tree_leaves(held)))
+    return list(dict.fromkeys(found)) if read else []
 
 
 def _check_traceable(model: nn.Module, inputs: Any) -> None:
@@ -163,28 +180,26 @@ def _materialised(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def prepared(model: nn.Module) -> Iterator[None]:
+def prepared(model: nn.Module) -> Iterator[Before]:
     """Eval mode, nothing compiled, unfused attention and recurrences, and everything put back afterwards (buffers included)."""
     modules = list(model.modules())
     modes = [(m, m.training) for m in modules]
-    before = [(m, _attributes(m)) for m in modules if not isinstance(m, torch.jit.ScriptModule)]
     fastpath = torch.backends.mha.get_fastpath_enabled()
     mkldnn, recurrent = torch._C._get_mkldnn_enabled(), any(isinstance(m, nn.RNNBase) for m in modules)
-    model.eval()  # in eval mode already, too: a model may drop its caches at that
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        if recurrent:
-            torch._C._set_mkldnn_enabled(False)
-        with sdpa_kernel(_attention_kernels(model)), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        torch._C._set_mkldnn_enabled(mkldnn)
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-        for module, mode in modes:
-            if module.training is not mode:
-                module.training = mode
-        for module, attributes in before:
-            _put_back(module, attributes)
+    with restored(model) as before:
+        model.eval()  # in eval mode already, too: a model may drop its caches at that
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            if recurrent:
+                torch._C._set_mkldnn_enabled(False)
+            with sdpa_kernel(_attention_kernels(model)), torch.compiler.set_stance("force_eager"):
+                yield before
+        finally:
+            torch._C._set_mkldnn_enabled(mkldnn)
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+            for module, mode in modes:
+                if module.training is not mode:
+                    module.training = mode
 
 
 def _attention_kernels(model: nn.Module) -> list[SDPBackend]:
@@ -192,50 +207,3 @@ def _attention_kernels(model: nn.Module) -> list[SDPBackend]:
     if all(t.device.type == "cpu" for t in itertools.chain(model.parameters(), model.buffers())):
         return [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     return [SDPBackend.MATH]
-
-
-_CONTAINERS = (list, dict, set)
-_PLAIN = (list, dict, set, OrderedDict)
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """A module's attributes, containers copied one level deep (its tensors are not copied)."""
-
-    def kept(value: Any) -> Any:
-        if type(value) in _PLAIN:
-            return value.copy()
-        return copy.copy(value) if isinstance(value, _CONTAINERS) else value
-
-    return {k: kept(v) for k, v in vars(module).items()}
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two containers of a kind hold the very same things."""
-    if len(a) != len(b):
-        return False
-    if not a:
-        return True
-    if isinstance(a, dict):
-        return all(map(operator.is_, a, b)) and all(map(operator.is_, a.values(), b.values()))
-    return a == b if isinstance(a, set) else all(map(operator.is_, a, b))
-
-
-def _put_back(module: nn.Module, attributes: dict[str, Any]) -> None:
-    """Undo what a forward pass bound to a module: counters, caches, hooks, buffers under their old names."""
-    now = vars(module)
-    for name in set(now) - set(attributes):
-        del now[name]
-    for name, value in attributes.items():
-        held: Any = now.get(name)
-        if held is value:
-            continue
-        if isinstance(value, _CONTAINERS) and type(held) is type(value):
-            if _same(held, value):  # some containers refuse to be written to
-                continue
-            if isinstance(held, list):
-                held[:] = value
-            else:
-                held.clear()
-                held.update(value)
-        else:
-            now[name] = value

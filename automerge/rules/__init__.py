@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,18 @@ import numpy as np
 import torch
 from torch import fx
 
-from automerge.rules import _contraction, _creation, _indexing, _movement, _ordering, _positions, _reduction, _writing  # noqa: F401  (they register themselves)
-from automerge.rules._axes import Family, Unruled
+from automerge.rules import (  # noqa: F401  (they register themselves)
+    _contraction,
+    _creation,
+    _indexing,
+    _movement,
+    _ordering,
+    _positions,
+    _reduction,
+    _vision,
+    _writing,
+)
+from automerge.rules._axes import Unruled, settle_unread
 from automerge.rules._constants import veils
 from automerge.rules._decompose import decomposition
 from automerge.rules._engine import Engine
@@ -75,14 +85,22 @@ def analyse(graphs: Sequence[fx.GraphModule], splits: Splits | None = None) -> A
         graphs: from `automerge.trace`, on inputs of different sizes.
         splits: parameter axes to be given an order per position of another axis (from an earlier pass's requests).
     """
-    engine = Engine()
-    engine.requests, engine.several = dict(splits or {}), len(graphs) > 1
+    out = _analysed(graphs, splits or {}, None)
+    while out.engine.refused:
+        out = _analysed(graphs, splits or {}, out.engine.states)
+    return out
+
+
+def _analysed(graphs: Sequence[fx.GraphModule], splits: Splits, states: Collection[Any] | None) -> Analysis:
+    engine = Engine(states)
+    engine.requests, engine.several = dict(splits), len(graphs) > 1
     out = Analysis(engine)
-    runs = [_Run(graph, splits or {}, out) for graph in graphs]
+    runs = [_Run(graph, splits, out) for graph in graphs]
     for run in runs:
         run.run()
     out.unruled = list(dict.fromkeys(out.unruled))
     _settle_splits(runs, out)
+    engine.settle_lengths()
     return out
 
 
@@ -365,11 +383,8 @@ def _settle_splits(runs: Sequence[_Run], out: Analysis) -> None:
         if len(partly) == len(masks):
             out.unread[name] = np.logical_and.reduce(partly)
     engine.settle_requests(out.unread)
-    for family in engine.axes.families if out.unread else ():
-        if family.param in out.unread:
-            still = np.flatnonzero(_unread_positions(family, out.unread[family.param]))
-            engine.axes.where = ""
-            engine.axes.pin(family.start + still, "not read with these inputs")
+    if out.unread:
+        settle_unread(engine.axes, out.unread)
 
 
 def _in_blocks(value: Value, splits: Mapping[int, Sequence[tuple[int, np.ndarray]]]) -> tuple[Value, dict[int, int]]:
@@ -391,18 +406,6 @@ def _in_blocks(value: Value, splits: Mapping[int, Sequence[tuple[int, np.ndarray
             value = split_letter(value, value.axes[other][0], [count, classes.size // count])
         blocks[other] = value.axes[other][0]
     return value, blocks
-
-
-def _unread_positions(family: Family, missing: np.ndarray) -> np.ndarray:
-    """For every vertex of a parameter's family, whether nothing it stands for is read."""
-    counts = family.shape[:-1]
-    out = np.empty((*counts, family.shape[-1]), bool)
-    for classes in np.ndindex(*counts):
-        part = missing
-        for (axis, numbers), c in zip(family.by, classes, strict=True):
-            part = part.take(np.flatnonzero(numbers == c), axis=axis)
-        out[classes] = part.all(axis=tuple(k for k in range(part.ndim) if k != family.axis))
-    return out.reshape(-1)
 
 
 def _with_data(value: Any, tensor: Any) -> Any:

@@ -9,10 +9,13 @@ unrelated are united (one class); everything else is an edge.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import networkx as nx
 import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 MAX_JOINT = 4_000_000
 
@@ -206,7 +209,89 @@ class Axes:
         self.mark(unique, np.arange(unique.size))
         self.reasons.append((unique, reason, self.where))
 
+    def clusters(self) -> np.ndarray:
+        """For every vertex a number that it shares with those that it moves with by one-to-one relations."""
+        both = [(np.arange(self.count), self.root[: self.count])]
+        both += [(s, t) for s, t in self.edges if distinct(s) and distinct(t)]
+        rows, columns = (np.concatenate(ends) for ends in zip(*both, strict=True))
+        joined = coo_matrix((np.ones(rows.size, np.int8), (rows, columns)), shape=(self.count, self.count))
+        return connected_components(joined, directed=False)[1]
+
+    def encloses(self, moving: np.ndarray, numbers: np.ndarray, but: Collection[int] = ()) -> bool:
+        """Whether positions are made up of whole axes of parameters: then the model gives their number, and not the input.
+
+        Args:
+            moving: `clusters`.
+            numbers: of the positions.
+            but: starts of families that do not count.
+        """
+        inside = np.zeros(moving.size, bool)
+        inside[numbers] = True
+        whole = np.zeros(moving.size, bool)
+        for f in self.families:
+            if f.param is not None and f.size and f.start not in but:
+                mine = moving[f.start : f.start + f.size]
+                if inside[mine].all():
+                    whole[mine] = True
+        return bool(whole[numbers].all())
+
     @staticmethod
     def injective(labels: np.ndarray) -> bool:
         """Whether no vertex is named twice (judged on raw vertices, never on united ones)."""
         return distinct(labels)
+
+
+def settle_unread(axes: Axes, unread: dict[str, np.ndarray]) -> None:
+    """What is not read stays where it is, unless it moves with what is read, and a cut by the length of inputs is ruled out.
+
+    (The last layer of a residual stream of which the output takes one half: the layers before read all of it.) What is
+    read then is a number of units that some parameter has; where it is a number of tokens, longer inputs read more.
+
+    Args:
+        axes: what the rules built.
+        unread: state-dict name -> which entries are not read; what moves with others is taken out.
+    """
+    cut = [f for f in axes.families if f.param in unread]
+    still = {f.start: _unread_positions(f, unread[f.param or ""]) for f in cut}
+    if not still:
+        return
+    gone = np.concatenate([start + np.flatnonzero(mask) for start, mask in still.items()])
+    moving = axes.clusters()
+    free = _accompanied(axes, moving, gone)
+    for family in cut:
+        lost = still[family.start]
+        here = moving[family.start : family.start + family.size]
+        if not lost.all() and free[here[lost]].any() and not axes.encloses(moving, here[~lost], still):
+            free[here[lost]] = False
+    led = gone[free[moving[gone]]]
+    axes.where = ""
+    axes.pin(np.setdiff1d(gone, led), "not read with these inputs")
+    for family in (axes.families[k] for k in np.unique(axes.family_of[led])):
+        mine = led[(led >= family.start) & (led < family.start + family.size)]
+        axes.mark(mine, np.zeros(mine.size, np.int64))
+        mask = unread.get(family.param or "")
+        if mask is not None and not family.by and not mask.all():
+            np.moveaxis(mask, family.axis, 0)[mine - family.start] = False
+            if not mask.any():
+                del unread[family.param or ""]
+
+
+def _accompanied(axes: Axes, moving: np.ndarray, gone: np.ndarray) -> np.ndarray:
+    """Which clusters hold a position of a parameter that is read."""
+    read = np.array([f.param is not None for f in axes.families])[axes.family_of[: axes.count]]
+    read[gone] = False
+    free = np.zeros(axes.count, bool)
+    free[moving[read]] = True
+    return free
+
+
+def _unread_positions(family: Family, missing: np.ndarray) -> np.ndarray:
+    """For every vertex of a parameter's family, whether nothing it stands for is read."""
+    counts = family.shape[:-1]
+    out = np.empty((*counts, family.shape[-1]), bool)
+    for classes in np.ndindex(*counts):
+        part = missing
+        for (axis, numbers), c in zip(family.by, classes, strict=True):
+            part = part.take(np.flatnonzero(numbers == c), axis=axis)
+        out[classes] = part.all(axis=tuple(k for k in range(part.ndim) if k != family.axis))
+    return out.reshape(-1)

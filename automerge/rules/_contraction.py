@@ -52,7 +52,7 @@ def matmul(context: Context, a: Value, b: Value) -> Value:
     return context.engine.reshape(out, context.shape)
 
 
-@rule("addmm", "baddbmm", "addmv", "addbmm", "_addmm_activation")
+@rule("addmm", "baddbmm", "addmv", "addbmm", "_addmm_activation", "_sparse_addmm")
 def addmm(context: Context, c: Value, a: Value, b: Value, *, beta: Any = 1, **_: Any) -> Value:
     added = [] if beta == 0 else [c]  # with zero the first operand is not read at all
     if len(b.axes) == 1:
@@ -249,17 +249,34 @@ def convolution(
     groups: int = 1,
     *_: Any,
 ) -> Value:
-    engine = context.engine
     if not isinstance(transposed, bool):
         raise Unruled("a convolution with another signature")
+    size = tuple(context.node.meta["val"].shape)
+    out = convolved(context.engine, x, w, (stride, padding, dilation, transposed, output_padding, groups), size)
+    if bias is not None:
+        out = context.engine.elementwise([out, bias.with_axes((*bias.axes, *((),) * (len(w.axes) - 2)))])
+    return context.engine.reshape(out, context.shape)
+
+
+def convolved(engine: Engine, x: Value, w: Value, options: Sequence[Any], size: Sequence[int]) -> Value:
+    """The convolution itself, to a given size of the output."""
+    stride, padding, dilation, transposed, output_padding, groups = options
     w = copy_letters(w)
     n = len(w.axes) - 2
     x = x.with_axes(((),) * (n + 2 - len(x.axes)) + x.axes)  # an unbatched input
+    whole = [  # a kernel over all of an axis is a product with it (words in a text, whose features are an axis of an image)
+        not transposed and _at(dilation, k) == 1 and _at(padding, k) == 0 and w.shape[k + 2] == x.shape[k + 2] > 1
+        for k in range(n)
+    ]
     mixing = [not _pointwise(w.shape[k + 2], _at(stride, k), _at(padding, k), _at(output_padding, k)) for k in range(n)]
     for k in range(n):
-        if mixing[k]:
+        if mixing[k] and not whole[k]:
             x = engine.pin_letters(x, set(x.axes[k + 2]), "spatial axis of a convolution")
-        w = engine.pin_letters(w, set(w.axes[k + 2]), "position in a convolution kernel")
+        if not whole[k]:
+            w = engine.pin_letters(w, set(w.axes[k + 2]), "position in a convolution kernel")
+        else:
+            places = (f.labels.reshape(-1) for f in w.factors if set(f.letters) & set(w.axes[k + 2]))
+            engine.kernels += [(labels, engine.axes.where) for labels in places]
     b, c, *space = x.shape
     x = engine.reshape(x, [b, groups, c // groups, *space])
     o, i, *kernel = w.shape
@@ -267,15 +284,54 @@ def convolution(
     inner, outer = (1, 2) if transposed else (2, 1)
     x, w = pair_axes(engine, x, 1, w, 0)
     x, w = pair_axes(engine, x, 2, w, inner)
-    group = x.axes[1] or w.axes[0]
-    out = engine.contract(x, w, (x.axes[0], group + w.axes[outer], *x.axes[3:]), set(group) & set(x.size) & set(w.size))
-    out = engine.reshape(out, [b, groups * w.shape[outer], *space])
     for k in range(n):
-        if mixing[k]:
-            out = repinned(engine, out, k + 2, context.node.meta["val"].shape[k - n])
-    if bias is not None:
-        out = engine.elementwise([out, bias.with_axes((*bias.axes, *((),) * n))])
-    return engine.reshape(out, context.shape)
+        if whole[k]:
+            x, w = pair_axes(engine, x, 3 + k, w, 3 + k)
+    group = x.axes[1] or w.axes[0]
+    left = [() if whole[k] else x.axes[3 + k] for k in range(n)]
+    out = engine.contract(x, w, (x.axes[0], group + w.axes[outer], *left), set(group) & set(x.size) & set(w.size))
+    out = engine.reshape(out, [b, groups * w.shape[outer], *(1 if whole[k] else space[k] for k in range(n))])
+    for k in range(n):
+        if mixing[k] and not whole[k]:
+            out = repinned(engine, out, k + 2, size[k - n])
+    return out
+
+
+@rule("convolution_backward")
+def convolution_backward(
+    context: Context, g: Value, x: Value, w: Value, _: Any, *options: Any
+) -> tuple[Value | None, Value | None, Value | None]:
+    """What a network that computes gradients itself (an energy, a score) does with those of its convolutions."""
+    engine = context.engine
+    stride, padding, dilation, transposed, output_padding, groups, _ = options
+    others = [k for k in range(len(g.axes)) if k != 1]
+    back = bias = weight = None
+    if 0 in context.used:
+        turned = (stride, padding, dilation, not transposed, output_padding, groups)
+        back = engine.reshape(convolved(engine, g, w, turned, x.shape), x.shape)
+    if 1 in context.used:
+        kernel = plain(w.shape[2:], pinned=True)
+        single = [_pointwise(m, _at(stride, k), _at(padding, k), 0) for k, m in enumerate(w.shape[2:])]
+        x, g = (
+            engine.pin_letters(
+                v, {c for k, a in enumerate(v.axes[2:]) for c in a if not single[k]}, "spatial axis of a convolution"
+            )
+            for v in (x, g)
+        )
+        one, two = (
+            engine.reshape(v, [v.shape[0], groups, v.shape[1] // groups, *v.shape[2:]])
+            for v in ((x, copy_letters(g)) if transposed else (g, copy_letters(x)))
+        )
+        for k in (0, 1, *(3 + k for k, alone in enumerate(single) if alone)):
+            one, two = pair_axes(engine, one, k, two, k)
+        group = set(one.axes[1]) & set(two.axes[1])
+        product = engine.contract(one, two, ((one.axes[1] or two.axes[1]) + one.axes[2], two.axes[2]), group)
+        weight = engine.elementwise([product.with_axes((*product.axes, *((),) * len(kernel.axes))), kernel])
+    if 2 in context.used:
+        lone = {c for k in others for c in g.axes[k]}
+        bias = engine.reduce(g, lone)
+        bias = bias.with_axes((bias.axes[1],))
+    return back, weight, bias
 
 
 def _at(values: Sequence[int], k: int) -> int:

@@ -27,8 +27,8 @@ def noise(context: Context, *_: Any, **__: Any) -> Value:
     return plain(context.shape, pinned=True)
 
 
-@rule("bernoulli", "normal", "uniform", "exponential", "multinomial", "poisson", "native_dropout", "binomial", "cauchy",
-      "log_normal", "geometric", "random")  # fmt: skip
+@rule("bernoulli", "normal", "uniform", "exponential", "poisson", "native_dropout", "binomial", "cauchy",
+      "log_normal", "geometric", "random", "normal_functional")  # fmt: skip
 def sampled(context: Context, *args: Any, **__: Any) -> Any:
     """A sample from a distribution given by the operands: they meet noise that has its own value everywhere."""
     value = context.node.meta["val"]
@@ -36,3 +36,10 @@ def sampled(context: Context, *args: Any, **__: Any) -> Any:
         raise Unruled("a sample of another shape")
     operands = [v for v in args if isinstance(v, Value)]
     return context.engine.elementwise([*operands, plain(value.shape, pinned=True)])
+
+
+@rule("multinomial")
+def drawn(context: Context, weights: Value, *_: Any, **__: Any) -> Value:
+    """Positions of the weights' last axis, drawn for every row."""
+    context.engine.pin_all(weights, "positions are drawn from it")
+    return plain(context.shape, pinned=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from torch import fx
 
 from automerge.rules._combine import Combine
 from automerge.rules._constants import Pattern, pattern, slice_classes
@@ -15,8 +16,49 @@ from automerge.rules._value import Factor, Value, drop_constant, new_letter, pla
 MAX_BESIDE = 65_536
 
 
+@dataclass(frozen=True)
+class _Join:
+    """An operand of a join that stands beside coordinates.
+
+    Attributes:
+        labels: of its positions.
+        place: the axis, the lengths, which operands hold coordinates, and the number of this one.
+        node: the node that joins.
+        operand: the node that is joined.
+        where: for the report.
+    """
+
+    labels: np.ndarray
+    place: tuple[Any, ...]
+    node: fx.Node
+    operand: fx.Node
+    where: str
+
+
+def _leads(source: fx.Node, target: fx.Node) -> bool:
+    """Whether a node is computed from another one."""
+    todo, seen = [source], {source}
+    while todo:
+        for node in todo.pop().users:
+            if node is target:
+                return True
+            if node not in seen:
+                seen.add(node)
+                todo.append(node)
+    return False
+
+
 class Engine(Combine):
     """What a rule calls; see the methods of the bases for combining, reducing and pinning."""
+
+    def __init__(self, states: Collection[Any] | None = None) -> None:
+        """``states``: which constants beside coordinates may be first states, as an earlier pass found; None for all."""
+        super().__init__()
+        self.states = states
+        self.refused = False
+        self.fillings: list[_Join] = []
+        self.joins: list[_Join] = []
+        self.kernels: list[tuple[np.ndarray, str]] = []
 
     def reshape(self, value: Value, shape: Sequence[int]) -> Value:
         """View: regroup letters, splitting one where an axis ends inside it."""
@@ -106,8 +148,11 @@ class Engine(Combine):
         out.origin = (value, axis, np.asarray(index), ())
         return out
 
-    def concatenate(self, values: Sequence[Value], axis: int, same: Sequence[object]) -> Value:
-        """Join along one axis; ``same[i]`` is equal for operands that are the very same tensor."""
+    def concatenate(self, values: Sequence[Value], axis: int, same: Sequence[Any], *, node: Any = None) -> Value:
+        """Join along one axis; ``same[i]`` is equal for operands that are the very same tensor.
+
+        With the ``node`` that joins those of ``same`` constants may be the first state of a recurrence, which has units.
+        """
         if len(values) == 1:
             return values[0]
         made_once: dict[tuple[int, int], Value] = {}  # the same tensor has the same labels each time
@@ -136,8 +181,20 @@ class Engine(Combine):
         filling = _filling(own, parts, both.pinned, coordinates)
         if any(filling):
             fixed = {c for a, *which in zip(own, filling, coordinates, strict=True) if any(which) for c in a}
+            loose = {c for a, fills in zip(own, filling, strict=True) if fills for c in a}
+            free = self.states is None or all((node, i) in self.states for i, fills in enumerate(filling) if fills)
+            if node is not None and free and fixed - loose <= both.pinned:
+                fixed = set()
+                made_loose = {c: self.axes.fresh((both.size[c],)) for c in sorted(loose)}
+                both = replace(both, factors=[*both.factors, *(Factor((c,), m) for c, m in made_loose.items())])
             both = self.pin_letters(both, fixed, "filled up with constants")
             parts = [[f for f in both.factors if set(a) & set(f.letters)] for a in own]
+        if node is not None and any(coordinates):
+            place = (axis, tuple(lengths), tuple(coordinates))
+            for i, mine in enumerate(parts):
+                if len(mine) == 1 and mine[0].letters == tuple(own[i]):
+                    join = _Join(mine[0].labels, (*place, i), node, same[i], self.axes.where)
+                    (self.fillings if filling[i] and not fixed else self.joins).append(join)
         rest = [f for f in both.factors if not inner & set(f.letters)] + beside
         pinned = both.pinned - inner
         size_out = {c: n for c, n in both.size.items() if c not in inner} | {made: total}
@@ -151,6 +208,43 @@ class Engine(Combine):
         if joint is not None:
             rest.append(joint)
         return Value(axes_out, size_out, rest, pinned, chosen=both.chosen)
+
+    def settle_lengths(self) -> None:
+        """Pin what only stands for units if their number is no length of the inputs: first states, kernels over all units.
+
+        Where there are other constants than first states, the rules have to run again (``refused``): what is joined to
+        coordinates is one, too.
+        """
+        if self.fillings or self.kernels:
+            moving = self.axes.clusters()
+            self._settle_fillings(moving)
+            self._settle_kernels(moving)
+
+    def _settle_fillings(self, moving: np.ndarray) -> None:
+        """Tell first states from constants that fill an axis up: further on, units stand at their place.
+
+        These are computed from the join with the constants, joined at the same place, move with them position by position,
+        and are all of a parameter's axis: so their number is that of units.
+        """
+        states: set[int] = set()
+        for start in self.fillings:
+            numbers = moving[start.labels]
+            later = (j for j in self.joins if j.place == start.place and np.array_equal(moving[j.labels], numbers))
+            if any(_leads(start.node, j.operand) for j in later) and self.axes.encloses(moving, numbers):
+                states.update(numbers.tolist())
+        found = [np.isin(moving[start.labels], list(states)).all() for start in self.fillings]
+        self.refused = not all(found)
+        self.states = {(f.node, f.place[-1]) for f, ok in zip(self.fillings, found, strict=True) if ok}
+
+    def _settle_kernels(self, moving: np.ndarray) -> None:
+        """Pin kernels over a whole axis, but for one of units, which all are positions of some parameter that is no kernel."""
+        own = {
+            self.axes.families[k].start for labels, _ in self.kernels for k in np.unique(self.axes.family_of[labels])
+        }
+        for labels, where in self.kernels:
+            if not self.axes.encloses(moving, moving[labels], own):
+                self.axes.where = where
+                self.axes.pin(labels, "position in a convolution kernel")
 
     def _beside(self, values: Sequence[Value], made: int) -> tuple[list[Value], list[Factor]]:
         """Factors that every operand of a stack has over the same letters with labels of its own, taken out and stacked.

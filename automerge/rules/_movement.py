@@ -199,7 +199,7 @@ def cat(context: Context, tensors: Sequence[Value], dim: int = 0) -> Value:
         return context.engine.reshape(apart, context.shape)
     for v, _ in pairs:
         v.settle()
-    return context.engine.concatenate([v for v, _ in pairs], dim, [n for _, n in pairs])
+    return context.engine.concatenate([v for v, _ in pairs], dim, [n for _, n in pairs], node=context.node)
 
 
 @rule("stack", carries=True)

@@ -136,7 +136,8 @@ def group_norm(
 
 
 @rule("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "_native_batch_norm_legit",
-      "batch_norm", "miopen_batch_norm", "_batch_norm_with_update", "_batch_norm_no_update")  # fmt: skip
+      "batch_norm", "miopen_batch_norm", "_batch_norm_with_update", "_batch_norm_no_update",
+      "_native_batch_norm_legit_functional")  # fmt: skip
 def batch_norm(
     context: Context, x: Value, w: Value | None, b: Value | None, mean: Any = None, var: Any = None, *args: Any
 ) -> Any:
@@ -145,13 +146,15 @@ def batch_norm(
     context.statistics += stats
     vectors = [v for p in (w, b, *stats) for v in on_axis(p, 1, n)]
     training = bool(args and args[0] is True) or not stats
+    others = [k for k in range(n) if k != 1]
     if training:
-        others = [k for k in range(n) if k != 1]
         vectors.append(reduced(engine, x, others, keepdim=True))
     out = engine.elementwise([x, *vectors])
     if isinstance(context.node.meta["val"], torch.Tensor):
         return out
-    return (out, *[engine.reduce(stats[0] if stats else out, set())] * 4)
+    of_batch = [reduced(engine, x, others, keepdim=False)] if training else []
+    moments = engine.elementwise([*of_batch, *stats])  # the statistics of the batch, and what the running ones become
+    return (out, *[moments] * 4)
 
 
 @rule("avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices",
@@ -179,6 +182,20 @@ def pooling(context: Context, x: Value, *args: Any, **kwargs: Any) -> Any:
             x = engine.pin_letters(x, set(x.axes[k]), "spatial axis of a window operator")
         x = repinned(engine, x, k, out.shape[k])
     return x if single else (x, x)
+
+
+@rule("avg_pool2d_backward", "avg_pool3d_backward", "upsample_nearest1d_backward", "upsample_nearest2d_backward",
+      "upsample_nearest3d_backward", "upsample_linear1d_backward", "upsample_bilinear2d_backward",
+      "upsample_trilinear3d_backward", "upsample_bicubic2d_backward", "_adaptive_avg_pool2d_backward",
+      "reflection_pad1d_backward", "reflection_pad2d_backward", "replication_pad1d_backward",
+      "replication_pad2d_backward")  # fmt: skip
+def window_backward(context: Context, x: Value, *_: Any, **__: Any) -> Value:
+    """A gradient sent back through windows: linear, channel by channel."""
+    spatial = next(n for n in (1, 2, 3) if f"{n}d" in context.node.target._schema.name)
+    for k in range(len(x.axes) - spatial, len(x.axes)):
+        x = context.engine.pin_letters(x, set(x.axes[k]), "spatial axis of a window operator")
+        x = repinned(context.engine, x, k, context.shape[k])
+    return x
 
 
 @rule("max_unpool2d", "max_unpool3d")

@@ -95,6 +95,8 @@ class Splits(Letters):
             missing = unread.get(param)
             if missing is not None:
                 read = np.flatnonzero(~missing.all(axis=tuple(k for k in range(missing.ndim) if k != by)))
+                if not read.size:
+                    continue
                 before = np.searchsorted(read, np.arange(classes.size), side="right") - 1
                 _, classes = np.unique(classes[read[before.clip(0)]], return_inverse=True)
             if int(classes.max()) > 0:

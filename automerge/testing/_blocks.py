@@ -159,10 +159,12 @@ def split_apart(b: Builder, x: Layout) -> Built:
 
 
 def drop(b: Builder, x: Layout) -> Built | None:
-    """Keep some of the channels; whole sets only, so that nothing is cut apart.
+    """Keep some of the channels; whole sets only, so that nothing is cut apart, whatever the size of the input.
 
     The others are read by a mean: what nobody reads would stay where it is.
     """
+    if b.pixels:
+        return None
     cuts = [(i, j) for i in range(len(x)) for j in range(i + 2, len(x) + 1) if whole(x, range(i, j))]
     cuts = [c for c in cuts if c != (0, len(x))]
     if not cuts:
@@ -235,7 +237,7 @@ def _normalise(x: torch.Tensor, dim: int) -> torch.Tensor:
 def reorder(b: Builder, x: Layout) -> Built:
     """The channels in another constant order."""
     d, n = b.dim, len(x)
-    text = b.pick(["flip", "roll", "index"])
+    text = b.pick(["flip", "roll"] if b.pixels else ["flip", "roll", "index"])
     if text == "flip":
         return Block("flip", lambda self, x: x.flip(d)), x[::-1]
     if text == "roll":

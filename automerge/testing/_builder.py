@@ -49,12 +49,15 @@ class Builder:
         pick: chooses one of some options.
         kind: ``"vector"`` (batch, channels), ``"tokens"`` (batch, tokens, channels) or ``"image"`` (batch, channels, s, s).
         space: the number of tokens, or the side of the image.
+        pixels: whether the axis of the channels counts the pixels of an image, too: at another size of the image, positions
+            counted from its start are other channels'.
         ledger: who owns what.
     """
 
     pick: Pick
     kind: str
     space: int = 1
+    pixels: bool = False
     ledger: Ledger = field(default_factory=Ledger)
     _tags: Any = field(default_factory=itertools.count)
 

@@ -245,6 +245,7 @@ def to_vector(b: Builder, x: Layout) -> Built:
         b.kind = "vector"
         if not flat:
             return Block("mean", lambda self, x: x.mean((2, 3))), b.retag(x)
+        b.pixels = True
         return nn.Flatten(), tuple(c for cell in x for c in (tagged([cell], "at", p)[0] for p in range(pixels)))
     b.kind = "vector"
     if flat:

@@ -161,6 +161,32 @@ def padded(d: Draw, dims: int) -> Case:
     return call(p(2, d.n(2, 3), *SPACE[:dims]), [1, 1] + [0, 1] * (dims - 1), keep=range(2, 2 + dims))
 
 
+def sent_back(d: Draw, dims: int, *rest: Any) -> Case:
+    """The gradient of a resized tensor; positions that come from one are summed, which the rule does not look at."""
+    c, size = d.n(2, 3), SPACE[:dims]
+    wide = [n + 2 for n in size]
+    return call(p(2, c, *wide), wide, [2, c, *size], *rest, keep=range(2, 2 + dims), complete=False)
+
+
+def through_windows(d: Draw, dims: int, *rest: Any, more: int) -> Case:
+    """The gradient of windows of stride one, whose operand only gives its shape; borders are summed as in `sent_back`."""
+    c, size = d.n(2, 3), SPACE[:dims]
+    whole = torch.zeros(2, c, *size, dtype=torch.float64)
+    return call(p(2, c, *(n + more for n in size)), whole, *rest, keep=range(2, 2 + dims), complete=False)
+
+
+def convolved_back(d: Draw) -> Case:
+    """The gradients of an operand, a kernel and a bias; spatial positions are returned as they are."""
+    g, o, i, k, transposed = d.n(1, 2), d.n(1, 2), d.n(1, 3), d.n(1, 2), d.flag()
+    w = p(*((g * i, o) if transposed else (g * o, i)), k)
+    n = 3 + (k - 1) * (1 if transposed else -1)
+    which = d.n(0, 2)
+    keep = [] if k == 1 or which == 2 else [2]
+    mask = [j == which for j in range(3)]
+    options = [g * o], [1], [0], [1], transposed, [0], g, mask
+    return call(p(2, g * o, n), p(2, g * i, 3), w, *options, keep=keep, outs=(which,))
+
+
 def unpooled(d: Draw, dims: int) -> Case:
     c, n = d.n(), 2**dims
     plane = torch.arange(n).reshape(*(2,) * dims) * 2
@@ -322,6 +348,7 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     "native_batch_norm": lambda d: batch_normed(d, 0.1, 1e-5, training=False),
     "batch_norm": lambda d: batch_normed(d, 0.1, 1e-5, False, training=False),
     "_native_batch_norm_legit": lambda d: batch_normed(d, 0.1, 1e-5, statistics=False, training=True),
+    "_native_batch_norm_legit_functional": lambda d: batch_normed(d, 0.1, 1e-5, training=False),
     "_native_batch_norm_legit_no_training _batch_norm_no_update": lambda d: batch_normed(d, 0.1, 1e-5),
     # windows
     "avg_pool1d max_pool1d": lambda d: pooled(d, 1),
@@ -342,6 +369,17 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     "upsample_trilinear3d": lambda d: resized(d, 3, d.flag()),
     "fractional_max_pool2d": lambda d: fractional(d, 2),
     "fractional_max_pool3d": lambda d: fractional(d, 3),
+    "upsample_nearest1d_backward": lambda d: sent_back(d, 1),
+    "upsample_nearest2d_backward": lambda d: sent_back(d, 2),
+    "upsample_nearest3d_backward": lambda d: sent_back(d, 3),
+    "upsample_linear1d_backward": lambda d: sent_back(d, 1, False),
+    "upsample_bilinear2d_backward upsample_bicubic2d_backward": lambda d: sent_back(d, 2, d.flag()),
+    "upsample_trilinear3d_backward": lambda d: sent_back(d, 3, False),
+    "avg_pool2d_backward": lambda d: through_windows(d, 2, [2, 2], [1, 1], [0, 0], False, True, None, more=-1),
+    "avg_pool3d_backward": lambda d: through_windows(d, 3, [2] * 3, [1] * 3, [0] * 3, False, True, None, more=-1),
+    "_adaptive_avg_pool2d_backward": lambda d: through_windows(d, 2, more=d.n(0, 2)),
+    "reflection_pad1d_backward replication_pad1d_backward": lambda d: through_windows(d, 1, [1, 1], more=2),
+    "reflection_pad2d_backward replication_pad2d_backward": lambda d: through_windows(d, 2, [1, 1, 1, 1], more=2),
     "max_unpool2d": lambda d: unpooled(d, 2),
     "max_unpool3d": lambda d: unpooled(d, 3),
     # contractions
@@ -390,6 +428,7 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     "cdist": lambda d: (lambda a, b, k: call(p(a, k), p(b, k)))(d.n(), d.n(), d.n()),
     "_euclidean_dist": lambda d: (lambda a, b, k: call(p(a, k), p(b, k)))(d.n(), d.n(), d.n()),
     "convolution": convolved,
+    "convolution_backward": convolved_back,
     "_convolution": lambda d: convolved(d, False, False, False, False),
     # lookups
     "embedding": lambda d: call(p(d.n(3, 4), d.n()), ints(3, 3)),

@@ -29,8 +29,8 @@ from automerge.testing import (
 from automerge.testing._blocks import BLOCKS
 from automerge.testing._builder import Builder
 from automerge.testing._ledger import Cell, Ledger, Units, cells, distinct, grouped, whole
-from automerge.testing._networks import build
-from automerge.testing._spatial import IMAGE, TOKENS
+from automerge.testing._networks import _head, build
+from automerge.testing._spatial import IMAGE, TOKENS, to_vector
 
 
 def random_network(seed: int, **options: Any) -> Network:
@@ -100,6 +100,34 @@ def test_every_block_is_sound_alone(kind: str) -> None:
             model = nn.Sequential(inp, made[0], head)
             shape = {"vector": (2, 2), "tokens": (2, 4, 2), "image": (2, 2, 4, 4)}[kind]
             assert_sound(model, torch.randn(shape), b.ledger.symmetry(model))
+
+
+@pytest.mark.parametrize("kind", ["image", "tokens"])
+def test_a_block_after_flattening_is_sound_at_other_sizes(kind: str) -> None:
+    """A list of positions, or a slice, of flattened pixels cuts elsewhere when there are more of them."""
+    runs: Counter[str] = Counter()
+    for name, make in BLOCKS.items():
+        rng = np.random.default_rng(len(name))
+        for _ in range(12):
+            b = Builder(lambda choices, rng=rng: choices[int(rng.integers(len(choices)))], kind, 2)
+            x = cells(Units(2)) + cells(Units(3))
+            modules = [b.mix(cells(Units(2, pinned=True)), x)]
+            draw, b.pick = b.pick, lambda choices: choices[-1]
+            flat, x = to_vector(b, x)
+            b.pick = draw
+            made = make(b, x)
+            if made is None:
+                continue
+            model = nn.Sequential(*modules, flat, made[0], _head(b, made[1]))
+            larger = torch.randn((2, 2, 3, 3) if kind == "image" else (2, 3, 2))
+            try:
+                model(larger)
+            except RuntimeError:
+                continue  # refused
+            runs[name] += 1
+            assert_sound(model, larger, b.ledger.symmetry(model))
+    assert not runs["dense"]
+    assert runs["drop" if kind == "tokens" else "softmax"]
 
 
 @settings(max_examples=25)

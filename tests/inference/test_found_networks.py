@@ -1,0 +1,263 @@
+"""What networks of small repositories do: recurrences joined by hand, kernels over all features, gradients inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributions import Normal
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from automerge import infer, trace
+from tests.inference.networks_hostile import Program
+from tests.inference.test_networks import parse, worst_change
+
+lin = lambda i, o: lambda: nn.Linear(i, o)  # noqa: E731
+STEPS, MORE = torch.randn(2, 5, 4), torch.randn(3, 7, 4)
+IMAGE, OTHER = torch.randn(2, 3, 6, 6), torch.randn(3, 3, 7, 5)
+
+
+def found(make: Callable[[], nn.Module], sizes: str, *inputs: Any) -> None:
+    """The groups are these, by the rules alone and verified, and they hold on all inputs by the independent check."""
+
+    def seeded() -> nn.Module:
+        torch.manual_seed(0)
+        return make()
+
+    for verify in (False, True):
+        symmetry = infer(seeded(), inputs[0], verify=verify)
+        assert sorted(g.size for g in symmetry.generators()) == parse(sizes), str(symmetry)
+        assert not symmetry.unruled
+    for x in inputs:
+        assert worst_change(seeded, x if isinstance(x, tuple) else (x,), {}, symmetry) < 1e-9
+
+
+# ------------------------------------------------------------ recurrences: input and state joined
+def _recurrent(s: Any, x: torch.Tensor, front: bool) -> torch.Tensor:
+    h = torch.zeros(x.shape[0], 7)
+    for t in range(x.shape[1]):
+        h = torch.tanh(s.w(torch.cat((h, x[:, t]) if front else (x[:, t], h), 1)))
+    return s.out(h)
+
+
+def _gated(s: Any, x: torch.Tensor) -> torch.Tensor:
+    h, c = torch.zeros(x.shape[0], 6), torch.zeros(x.shape[0], 6)
+    for t in range(x.shape[1]):
+        i, f, o, g = s.w(torch.cat((x[:, t], h), 1)).split(6, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+    return s.out(h)
+
+
+def _images(s: Any, x: torch.Tensor) -> torch.Tensor:
+    h = torch.zeros(x.shape[0], 5, *x.shape[2:])
+    for _ in range(2):
+        h = s.w(torch.cat((x, h), 1)).tanh()
+    return s.out(h.mean((2, 3)))
+
+
+RECURRENCES: dict[str, tuple[str, Any, Callable[..., Any], dict[str, Callable[[], Any]]]] = {
+    "state behind": ("7", (STEPS, MORE), lambda s, x: _recurrent(s, x, False), {"w": lin(11, 7), "out": lin(7, 2)}),
+    "state in front": ("7", (STEPS, MORE), lambda s, x: _recurrent(s, x, True), {"w": lin(11, 7), "out": lin(7, 2)}),
+    "gates": ("6", (STEPS, MORE), _gated, {"w": lin(10, 24), "out": lin(6, 2)}),
+    "images": ("5", (IMAGE, OTHER), _images, {"w": lambda: nn.Conv2d(8, 5, 3, padding=1), "out": lin(5, 2)}),
+}
+
+
+@pytest.mark.parametrize("name", RECURRENCES)
+def test_a_first_state_of_zeros_beside_the_input_has_units(name):
+    sizes, inputs, forward, parts = RECURRENCES[name]
+    found(lambda: Program(forward, parts), sizes, *inputs)
+
+
+def test_a_sequence_of_one_does_not_show_what_the_zeros_are():
+    net = Program(lambda s, x: _recurrent(s, x, False), {"w": lin(11, 7), "out": lin(7, 2)})
+    symmetry = infer(net, STEPS[:, :1], verify=False)
+    assert not any(s.param == "w.weight" and s.axis == 1 for g in symmetry.generators() for s in g.slots)
+
+
+def test_tokens_filled_up_with_zeros_stay_in_place():
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([x, x.new_zeros(x.shape[0], 12 - x.shape[1], 4)], 1)
+        return s.out(x + s.up(s.down(x.mT).relu()).mT).sum(1)
+
+    parts = {"down": lin(12, 8), "up": lin(8, 12), "out": lin(4, 2)}
+    found(lambda: Program(forward, parts), "8", STEPS, MORE)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_cut_that_only_meets_zeros(steps):
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        h = torch.zeros(x.shape[0], 7)
+        for t in range(steps):
+            h = torch.tanh(s.b(x[:, t]) + h @ s.w.weight[:, 4:].t())
+        return s.out(h)
+
+    symmetry = infer(Program(forward, {"w": lin(11, 7), "b": lin(4, 7), "out": lin(7, 2)}), STEPS)
+    assert [g.size for g in symmetry.generators()] == [7]
+
+
+# ------------------------------------------------------------ kernels over a whole axis
+def test_a_kernel_over_all_features_is_a_product_with_them():
+    def words(s: Any, x: torch.Tensor) -> torch.Tensor:
+        maps = [c(s.e(x)[:, None]).relu().squeeze(3).amax(2) for c in (s.a, s.b)]
+        return s.out(torch.cat(maps, 1))
+
+    parts: dict[str, Callable[[], Any]] = {
+        "e": lambda: nn.Embedding(9, 6),
+        "a": lambda: nn.Conv2d(1, 4, (2, 6)),
+        "b": lambda: nn.Conv2d(1, 5, (3, 6)),
+        "out": lin(9, 2),
+    }
+    found(lambda: Program(words, parts), "4 5 6", torch.randint(0, 9, (2, 7)), torch.randint(0, 9, (3, 11)))
+
+
+def test_a_kernel_over_the_whole_image_keeps_its_places():
+    parts: dict[str, Callable[[], Any]] = {"a": lambda: nn.Conv2d(3, 4, 6), "out": lin(4, 2)}
+    found(lambda: Program(lambda s, x: s.out(s.a(x).relu().flatten(1)), parts), "4", IMAGE)
+
+
+def test_every_group_of_a_kernel_over_all_features_has_its_own_order():
+    def heads(s: Any, x: torch.Tensor) -> torch.Tensor:
+        h = s.inp(x).relu().unflatten(2, (2, 3)).transpose(1, 2)
+        return s.out(s.c(h).tanh().squeeze(3).mean(2))
+
+    parts: dict[str, Callable[[], Any]] = {
+        "inp": lin(4, 6),
+        "c": lambda: nn.Conv2d(2, 2, (1, 3), groups=2),
+        "out": lin(2, 2),
+    }
+    found(lambda: Program(heads, parts), "2 3x2", STEPS, MORE)
+
+
+# ------------------------------------------------------------ gradients inside
+def _gradient(energy: Callable[[Any, torch.Tensor], torch.Tensor]) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            x = x.detach().clone().requires_grad_()
+            return torch.autograd.grad(energy(s, x).pow(2).sum(), x)[0]
+
+    return forward
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 1), (3, 2)])
+def test_gradients_of_convolutions(kind, groups, kernel, stride):
+    parts: dict[str, Callable[[], Any]] = {
+        "a": lambda: nn.Conv2d(3, 4, 3, padding=1),
+        "b": lambda: kind(4, 6, kernel, stride=stride, padding=kernel // 2, groups=groups),
+        "out": lin(6, 1),
+    }
+    forward = _gradient(lambda s, x: s.out(s.b(s.a(x).tanh()).tanh().mean((2, 3))))
+    found(lambda: Program(forward, parts), "4 6" if groups == 1 else "2x3 3x2", IMAGE, OTHER)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_step_down_the_gradient_of_a_kernel(groups, transposed):
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        convolve = F.conv_transpose2d if transposed else F.conv2d
+
+        def out(w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return s.out(convolve(s.a(x).tanh(), w, b, padding=1, groups=groups).tanh().mean((2, 3)))
+
+        with torch.enable_grad():
+            own = [p.detach().clone().requires_grad_() for p in (s.b.weight, s.b.bias)]
+            steps = torch.autograd.grad(out(*own).pow(2).sum(), own)
+        return out(*(w - 0.1 * step for w, step in zip(own, steps, strict=True)))
+
+    kind = nn.ConvTranspose2d if transposed else nn.Conv2d
+    parts: dict[str, Callable[[], Any]] = {
+        "a": lambda: nn.Conv2d(3, 4, 3, padding=1),
+        "b": lambda: kind(4, 6, 3, padding=1, groups=groups),
+        "out": lin(6, 1),
+    }
+    found(lambda: Program(forward, parts), "4 6" if groups == 1 else "2x3 3x2", IMAGE, OTHER)
+
+
+@pytest.mark.parametrize(
+    "window",
+    [
+        lambda h: F.avg_pool2d(h, 2),
+        lambda h: F.interpolate(h, scale_factor=2, mode="bilinear"),
+        lambda h: F.interpolate(h, scale_factor=2),
+        lambda h: F.pad(h, (1, 1, 1, 1), mode="reflect"),
+    ],
+    ids=["pool", "bilinear", "nearest", "reflect"],
+)
+def test_gradients_of_windows(window):
+    parts: dict[str, Callable[[], Any]] = {"a": lambda: nn.Conv2d(3, 4, 3), "out": lin(4, 1)}
+    forward = _gradient(lambda s, x: s.out(window(s.a(x).tanh()).sin().mean((2, 3))))
+    found(lambda: Program(forward, parts), "4", IMAGE, OTHER)
+
+
+# ------------------------------------------------------------ what a pass writes, draws, and holds
+@pytest.mark.parametrize("row", [True, False])
+def test_a_normalisation_in_training_leaves_the_statistics_as_they_were(row):
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        mean, var = (s.m[0], s.v[0]) if row else (s.m, s.v)
+        h = F.batch_norm(s.a(x), mean, var, training=True)
+        return s.out(h) + (mean - var).sum()  # as they are after it
+
+    shape = (2, 6) if row else (6,)
+    parts: dict[str, Callable[[], Any]] = {
+        "a": lin(4, 6),
+        "m": lambda: nn.Parameter(torch.zeros(shape), requires_grad=False),
+        "v": lambda: nn.Parameter(torch.ones(shape), requires_grad=False),
+        "out": lin(6, 2),
+    }
+    net, x = Program(forward, parts), torch.randn(5, 4)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    symmetry = infer(net, x)
+    assert [g.size for g in symmetry.generators()] == [6]
+    assert any("writes to m, v" in note for note in symmetry.notes)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+    graph = trace(net, x)
+    names = [n.meta["name"] for n in graph.graph.nodes if n.op == "placeholder" and n.meta["kind"] == "state"]
+    other = torch.randn(9, 4)
+    with torch.no_grad():
+        (replayed,) = graph(*(before[n].clone() for n in names), other)
+        assert torch.allclose(replayed, net.eval()(other), atol=1e-6)
+
+
+def test_samples_by_reparametrisation_have_a_rule():
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        h = s.a(x).relu()
+        return Normal(s.mean(h), s.scale(h).exp()).rsample()
+
+    symmetry = infer(Program(forward, {"a": lin(4, 6), "mean": lin(6, 2), "scale": lin(6, 2)}), STEPS[0], strict=True)
+    assert [g.size for g in symmetry.generators()] == [6]
+    assert any("draws random numbers" in note for note in symmetry.notes)
+
+
+def test_weights_that_the_state_dict_lacks_are_named():
+    held = [nn.Linear(6, 6)]  # of a list of Python that the module keeps, say
+    net = Program(lambda s, x: s.out(held[0](s.a(x)).relu()), {"a": lin(4, 6), "out": lin(6, 2)})
+    (note,) = (n for n in infer(net, STEPS[0]).notes if "state dict does not hold" in n)
+    assert "test_found_networks.py" in note
+    assert "nn.ModuleList" in note
+    assert not any("does not hold" in n for n in infer(nn.Linear(4, 2), STEPS[0]).notes)
+
+
+def test_a_tuple_with_names_is_one_input():
+    def forward(s: Any, packed: PackedSequence) -> torch.Tensor:
+        return s.out(pad_packed_sequence(s.g(packed)[0])[0])
+
+    net = Program(forward, {"g": lambda: nn.GRU(4, 6), "out": lin(6, 2)})
+    packed = pack_padded_sequence(STEPS, torch.tensor([5, 3]), batch_first=True)
+    assert [g.size for g in infer(net, packed).generators()] == [6]
+
+
+def test_products_with_a_sparse_graph():
+    graph = (torch.rand(5, 5) > 0.5).float().to_sparse()
+
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        return s.out(torch.sparse.mm(graph.to(x.dtype), s.a(x)).relu())
+
+    found(lambda: Program(forward, {"a": lin(4, 6), "out": lin(6, 2)}), "6", STEPS[0], MORE[0, :5])
