@@ -79,9 +79,9 @@ def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
 
 
 def _copy(value: Any) -> Any:
-    if type(value) in _PLAIN:
-        return value.copy() if value else type(value)()
-    return copy.copy(value)
+    if not value:
+        return ()
+    return value.copy() if type(value) in _PLAIN else copy.copy(value)
 
 
 def _same(a: Any, b: Any) -> bool:
