@@ -98,6 +98,9 @@ def apply_index(index: IndexArrays, tensor: ArrayLike, out: ArrayLike | None = N
         moved = tensor[index]
     elif all(a.size == a.shape[k] for k, a in enumerate(index)):
         moving = {k: a.reshape(-1) for k, a in enumerate(index) if not _is_identity_axis(a)}
+        for k, a in moving.items():
+            if a.size and not 0 <= int(a.min()) <= int(a.max()) < tensor.shape[k]:
+                raise IndexError(f"axis {k} has {tensor.shape[k]} positions, and the element asks for others")
         if moving and tensor.numel() and _in_plain_memory(tensor) and (out is None or _in_plain_memory(out)):
             out = tensor.new_empty(tensor.shape) if out is None else out
             _gather(_bits(tensor), moving, _bits(out))

@@ -137,3 +137,10 @@ def test_moving_a_parameter_keeps_its_gradient() -> None:
     assert torch.equal(apply_index(index, w.grad), weight)
     with torch.no_grad():
         assert torch.equal(apply_index(index, w), w[[2, 0, 3, 1]])
+
+
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_positions_that_do_not_exist_are_refused(wrong: int) -> None:
+    index = (np.array([[0], [wrong], [1]]), axis_index((3, 2), 1))
+    with pytest.raises(IndexError, match="axis 0 has 3 positions"):
+        apply_index(index, torch.zeros(3, 2))
