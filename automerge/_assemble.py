@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -138,43 +137,23 @@ class Assembler:
         return reason, texts
 
 
-def completed(generator: Generator, unread: Mapping[str, np.ndarray]) -> Generator | None:
-    """The generator whose units also own what is not read of the axes of which they own several positions.
+def halved(generator: Generator, unread: Mapping[str, np.ndarray]) -> bool:
+    """Whether its units own several positions of an axis of which some, and not all, are not read.
 
-    A layer's output is cut in shift, scale and gate, and a flattened table in rows: the units own one place in every piece
-    that is read, and the same place in the others. None where there are no such pieces: what longer inputs read
-    belongs to the units, too, and where it is cannot be known.
+    The axis is a product that other inputs read more of (a flattened table, pieces of a layer's output). What they read may
+    belong to the units, too, or be in another order: this pass cannot know.
 
     Args:
         generator: of positions that are read.
         unread: state-dict name -> which entries are not read.
     """
-    slots = []
     for slot in generator.slots:
         mask = unread.get(slot.param)
         if mask is not None and slot.index.shape[1] > 1:
             gone: np.ndarray = np.asarray(mask.all(axis=tuple(k for k in range(mask.ndim) if k != slot.axis)))
-            # an axis that is gone altogether moves with what is read of others
-            index = _in_every_piece(slot.index, gone) if gone.any() and not gone.all() else slot.index
-            if index is None:
-                return None
-            slot = replace(slot, index=index)
-        slots.append(slot)
-    return replace(generator, slots=tuple(slots))
-
-
-def _in_every_piece(index: np.ndarray, gone: np.ndarray) -> np.ndarray | None:
-    """Positions with the same places in pieces that are gone as in all others; None if no equal pieces show that."""
-    for size in (n for n in range(gone.size // 2, 0, -1) if gone.size % n == 0):
-        lost = gone.reshape(-1, size)
-        piece, place = index // size, index % size
-        if (lost != lost[:, :1]).any() or (piece != piece[0]).any():
-            continue
-        parts = [place[:, piece[0] == k] for k in np.flatnonzero(~lost[:, 0])]
-        parts = [part[:, np.argsort(part[0])] for part in parts]
-        if parts[0].size and all(np.array_equal(part, parts[0]) for part in parts):
-            return np.hstack([index, *(parts[0] + k * size for k in np.flatnonzero(lost[:, 0]))])
-    return None
+            if gone.any() and not gone.all():
+                return True
+    return False
 
 
 def _windows(by: Sequence[tuple[int, np.ndarray]], key: tuple[int, ...]) -> list[tuple[tuple[int, int, int], ...]]:

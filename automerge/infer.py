@@ -11,7 +11,7 @@ import numpy as np
 from torch import fx, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from automerge._assemble import Assembler, completed
+from automerge._assemble import Assembler, halved
 from automerge._diagnosis import OtherPathError
 from automerge._errors import InvarianceError, TraceError, UnknownOperatorError
 from automerge._longer import longer_inputs
@@ -222,8 +222,7 @@ def infer_graph(*graphs: fx.GraphModule) -> tuple[Symmetry, Analysis]:
     dropped = 0
     for units in search(structure, assembler.wanted()):
         made = assembler.generator(units)
-        made = completed(made, analysis.unread) if made is not None else None
-        if made is None:
+        if made is None or halved(made, analysis.unread):
             dropped += 1
         else:
             generators.append(made)
@@ -284,8 +283,8 @@ def _reach(analysis: Analysis, unused: list[str]) -> list[str]:
     if analysis.unread:
         cut = [f"{name} ({int(m.sum()):,} of {m.size:,} numbers)" for name, m in analysis.unread.items()]
         notes.append(
-            f"these inputs do not read all of {_some(cut)}; the positions left out stay in place (or move along, in "
-            "pieces like those that are read), and their other axes move with what is read"
+            f"these inputs do not read all of {_some(cut)}; the positions left out stay in place, and their other axes "
+            "move with what is read"
         )
     if unused:
         notes.append(
