@@ -24,6 +24,8 @@ def shadow(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor on the meta device with the same shape, type and place in a storage of the same size."""
     if tensor.is_meta or tensor.layout is not torch.strided:
         return tensor
+    if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
     storage = torch.UntypedStorage(tensor.untyped_storage().nbytes(), device="meta")
     empty = torch.empty(0, dtype=tensor.dtype, device="meta")
     return empty.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
@@ -151,7 +153,7 @@ def write(recorder: Any, func: Any, args: Any, kwargs: Any, node_args: Any, node
     before = [recorder._lookup(target) for target in targets]
     for tracked in before:
         tracked.base.freeze()
-    out = func(*args, **kwargs)
+    out = recorder.overwritten(func, args, kwargs, node_args)
     if func.overloadpacket in _METADATA:
         return _retarget(recorder, func, args, node_args, node_kwargs, out, before[0])
     _record_new(recorder, func, node_args, node_kwargs, out)

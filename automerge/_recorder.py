@@ -26,7 +26,7 @@ from automerge._errors import TraceError
 from automerge._lazy_module import LazyModule
 from automerge._trace_info import TraceInfo
 from automerge._tree_io import map_tensors, tensors_of
-from automerge._unfilled import NeedsValues, looks, unfilled
+from automerge._unfilled import NeedsValues, followed, looks, unfilled, unwritten
 
 aten = torch.ops.aten
 _NO_WORD = re.compile("[^0-9A-Za-z]")
@@ -75,12 +75,11 @@ class Recorder(TorchDispatchMode):
                 self.keep(name, tensor, tensor.detach().clone())
                 continue
             key = (id(tensor),) if tensor.numel() == 0 else _layout(tensor)
-            if key in first:
+            if first.setdefault(key, name) is not name:
                 self.info.aliases[name] = first[key]
                 if id(tensor) not in self.tracked:
                     self._register(tensor, self.layouts[key][1])
                 continue
-            first[key] = name
             node = self._placeholder(name, tensor, "state")
             self.states.append((tensor, node))
             self.info.names[node.name] = name
@@ -108,7 +107,8 @@ class Recorder(TorchDispatchMode):
         word = _NO_WORD.sub("_", name).strip("_") or kind
         usable = word[0].isalpha() and word != "self" and not keyword.iskeyword(word)
         node = self.graph.placeholder(word if usable else f"{kind}_{word}")
-        node.target = node.name  # two names may make one word
+        if node.target != node.name:  # two names may make one word
+            node.target = node.name
         node.meta.update(val=tensor.detach(), kind=kind, name=name, module="", source="")
         self._register(tensor, Tracked(node))
         self.alive.append(tensor)
@@ -206,7 +206,9 @@ class Recorder(TorchDispatchMode):
     def emit(self, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
         node = self.graph.call_function(target)
         # given to the call they would be searched for symbols, which takes longest of all
-        node.args, node.kwargs = args, kwargs
+        node.args = args
+        if kwargs:
+            node.kwargs = kwargs
         sources = node.all_input_nodes
         if any(n in self.tainted for n in sources):
             self.tainted.add(node)
@@ -275,10 +277,21 @@ class Recorder(TorchDispatchMode):
         if not any(n in self.varying for n in node_args if isinstance(n, fx.Node)):
             return None
         out = unfilled(func, args, kwargs)
+        if out is None and self._follows(node_args):
+            out = followed(func, args)
         if out is not None:
             node = self.record(func, args, node_args, node_kwargs, out)
             self.blank |= {node, *node.users}
         return out
+
+    def _follows(self, node_args: Any) -> bool:
+        """Whether some operand holds numbers that were not computed."""
+        return bool(self.blank) and any(n in self.blank for n in node_args if isinstance(n, fx.Node))
+
+    def overwritten(self, func: Any, args: Any, kwargs: Any, node_args: Any) -> Any:
+        """Run an operator that writes to its operands, unless that would be numbers that nobody looks at over such numbers."""
+        skipped = not self.compute and self._follows(node_args) and unwritten(func, args)
+        return args[0] if skipped else func(*args, **kwargs)
 
     def give_up(self) -> NoReturn:
         """Numbers that were not computed are looked at; remembered, lest a model catch the exception."""
@@ -393,7 +406,13 @@ def _source() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith((_TORCH_DIR, _HERE, "<")):
+        if not _between(name):
             return f"{name}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return ""
+
+
+@cache
+def _between(filename: str) -> bool:
+    """Whether code stands between a model and its operators: this package's, PyTorch's, generated code."""
+    return filename.startswith((_TORCH_DIR, _HERE, "<"))

@@ -15,9 +15,22 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 _CONTAINERS = (list, dict, set)
 _PLAIN = (list, dict, set, OrderedDict)
+_UNTOUCHED = (torch.jit.ScriptModule, LazyModuleMixin)
 
 
-Before = Sequence[tuple[str, nn.Module, dict[str, tuple[Any, Any]]]]
+class _Kept:
+    """What a module holds: its attributes, and copies of those that are containers; one level deep, tensors are not copied."""
+
+    def __init__(self, path: str, module: nn.Module) -> None:
+        self.path = path
+        self.module = module
+        self.attributes = vars(module).copy()
+        containers = {k: v for k, v in self.attributes.items() if isinstance(v, _CONTAINERS)}
+        self.copies = {k: v.copy() if type(v) in _PLAIN else copy.copy(v) for k, v in containers.items() if v}
+        self.empty = [v for v in containers.values() if not v]
+
+
+Before = Sequence[_Kept]
 
 
 @contextmanager
@@ -26,31 +39,31 @@ def restored(model: nn.Module) -> Iterator[Before]:
 
     Tensors that are written to keep what was written. A lazy module that gets its parameters keeps them.
     """
-    before = [
-        (path, module, _attributes(module))
-        for path, module in model.named_modules()
-        if not isinstance(module, torch.jit.ScriptModule | LazyModuleMixin)
-    ]
+    before = [_Kept(path, module) for path, module in model.named_modules() if not isinstance(module, _UNTOUCHED)]
     try:
         yield before
     finally:
-        for _, module, attributes in before:
-            _put_back(module, attributes)
+        for kept in before:
+            _put_back(kept)
 
 
 def replaced(before: Before) -> Iterator[tuple[str, Any]]:
     """Attributes and buffers that are others now, by path, with what they held; of dicts, the entries that are others."""
-    for path, module, attributes in before:
-        now = vars(module)
-        for name, (value, held) in attributes.items():
+    for kept in before:
+        now, path = vars(kept.module), kept.path
+        changed = {} if _same(now, kept.attributes) else kept.attributes
+        for name, value in changed.items():
+            if name not in kept.copies and now.get(name) is not value:
+                yield f"{path}.{name}" if path else name, value
+        for name, held in kept.copies.items():
             new = now.get(name)
             if isinstance(held, dict):
                 other = new if isinstance(new, dict) else {}
                 lost = {k: v for k, v in held.items() if other.get(k) is not v}
                 for key, old in lost.items():
                     yield ".".join(filter(None, (path, str(key) if name == "_buffers" else name))), old
-            elif new is not value or (held is not None and not _same(value, held)):
-                yield f"{path}.{name}" if path else name, value if held is None else held
+            elif new is not kept.attributes[name] or not _same(new, held):
+                yield f"{path}.{name}" if path else name, held
 
 
 def lent(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -73,36 +86,28 @@ def lent(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> dict[str, 
     return out
 
 
-def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """A module's attributes, each with a copy if it is a container; one level deep, tensors are not copied."""
-    return {k: (v, _copy(v) if isinstance(v, _CONTAINERS) else None) for k, v in vars(module).items()}
-
-
-def _copy(value: Any) -> Any:
-    if not value:
-        return ()
-    return value.copy() if type(value) in _PLAIN else copy.copy(value)
-
-
 def _same(a: Any, b: Any) -> bool:
     """Whether two containers of a kind hold the very same things."""
     if len(a) != len(b):
         return False
-    if not a:
-        return True
     if isinstance(a, dict):
         return all(map(operator.is_, a, b)) and all(map(operator.is_, a.values(), b.values()))
     return a == b if isinstance(a, set) else all(map(operator.is_, a, b))
 
 
-def _put_back(module: nn.Module, attributes: dict[str, tuple[Any, Any]]) -> None:
-    now = vars(module)
-    for name in set(now) - set(attributes):
-        del now[name]
-    for name, (value, held) in attributes.items():
-        if now.get(name, attributes) is not value:
-            now[name] = value
-        if held is None or _same(value, held):  # some containers refuse to be written to
+def _put_back(kept: _Kept) -> None:
+    now = vars(kept.module)
+    if not _same(now, kept.attributes):
+        for name in set(now) - set(kept.attributes):
+            del now[name]
+        for name, value in kept.attributes.items():
+            if now.get(name, kept) is not value:
+                now[name] = value
+    for filled in filter(None, kept.empty):
+        filled.clear()
+    for name, held in kept.copies.items():
+        value = kept.attributes[name]
+        if _same(value, held):  # some containers refuse to be written to
             continue
         if isinstance(value, list):
             value[:] = held

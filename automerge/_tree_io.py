@@ -26,7 +26,8 @@ def map_tensors(fn: Callable[[str, torch.Tensor], Any], tree: Any, path: str = "
         if hasattr(tree, "_fields"):
             kind: Any = type(tree)  # a packed sequence refuses to be made of other things than tensors, but for _make
             return kind._make(map_tensors(fn, v, f"{path}.{k}") for k, v in zip(tree._fields, tree, strict=True))
-        return type(tree)([map_tensors(fn, v, f"{path}[{i}]") for i, v in enumerate(tree)])
+        mapped = [v if type(v) in _LEAVES else map_tensors(fn, v, f"{path}[{i}]") for i, v in enumerate(tree)]
+        return mapped if type(tree) is list else type(tree)(mapped)
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         values = {
             f.name: map_tensors(fn, getattr(tree, f.name), f"{path}.{f.name}")

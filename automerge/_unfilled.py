@@ -1,13 +1,15 @@
 """Products, convolutions and BatchNorms whose numbers nobody looks at, given as zeros in the form that their kernels give.
 
 Of what depends on inputs and weights, inference needs shapes, types and places in memory. Everything runs as it is but for
-these few operators, which take most of a forward pass; what follows them runs on zeros. A program that looks at such
-numbers (``if x.sum() > 0``, positions of a mask) raises `NeedsValues` and is run once more with all of them.
+these few operators, which take most of a forward pass, and the functions of every number alone that follow them; what else
+follows runs on zeros. A program that looks at such numbers (``if x.sum() > 0``, positions of a mask) raises `NeedsValues`
+and is run once more with all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,7 +34,37 @@ def unfilled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func is aten.native_batch_norm.default:
         return _batch_norm(*args)
     size = shape(*args)
-    return None if size is None else args[0].new_zeros(size)
+    return None if size is None else torch.zeros(size, dtype=args[0].dtype)
+
+
+def followed(func: Any, args: tuple[Any, ...]) -> Any:
+    """Zeros in the place of a function of every number alone, of dense operands of one shape; None if it is to be computed."""
+    if func not in _POINTWISE or not _alike(args):
+        return None
+    out = torch.zeros(args[0].shape, dtype=args[0].dtype)
+    # along an axis of length one operands may have any stride, of which kernels make different ones
+    return out if all(a.stride() == out.stride() for a in args if isinstance(a, torch.Tensor)) else None
+
+
+def unwritten(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether an operator writes nothing but a function of every number alone over its first operand, of its own form."""
+    return _overwrites(func) and _alike(args)
+
+
+@cache
+def _overwrites(func: Any) -> bool:
+    tags, schema = func.tags, func._schema
+    plainly = torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags and len(schema.returns) == 1
+    mutated = [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
+    return plainly and func.namespace == "aten" and mutated[0] and not any(mutated[1:])
+
+
+def _alike(args: tuple[Any, ...]) -> bool:
+    """Whether all operands that are tensors are dense and of one shape and type, the first one among them."""
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    if not isinstance(args[0], torch.Tensor) or any(isinstance(a, list | tuple | complex) for a in args):
+        return False
+    return _plain(tensors) and all(t.shape == args[0].shape and t.is_contiguous() for t in tensors)
 
 
 def looks(func: Any, args: tuple[Any, ...], nodes: tuple[Any, ...], blank: Collection[fx.Node]) -> bool:
@@ -123,4 +155,9 @@ _SHAPES: dict[Any, Callable[..., tuple[int, ...] | None]] = {
     aten.addmm.default: _addmm,
     aten.convolution.default: _convolution,
     aten.native_batch_norm.default: lambda *_: None,
+}
+_FUNCTIONS = ("relu", "silu", "gelu", "mish", "sigmoid", "tanh", "hardswish", "hardsigmoid", "leaky_relu", "elu")
+_POINTWISE = {
+    *(getattr(aten, name).default for name in _FUNCTIONS),
+    *(getattr(aten, name).Tensor for name in ("add", "sub", "mul")),
 }

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 import automerge._recorder
 from automerge import infer, trace
-from automerge._unfilled import unfilled
+from automerge._unfilled import _FUNCTIONS, followed, unfilled, unwritten
 from automerge.testing import Network, networks
 from tests.inference import networks_hostile
 from tests.inference.networks_hostile import Program
@@ -134,6 +134,62 @@ def test_batch_norms(shape: list[int], affine: bool, double: bool) -> None:
     for a, b in zip(mine, out, strict=True):
         assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
     assert unfilled(aten.native_batch_norm.default, (*args[:5], True, *args[6:]), {}) is None
+
+
+@given(shape=st.lists(sizes, max_size=4), name=st.sampled_from([*_FUNCTIONS, "add", "sub", "mul"]))
+@settings(max_examples=150, deadline=None)
+def test_functions_of_numbers_alone(shape: list[int], name: str) -> None:
+    x = torch.randn(shape)
+    func = getattr(aten, name).default if name in _FUNCTIONS else getattr(aten, name).Tensor
+    for args in [(x,)] if name in _FUNCTIONS else [(x, torch.randn(shape)), (x, 2), (x, 0.5)]:
+        mine, out = followed(func, args), func(*args)
+        assert (mine.shape, mine.stride(), mine.dtype) == (out.shape, out.stride(), out.dtype)
+        assert mine.untyped_storage().nbytes() == out.untyped_storage().nbytes()
+
+
+def test_functions_of_another_form_are_computed() -> None:
+    x = torch.randn(2, 3, 4)
+    assert followed(aten.add.Tensor, (x, x)) is not None
+    assert unwritten(aten.add_.Tensor, (x, x))
+    for other in (torch.randn(4), x.double(), x.mT.contiguous().mT, 1j, torch.ones(2, 3, 4, dtype=torch.int64)):
+        assert followed(aten.add.Tensor, (x, other)) is None
+        assert not unwritten(aten.add_.Tensor, (x, other))
+    assert followed(aten.gt.Tensor, (x, x)) is None
+    assert followed(aten.add.Tensor, (torch.as_strided(x, (1, 2), (1, 1)), 2)) is None  # an axis of one with any stride
+    assert unwritten(aten.relu_.default, (x,))
+    assert not unwritten(aten.relu_.default, (x.mT,))
+    for func in (aten.normal_.default, aten.bernoulli_.float, aten.transpose_.default):
+        assert not unwritten(func, (x, 0, 1))
+
+
+def test_numbers_that_are_not_computed_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = nn.Linear(3, 4)
+    written: list[str] = []
+    original = automerge._recorder.unwritten
+
+    def spy(func: Any, args: Any) -> bool:
+        written.append(func.__name__)
+        return original(func, args)
+
+    monkeypatch.setattr(automerge._recorder, "unwritten", spy)
+
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.clone().add_(1)  # computed: it follows from the input alone
+            assert bool((x >= 1).all())
+            return self.inner(x).add_(1).relu_()
+
+    graph = trace(InPlace(), torch.ones(2, 3), values=False)
+    assert written == ["add_.Tensor", "relu_.default"]
+    assert [str(n.target) for n in graph.graph.nodes][-4:-1] == [
+        "aten.addmm.default",
+        "aten.add.Tensor",
+        "aten.relu.default",
+    ]
 
 
 def test_other_layouts_and_kinds_are_computed() -> None:

@@ -124,8 +124,8 @@ class Axes:
         self.edge(a, b)
 
     def _unite(self, a: np.ndarray, b: np.ndarray) -> bool:
-        fa, fb = self.family(a), self.family(b)
-        if fa is None or fb is None or fa.size != a.size or fb.size != b.size:
+        fa, fb = (self.families[self.family_of[x[0]]] for x in (a, b))
+        if fa.size != a.size or fb.size != b.size or self.family(a) is None or self.family(b) is None:
             return False
         na, nb = int(self.family_of[a[0]]), int(self.family_of[b[0]])
         ca, cb = self.class_of[na], self.class_of[nb]

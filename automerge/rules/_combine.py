@@ -67,6 +67,9 @@ class Combine(Splits):
     def _consistent(self, lists: list[list[Factor]], a: int, i: int, b: int, j: int) -> None:
         """Make two factors of different operands agree on the letters that they share."""
         f, g = lists[a][i], lists[b][j]
+        if f.letters == g.letters:
+            self._same_letters(lists, a, i, b, j)
+            return
         common = [c for c in f.letters if c in g.letters]
         if not common:
             return
@@ -92,9 +95,9 @@ class Combine(Splits):
     def _same_letters(self, lists: list[list[Factor]], a: int, i: int, b: int, j: int) -> None:
         f, g = lists[a][i], lists[b][j]
         one, two = f.injective, g.injective
-        if one and two and any(h.injective and set(h.letters) == set(f.letters) for fs in lists[:b] for h in fs):
+        if one and two and any(h.injective and _same(h.letters, f.letters) for fs in lists[:b] for h in fs):
             return  # both are tied to that one
-        labels = g.labels.transpose([g.letters.index(c) for c in f.letters])
+        labels = self._like(g, f)
         if one and two:
             self.axes.tie(f.labels, labels)
         elif np.array_equal(f.labels, labels):
@@ -129,7 +132,7 @@ class Combine(Splits):
 
     @staticmethod
     def _like(k: Factor, f: Factor) -> np.ndarray:
-        return k.labels.transpose([k.letters.index(c) for c in f.letters])
+        return k.labels if k.letters == f.letters else k.labels.transpose([k.letters.index(c) for c in f.letters])
 
     def reduce(self, value: Value, letters: set[int]) -> Value:
         """A symmetric function over some letters (sum, maximum, ...); the axes keep their place with those letters gone.
@@ -184,3 +187,8 @@ class Combine(Splits):
         reduced = self.reduce(both, set(size) - keep)
         kept = {c: reduced.size[c] for c in (*keep, *reduced.chosen)}
         return Value(out, kept, reduced.factors, reduced.pinned, chosen=reduced.chosen)
+
+
+def _same(a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether these are the same letters, in any order."""
+    return a == b or set(a) == set(b)

@@ -152,8 +152,8 @@ class Letters:
 
     def align(self, values: Sequence[Value]) -> tuple[list[Value], tuple[tuple[int, ...], ...], dict[int, int]]:
         """Broadcast: the values over common letters, and the axes of the result with the letters' lengths."""
-        ndim = max(len(v.axes) for v in values)
-        out = [v.with_axes(((),) * (ndim - len(v.axes)) + v.axes) for v in values]
+        ndim = max([len(v.axes) for v in values])
+        out = [v if len(v.axes) == ndim else v.with_axes(((),) * (ndim - len(v.axes)) + v.axes) for v in values]
         axes: list[tuple[int, ...]] = []
         size: dict[int, int] = {}
         names: list[dict[int, int]] = [{} for _ in out]
@@ -170,8 +170,10 @@ class Letters:
             for i in who:
                 out[i] = self.merge_axis(out[i], k)[0] if sizes is None else refine_axis(out[i], k, sizes)
                 mine = out[i].axes[k]
-                letters = letters or tuple(new_letter() for _ in mine)
-                names[i].update(zip(mine, letters, strict=True))
+                # the first one's own, if nothing remembers letters that an operand has lost
+                letters = letters or (tuple([new_letter() for _ in mine]) if i or self.choices else mine)
+                if letters is not mine:
+                    names[i].update(zip(mine, letters, strict=True))
             axes.append(letters)
             size.update({c: out[who[0]].size[o] for o, c in zip(out[who[0]].axes[k], letters, strict=True)})
         return [rename(v, to) if to else v for v, to in zip(out, names, strict=True)], tuple(axes), size

@@ -102,7 +102,8 @@ class Value:
     @property
     def shape(self) -> tuple[int, ...]:
         """The tensor's shape."""
-        return tuple(math.prod([self.size[c] for c in axis]) for axis in self.axes)
+        size = self.size
+        return tuple([size[axis[0]] if len(axis) == 1 else math.prod([size[c] for c in axis]) for axis in self.axes])
 
     @property
     def letters(self) -> tuple[int, ...]:
