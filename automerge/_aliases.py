@@ -134,7 +134,7 @@ def computed(
     with torch.no_grad(), _disable_current_modes(), torch._C.DisableTorchFunction():
         # a view by its shape: the operand's strides may differ from those of the recorded run
         run = aten.reshape.default if target in (aten.view.default, aten._unsafe_view.default) else target
-        return recorder.emit(target, args, kwargs, run(*values, **named))
+        return recorder.emit(run, args, kwargs, run(*values, **named))
 
 
 _BATCH_NORMS = {getattr(aten, name).default for name in ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")}

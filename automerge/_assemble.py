@@ -44,11 +44,13 @@ class Assembler:
 
     def generator(self, units: UnitSet) -> Generator | None:
         """The generator of one unit set; None if its action on some parameter is not a permutation of slices."""
-        table = units.table
+        slots = self._squares(units)
+        if slots is None:
+            return None
+        table = self.plain(units)
         by_class: dict[int, list[int]] = defaultdict(list)
         for column, vertex in enumerate(table[0].tolist()):
             by_class[int(self.class_of_vertex[vertex])].append(column)
-        slots: list[Slot] = []
         for klass, columns in by_class.items():
             for family, vertices in self.members[klass]:
                 made = self._slots(family, vertices, table[:, columns])
@@ -59,6 +61,42 @@ class Assembler:
             return None
         slots.sort(key=lambda s: (self._order(s.param), s.axis, s.within))
         return Generator(table.shape[0], tuple(slots), f"{slots[0].param}[{slots[0].axis}]")
+
+    # ------------------------------------------------------------ outer squares
+    def plain(self, units: UnitSet) -> np.ndarray:
+        """The columns of a unit set's table that are no diagonal of its pairs."""
+        return np.delete(units.table, self._diagonals(units), axis=1) if units.pairs else units.table
+
+    def _diagonals(self, units: UnitSet) -> list[int]:
+        """For each array of pairs a column in the same axes: what a unit has with itself; fewer where those miss."""
+        left = sorted(range(units.table.shape[1]), key=lambda c: int(units.table[0, c]))
+        out: list[int] = []
+        for pair in sorted(units.pairs, key=lambda p: int(p[0, 1])):
+            klass = self.class_of_vertex[pair[0, 1]]
+            column = next((c for c in left if self.class_of_vertex[units.table[0, c]] == klass), None)
+            if column is not None:
+                left.remove(column)
+                out.append(column)
+        return out
+
+    def _squares(self, units: UnitSet) -> list[Slot] | None:
+        """The slots of pairs: one for the first unit of each, and one for the second; None if an axis holds no whole square."""
+        diagonals = self._diagonals(units)
+        if len(diagonals) < len(units.pairs):
+            return None
+        by_class: dict[int, list[np.ndarray]] = defaultdict(list)
+        for pair, column in zip(sorted(units.pairs, key=lambda p: int(p[0, 1])), diagonals, strict=True):
+            whole = np.where(pair < 0, np.diag(units.table[:, column]), pair)
+            by_class[int(self.class_of_vertex[pair[0, 1]])].append(whole)
+        slots: list[Slot] = []
+        for klass, squares in by_class.items():
+            for family, vertices in self.members[klass]:
+                for tables in (squares, [s.T for s in squares]):
+                    made = self._slots(family, vertices, np.concatenate(tables, axis=1))
+                    if made is None or len(made) != 1:
+                        return None
+                    slots += made
+        return slots
 
     def _order(self, param: str) -> int:
         if not hasattr(self, "_rank"):

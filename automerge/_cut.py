@@ -13,6 +13,7 @@ from automerge._tree import Path, Structure
 from automerge.symmetry import Slot
 
 Slots = list[tuple[int, Slot]]
+Strand = tuple[int, int]  # a role, and which unit of a position: the second of a pair is strand 1
 
 
 class OddError(Exception):
@@ -79,13 +80,15 @@ class _Positions:
         }
         self.offset = np.concatenate([[0], np.cumsum(shape)]).astype(np.int64)
         self._cut_regions()
-        used = {r for i, _ in slots for r in (self.where[i][0], *structure.roles[self.where[i][0]].path)}
-        self.roles = sorted(used, key=lambda r: (structure.root_of(r), r))
-        self.coords = {r: np.full(self.n_regions * self.length, -1) for r in self.roles}
+        strands = _strands(slots)
+        used = {(self.where[i][0], k) for (i, _), k in zip(slots, strands, strict=True)}
+        used |= {(a, k) for r, k in used for a in structure.roles[r].path}
+        self.roles = sorted(used, key=lambda s: (structure.root_of(s[0]), s[1], s[0]))
+        self.coords = {s: np.full(self.n_regions * self.length, -1) for s in self.roles}
         self._edges: list[tuple[np.ndarray, np.ndarray]] = []
         self._region_edges: set[tuple[int, int]] = set()
-        for number, slot in slots:
-            self._place(number, slot)
+        for (number, slot), strand in zip(slots, strands, strict=True):
+            self._place(number, slot, strand)
         self.orbit = self._join()
 
     @property
@@ -108,7 +111,7 @@ class _Positions:
         strides = [int(np.prod(counts[i + 1 :])) for i in range(len(counts))]
         self.stride = dict(zip(self.starts, strides, strict=True))
 
-    def _place(self, number: int, slot: Slot) -> None:
+    def _place(self, number: int, slot: Slot, strand: int) -> None:
         """Write a slot's coordinates to its nodes, and join what its generator swaps."""
         inside = np.ones(self.n_regions, bool)
         for axis, start, stop in slot.within:
@@ -123,9 +126,9 @@ class _Positions:
         regions = base[:, None, None] + shift[None]
         nodes = regions * self.length + self.offset[slot.axis] + slot.index[None]
         role, path, labels = self.where[number]
-        self._write(role, nodes, labels[None, :, None], number)
+        self._write((role, strand), nodes, labels[None, :, None], number)
         for ancestor, unit in zip(self.structure.roles[role].path, path, strict=True):
-            self._write(ancestor, nodes, np.full((1, 1, 1), unit), number)
+            self._write((ancestor, strand), nodes, np.full((1, 1, 1), unit), number)
         self._edges.append((np.broadcast_to(nodes[:, :1], nodes.shape).reshape(-1), nodes.reshape(-1)))
         if slot.axis in self.stride:
             pairs = np.stack([np.broadcast_to(regions[:, :1], regions.shape).reshape(-1), regions.reshape(-1)])
@@ -137,7 +140,7 @@ class _Positions:
                     )
                     self._edges.append((a * self.length + other, b * self.length + other))
 
-    def _write(self, role: int, nodes: np.ndarray, value: np.ndarray, number: int) -> None:
+    def _write(self, role: Strand, nodes: np.ndarray, value: np.ndarray, number: int) -> None:
         now = self.coords[role][nodes]
         if ((now >= 0) & (now != value)).any():
             raise OddError({number})
@@ -179,9 +182,15 @@ class _Positions:
         return out
 
     def _grids(
-        self, axis: int, roles: Path, nodes: np.ndarray, region: np.ndarray, position: np.ndarray, regions: np.ndarray
+        self,
+        axis: int,
+        roles: tuple[Strand, ...],
+        nodes: np.ndarray,
+        region: np.ndarray,
+        position: np.ndarray,
+        regions: np.ndarray,
     ) -> list[Segment]:
-        shape = self.structure.grid(roles)
+        shape = self.structure.grid(r for r, _ in roles)
         size = int(np.prod(shape))
         flat = (
             np.ravel_multi_index(tuple(self.coords[r][nodes] for r in roles), shape) if roles else np.zeros_like(nodes)
@@ -197,7 +206,8 @@ class _Positions:
             if column is None:
                 raise OddError(self._blame(axis, roles))
             depends[a] = column
-        spaces = tuple(tuple(g) for _, g in itertools.groupby(roles, key=self.structure.root_of))
+        apart = itertools.groupby(roles, key=lambda s: (self.structure.root_of(s[0]), s[1]))
+        spaces = tuple(tuple(r for r, _ in group) for _, group in apart)
         return _uniform(Segment(spaces, table, {}), depends)
 
     @staticmethod
@@ -214,12 +224,22 @@ class _Positions:
             return None
         return np.where(number == 1, seen.argmax(axis=2), -1)
 
-    def _blame(self, axis: int, roles: Path) -> set[int]:
+    def _blame(self, axis: int, roles: tuple[Strand, ...]) -> set[int]:
         """The generators to leave out: the deepest that act on the axis."""
-        here = [i for i, s in self.slots if s.axis == axis and self.where[i][0] in roles]
+        acting = {r for r, _ in roles}
+        here = [i for i, s in self.slots if s.axis == axis and self.where[i][0] in acting]
         here = here or [i for i, _ in self.slots]
         depth = {i: len(self.where[i][1]) for i in here}
         return {i for i in here if depth[i] == max(depth.values())}
+
+
+def _strands(slots: Slots) -> list[int]:
+    """For each slot how many earlier ones of its generator own some of its positions: pairs of units own an outer square."""
+    out: list[int] = []
+    for k, (number, slot) in enumerate(slots):
+        earlier = [s for i, s in slots[:k] if (i, s.axis, s.within) == (number, slot.axis, slot.within)]
+        out.append(sum(bool(np.isin(slot.index, s.index).any()) for s in earlier))
+    return out
 
 
 def _uniform(segment: Segment, depends: dict[int, np.ndarray]) -> list[Segment]:
@@ -259,6 +279,8 @@ def _projection(structure: Structure, main: Segment, part: Segment, axis: int) -
     """``main`` coordinate -> the coordinate of ``part`` that shares its range, if that is determined; else None."""
     dep = part.depends[axis]
     if not set(part.roles) <= set(main.roles) or np.unique(dep).size != dep.size:
+        return None
+    if len(set(main.roles)) < len(main.roles):
         return None
     at = np.indices(structure.grid(main.roles)).reshape(len(main.roles), -1)
     mine = [at[main.roles.index(r)] for r in part.roles]

@@ -232,8 +232,9 @@ def _tables(analysis: Analysis, symmetry: Symmetry) -> dict[int, np.ndarray]:
         key, own = _normal(generator)
         if key in numbers and numbers[key][0] not in out:
             number, order = numbers[key]
-            out[number] = np.empty_like(units.table)
-            out[number][order] = units.table[own]
+            table = assembler.plain(units)
+            out[number] = np.empty_like(table)
+            out[number][order] = table[own]
     return out
 
 

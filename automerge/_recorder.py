@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import keyword
 import operator
-import os
 import re
-import sys
 import warnings
 from collections.abc import Collection, Iterator
 from functools import cache
@@ -24,14 +22,12 @@ from automerge._aliases import Tracked, overlaps, read, shadow, write, writes
 from automerge._double import plainly
 from automerge._errors import TraceError
 from automerge._lazy_module import LazyModule
-from automerge._trace_info import TraceInfo
+from automerge._trace_info import TraceInfo, source_line
 from automerge._tree_io import map_tensors, tensors_of
 from automerge._unfilled import NeedsValues, followed, looks, unfilled, unwritten
 
 aten = torch.ops.aten
 _NO_WORD = re.compile("[^0-9A-Za-z]")
-_TORCH_DIR = os.path.dirname(torch.__file__) + os.sep  # torchvision's files are a model's own
-_HERE = os.path.dirname(__file__) + os.sep
 
 
 class Recorder(TorchDispatchMode):
@@ -200,7 +196,7 @@ class Recorder(TorchDispatchMode):
         name = f"_constant_{len(self.root._buffers)}"
         self.root.register_buffer(name, value)
         node = self.graph.get_attr(name)
-        node.meta.update(val=value, module=self.stack[-1] if self.stack else "", source=_source())
+        node.meta.update(val=value, module=self.stack[-1] if self.stack else "", source=source_line())
         return node
 
     def emit(self, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
@@ -216,7 +212,7 @@ class Recorder(TorchDispatchMode):
             self.varying.add(node)
         if self.blank and any(n in self.blank for n in sources):
             self.blank.add(node)
-        node.meta.update(val=self.example(node, value), module=self.stack[-1] if self.stack else "", source=_source())
+        node.meta.update(val=self.example(node, value), module=self.stack[-1] if self.stack else "", source=source_line())
         return node
 
     def example(self, node: fx.Node, value: Any, own: bool = False) -> Any:
@@ -264,12 +260,12 @@ class Recorder(TorchDispatchMode):
             return out
         out = func(*args, **kwargs)
         if isinstance(out, torch.Tensor) and out.is_nested:
-            raise TraceError(f"the model makes a nested tensor{self.where()} ({_source()}), {NO_NESTED}")
+            raise TraceError(f"the model makes a nested tensor{self.where()} ({source_line()}), {NO_NESTED}")
         if func.overloadpacket in _BARE and not out.is_meta:
             out.zero_()  # what lies in memory by chance is no constant with distinct entries
         self.record(func, args, node_args, node_kwargs, out)
         if func is aten.nonzero.default and node_args[0] in self.tainted:
-            self.info.data_dependent.append(f"{_source()}{self.where()}")
+            self.info.data_dependent.append(f"{source_line()}{self.where()}")
         return out
 
     def _unfilled(self, func: Any, args: Any, kwargs: Any, node_args: Any, node_kwargs: Any) -> Any:
@@ -303,13 +299,15 @@ class Recorder(TorchDispatchMode):
         if isinstance(node, fx.Node) and node in self.blank:
             self.give_up()
         if isinstance(node, fx.Node) and node in self.tainted:
-            self.info.data_dependent.append(f"{_source()}{self.where()}")
+            self.info.data_dependent.append(f"{source_line()}{self.where()}")
             self.info.reads.append(node.name)
 
     def record(self, func: Any, args: Any, node_args: Any, node_kwargs: Any, out: Any) -> fx.Node:
         """Emit one functional operator and register its outputs, as views of their base where the schema says so."""
         if isinstance(out, torch.Tensor):
-            node = self.emit(func, node_args, node_kwargs, out.detach())
+            # what was written through a view has other strides in the graph
+            written = func is aten.view.default and self._lookup(args[0]).base.version > 0
+            node = self.emit(aten.reshape.default if written else func, node_args, node_kwargs, out.detach())
             self._track(func, args, node_args, node_kwargs, out, node, None)
             return node
         node = self.emit(func, node_args, node_kwargs, out)
@@ -400,19 +398,3 @@ def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
         tensor.is_neg(),
         tensor.is_conj(),
     )
-
-
-def _source() -> str:
-    frame = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if not _between(name):
-            return f"{name}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return ""
-
-
-@cache
-def _between(filename: str) -> bool:
-    """Whether code stands between a model and its operators: this package's, PyTorch's, generated code."""
-    return filename.startswith((_TORCH_DIR, _HERE, "<"))

@@ -27,7 +27,7 @@ class _Kept:
         self.attributes = vars(module).copy()
         containers = {k: v for k, v in self.attributes.items() if isinstance(v, _CONTAINERS)}
         self.copies = {k: v.copy() if type(v) in _PLAIN else copy.copy(v) for k, v in containers.items() if v}
-        self.empty = [v for v in containers.values() if not v]
+        self.empty: list[Any] = [v for v in containers.values() if not v]
 
 
 Before = Sequence[_Kept]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from automerge._squares import squared
 from automerge._structure import Structure, mixed_hash
 
 _MAX_REFERENCES = 64
@@ -20,9 +21,15 @@ _MAX_REFERENCES = 64
 
 @dataclass(frozen=True)
 class UnitSet:
-    """``table[u]`` lists the (united) vertices of unit u; columns correspond."""
+    """Interchangeable units.
+
+    Attributes:
+        table: ``table[u]`` lists the (united) vertices of unit u; columns correspond.
+        pairs: ``(units, units)`` arrays of the vertices that ordered pairs of units own; -1 on the diagonal.
+    """
 
     table: np.ndarray
+    pairs: tuple[np.ndarray, ...] = ()
 
 
 class _Adjacency:
@@ -272,23 +279,26 @@ def search(structure: Structure, wanted: np.ndarray | None = None) -> list[UnitS
         if places[0, 0] >= 0 and (places == places[0]).all():
             continue  # they were exchanged along with others already
         table = swapper.bundle(bucket)
-        for made in [table] if table is not None else _sets_of(bucket.tolist(), swapper, shown):
+        for units in [UnitSet(table)] if table is not None else _sets_of(bucket.tolist(), swapper, shown):
+            made = units.table
             # sets that differ in vertices of no parameter only are one
-            units = np.sort(made[:, shown[made[0]]], axis=1)
-            rows = units[np.argsort(units[:, 0])] if units.size else units
-            found.setdefault((units.shape, rows.tobytes()), UnitSet(made))
+            owned = np.sort(made[:, shown[made[0]]], axis=1)
+            rows = owned[np.argsort(owned[:, 0])] if owned.size else owned
+            found.setdefault((owned.shape, rows.tobytes()), units)
             number += 1
             last[made.reshape(-1), 0] = number
             last[made.reshape(-1), 1] = np.tile(np.arange(made.shape[1]), made.shape[0])
+            for k, pair in enumerate(units.pairs):
+                last[pair[pair >= 0]] = number, made.shape[1] + k
     kept = [s for s in found.values() if wanted is None or wanted[s.table].any()]
     return sorted(kept, key=lambda s: s.table.shape[1])
 
 
-def _sets_of(bucket: list[int], swapper: _Swapper, shown: np.ndarray) -> list[np.ndarray]:
+def _sets_of(bucket: list[int], swapper: _Swapper, shown: np.ndarray) -> list[UnitSet]:
     """The symmetric groups among vertices with equal colour and equal images, from pairwise exchanges.
 
-    Exchanges with one reference form one group when they move the same vertices on the reference's side; only vertices
-    that are shown (they stand for a parameter) need to agree, and make up the table.
+    Exchanges with one reference form one group when they move the same vertices on the reference's side, or act on pairs;
+    only vertices that are shown (they stand for a parameter) need to agree, and make up the table.
     """
     tables: list[np.ndarray] = []
     known: list[set[frozenset[int]]] = []
@@ -302,11 +312,15 @@ def _sets_of(bucket: list[int], swapper: _Swapper, shown: np.ndarray) -> list[np
             pairs = [p for p in swapper.swap(reference, v) or [] if shown[p[0]]]
             if pairs:
                 images[v] = dict(pairs)
+        if len(images) == len(bucket) - 1 > 1:
+            made = squared([i | {b: a for a, b in i.items()} for i in images.values()])
+            if made is not None:
+                return [UnitSet(*made)]
         tables += [t for t in map(np.array, _tables(images)) if _is_new(t, known)]
         if images:
             smallest = min(len(i) for i in images.values())
             left = [v for v in left if len(images.get(v, ())) != smallest]
-    return tables
+    return [UnitSet(table) for table in tables]
 
 
 def _tables(images: dict[int, dict[int, int]]) -> list[list[list[int]]]:

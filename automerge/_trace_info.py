@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
+
+_TORCH_DIR = os.path.dirname(torch.__file__) + os.sep  # torchvision's files are a model's own
+_HERE = os.path.dirname(__file__) + os.sep
 
 
 @dataclass
@@ -37,3 +43,20 @@ class TraceInfo:
     unregistered: list[str] = field(default_factory=list)
     carried: list[str] = field(default_factory=list)
     overlaps: list[tuple[str, str, torch.Tensor]] = field(default_factory=list)
+
+
+def source_line() -> str:
+    """``file:line`` of the model's own code that is running; empty if none is."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not _between(name):
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+@cache
+def _between(filename: str) -> bool:
+    """Whether code stands between a model and its operators: this package's, PyTorch's, generated code."""
+    return filename.startswith((_TORCH_DIR, _HERE, "<"))

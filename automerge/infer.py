@@ -226,7 +226,7 @@ def infer_graph(*graphs: fx.GraphModule) -> tuple[Symmetry, Analysis]:
             dropped += 1
         else:
             generators.append(made)
-            analysis.units.append(units.table)
+            analysis.units.append(assembler.plain(units))
     analysis.united = structure.index
     unused = [n for n in shapes if n not in analysis.states]
     symmetry = Symmetry(

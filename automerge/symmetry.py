@@ -53,8 +53,9 @@ class Slot:
 class Generator:
     """A set of ``size`` interchangeable units: permuting them by any p leaves the function unchanged.
 
-    Permuting by p writes ``new[index[u]] = old[index[p[u]]]`` for every slot. A wreath product is a generator whose units
-    are the outer units (heads) and one generator for each of them (its dimensions).
+    Permuting by p writes ``new[index[u]] = old[index[p[u]]]`` for one slot after the other; where pairs of units own the
+    positions of an axis (an outer square), it has a slot for the first of each pair and one for the second. A wreath
+    product is a generator whose units are the outer units (heads) and one generator for each of them (its dimensions).
 
     Attributes:
         size: the number of units.
@@ -301,7 +302,7 @@ class Symmetry:
                 stats=dict(data.get("stats", {})),
                 flow=tuple((a, b) for a, b in data.get("flow", ())),
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise SymmetryError(f"this is not a symmetry file: {type(error).__name__}: {error}") from error
 
 

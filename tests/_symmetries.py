@@ -162,6 +162,16 @@ def outer_product(a: int = 3, b: int = 4) -> Symmetry:
     return Symmetry(shapes, sets)
 
 
+def outer_square(n: int = 4, k: int = 2) -> Symmetry:
+    """Layers whose units are the pairs of another layer's, k of each, beside one that is pinned; and a square weight."""
+    shapes = {"a": (n, 3), "pairs": (1 + n * n * k, 5), "bias": (1 + n * n * k,), "square": (n, n), "b": (2, n)}
+    grid = 1 + np.arange(n * n * k).reshape(n, n, k)
+    first, second = grid.reshape(n, -1), grid.transpose(1, 0, 2).reshape(n, -1)
+    slots = [Slot(p, 0, index) for p in ("pairs", "bias") for index in (first, second)]
+    plain = [("a", 0), ("square", 0), ("square", 1), ("b", 1)]
+    return Symmetry(shapes, (Generator(n, (*slots, *(Slot(p, axis, units(n)) for p, axis in plain))),))
+
+
 def cube(n: int = 4, m: int = 3, k: int = 3) -> Symmetry:
     """One tensor with three moving axes, and one vector per axis."""
     shapes = {"w": (n, m, 2, k), "a": (n, 3), "b": (m, 3), "c": (k, 3)}
@@ -200,6 +210,7 @@ ALL: dict[str, Callable[[], Symmetry]] = {
     "experts": experts,
     "batched": batched,
     "outer_product": outer_product,
+    "outer_square": outer_square,
     "cube": cube,
     "towers": towers,
 }

@@ -100,6 +100,18 @@ def _writes(x: torch.Tensor, choice: int, k: int, other: torch.Tensor) -> None:
     options[choice % len(options)]()
 
 
+def test_a_flat_view_of_what_was_written_transposed() -> None:
+    def program(x: torch.Tensor) -> torch.Tensor:
+        base = x * 1.0
+        across, flat = base.t(), base.view(-1)
+        across.masked_fill_(across > 0.5, 0.25)
+        return flat
+
+    x = torch.rand(2, 3)
+    (out,) = replay(trace(Run(program), x), nn.Module(), x)
+    assert torch.equal(out, program(x))
+
+
 Steps = list[tuple[str, int, int, int]]
 STEP = st.tuples(
     st.sampled_from(["view", "write", "write", "op"]), st.integers(0, 5), st.integers(0, 11), st.integers(0, 3)
@@ -110,6 +122,7 @@ STEP = st.tuples(
 @example([("view", 0, 0, 1), ("view", 1, 6, 0), ("write", 2, 0, 0)], (2, 1))  # a window of a part
 @example([("view", 0, 0, 1), ("write", 1, 0, 0), ("view", 1, 6, 0), ("write", 2, 0, 0)], (2, 1))
 @example([("view", 0, 2, 0), ("view", 1, 0, 1), ("view", 2, 6, 0), ("write", 3, 0, 0)], (3, 3))  # of a transpose
+@example([("view", 0, 2, 0), ("write", 1, 10, 0), ("view", 0, 4, 0)], (2, 2))  # flat, of what was written transposed
 @given(st.lists(STEP, min_size=1, max_size=7), st.tuples(st.integers(1, 3), st.integers(1, 3)))
 def test_writes_in_place_and_views(steps: Steps, shape: tuple[int, int]) -> None:
     """Random programs of views and writes: the functional graph gives what running them gives, and changes no input."""

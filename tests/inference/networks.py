@@ -449,9 +449,9 @@ class OuterProduct(Net):
         return self.out((self.a(x).relu()[:, :, None] * self.b(x).relu()[:, None, :]).flatten(1))
 
 
-@case("2x2", (3, 4))
+@case("3", (3, 4))
 class OuterSquare(Net):
-    """Units of an outer square overlap, so S_3 appears as two exchanges."""
+    """The units of an outer square overlap: each owns a row of it and a column."""
 
     def build(self):
         self.a, self.out = L(4, 3), L(9, 2)

@@ -1335,6 +1335,42 @@ for _order in ((0, 1, 2), (2, 1, 0), (0, 2, 1), (2, 3, 0), (0, 2, 3), (2, 0, 3),
         out=lin(8, 2))  # fmt: skip
 
 
+def _square(h: torch.Tensor) -> torch.Tensor:
+    return torch.einsum("bi,bj->bij", h, h).flatten(1)
+
+
+def _transform(identity: bool) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    """A matrix that is made from the points and multiplies their features, as in PointNet."""
+
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        h = s.c(x).relu()
+        matrix = s.f(s.e(h).relu().amax(1)).view(-1, 4, 4)
+        return s.out(s.d(h @ (matrix + torch.eye(4) if identity else matrix)).relu().amax(1))
+
+    return forward
+
+
+_POINTS = {"c": lin(3, 4), "e": lin(4, 6), "f": lin(6, 16), "d": lin(4, 5), "out": lin(5, 2)}
+_points = (torch.randn(2, 7, 3),)
+add("PointTransform", "4 5 6", _points, _transform(True), **_POINTS)
+add("PointTransformWithoutIdentity", "4x2 5 6", _points, _transform(False), **_POINTS)
+add("SquareBesideUnits", "4", (x,), lambda s, x: s.out(torch.cat([s.a(x).relu(), _square(s.a(x).relu())], 1)),
+    a=lin(4, 4), out=lin(20, 2))  # fmt: skip
+add("SquaresJoined", "4", (x,), lambda s, x: s.out(torch.cat([_square(s.a(x).relu()), _square(s.a(x).sin())], 1)),
+    a=lin(4, 4), out=lin(32, 2))  # fmt: skip
+add("SquareNormalised", "4", (x,), lambda s, x: s.out(s.norm(_square(s.a(x).relu())).relu()),
+    a=lin(4, 4), norm=lambda: nn.BatchNorm1d(16), out=lin(16, 2))  # fmt: skip
+for _letters in ("ijk", "kij", "ikj"):
+    add(f"SquareTimesOthers{_letters.title()}", "3 4", (x,), lambda s, x, to=_letters: s.out(torch.einsum(
+        f"bi,bj,bk->b{to}", s.a(x).relu(), s.a(x).relu(), s.b(x).sin()).flatten(1)),
+        a=lin(4, 4), b=lin(4, 3), out=lin(48, 2))  # fmt: skip
+add("SquareOfChannels", "4", (torch.randn(2, 3, 6, 6),),
+    lambda s, x: s.out((lambda h: (h @ h.mT).flatten(1))(s.a(x).relu().flatten(2))),
+    a=lambda: nn.Conv2d(3, 4, 3), out=lin(16, 2))  # fmt: skip
+add("SquareAsMatrix", "4", (x,), lambda s, x: s.out(s.a(x).relu() @ s.w.view(4, 4) + s.a(x)), a=lin(4, 4), w=par(16),
+    out=lin(4, 2))  # fmt: skip
+add("SquareOfThree", "3", (x,), lambda s, x: s.out((lambda h: torch.einsum("bi,bj,bk->bijk", h, h, h))(
+    s.a(x).relu()).flatten(1)), missing="three units of one kind for every entry", a=lin(4, 3), out=lin(27, 2))  # fmt: skip
 add(
     "PiecesOverlapping",
     "4 2",

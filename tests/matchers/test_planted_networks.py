@@ -16,9 +16,6 @@ from tests.inference import networks_hostile
 from tests.inference.networks import CASES
 from zoo.models import ZOO
 
-# units that overlap are no set of blocks: such a generator is left out of the match, and listed
-OVERLAPPING = {"OuterSquare"}
-
 
 def random_state(model: torch.nn.Module, symmetry: Symmetry, seed: int) -> dict[str, torch.Tensor]:
     """Continuous random weights in every float entry, tied ones alike."""
@@ -43,7 +40,7 @@ def recovered(model: torch.nn.Module, args: Any, n: int = 2, kwargs: dict[str, A
         assert all(torch.equal(moved[k], models[i][k]) for k in moved)
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n not in OVERLAPPING])
+@pytest.mark.parametrize("name", CASES)
 def test_small_networks(name: str) -> None:
     torch.manual_seed(0)
     factory, args, _ = CASES[name]

@@ -1,0 +1,79 @@
+"""Units of which pairs have entries of their own: outer squares (a Gram matrix, a learnt transform of the features).
+
+A permutation p of n units moves the entry of the pair (i, j) to that of (p[i], p[j]). Exchanges of two units then overlap
+in such entries, so that no table of disjoint units holds them; coordinates do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+Image = Mapping[int, int]
+
+
+def squared(images: Sequence[Image]) -> tuple[np.ndarray, tuple[np.ndarray, ...]] | None:
+    """The vertices that n units and their ordered pairs own, from the exchanges of unit 0 with every other.
+
+    These exchanges generate the symmetric group, and every vertex gets coordinates on which each of them acts as on its
+    units: what is returned is an action of the whole group if each exchange is an automorphism.
+
+    Args:
+        images: of the exchange of unit 0 with unit k + 1, vertex -> vertex in both directions.
+
+    Returns:
+        ``(n, columns)`` vertices that single units own, and for each orbit of pairs an ``(n, n)`` array of vertices, -1 on
+        its diagonal; None unless there are such orbits and no other ones.
+    """
+    n = len(images) + 1
+    singles: list[np.ndarray] = []
+    pairs: list[np.ndarray] = []
+    seen: set[int] = set()
+    for start in sorted({w for image in images for w in image}):
+        if start in seen:
+            continue
+        orbit = _orbit(start, images)
+        seen |= orbit
+        if len(orbit) not in (n, n * (n - 1)):
+            return None
+        found = _coordinates(orbit, images, 1 if len(orbit) == n else 2)
+        if found is None:
+            return None
+        (singles if found.ndim == 1 else pairs).append(found)
+    return (np.stack(singles, axis=1), tuple(pairs)) if singles and pairs else None
+
+
+def _orbit(start: int, images: Sequence[Image]) -> set[int]:
+    found, todo = {start}, [start]
+    while todo:
+        w = todo.pop()
+        new = {image[w] for image in images if w in image} - found
+        found |= new
+        todo += new
+    return found
+
+
+def _coordinates(orbit: set[int], images: Sequence[Image], count: int) -> np.ndarray | None:
+    """The vertices of one orbit by their units, ``(n,)`` or ``(n, n)``; None if exchanges do not act on these."""
+    n = len(images) + 1
+    # a vertex that is not unit 0's moves with its own units alone; for three units any pair may be the first
+    movers = {w: tuple(k for k, image in enumerate(images, start=1) if w in image) for w in orbit}
+    first = next((w for w in sorted(orbit) if len(movers[w]) == count), None)
+    if first is None:
+        return None
+    at: dict[int, tuple[int, ...]] = {first: movers[first]}
+    todo = [first]
+    while todo:
+        w = todo.pop()
+        for k, image in enumerate(images, start=1):
+            to, units = image.get(w, w), tuple([k if u == 0 else 0 if u == k else u for u in at[w]])
+            if to not in at:
+                at[to] = units
+                todo.append(to)
+            elif at[to] != units:
+                return None
+    out = np.full((n,) * count, -1)
+    for w, units in at.items():
+        out[units] = w
+    return out if np.count_nonzero(out >= 0) == len(orbit) else None
