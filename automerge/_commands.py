@@ -34,6 +34,7 @@ from automerge._verify import verify as verify_symmetry
 from automerge.infer import infer
 from automerge.io import read_checkpoint, save_state_dict
 from automerge.matchers import MATCHERS, FrankWolfe, Matcher, Matching
+from automerge.merge import MergeResult
 from automerge.merge import merge as merge_models
 from automerge.symmetry import Symmetry
 
@@ -103,7 +104,7 @@ def _verified(model: Any, args: Any, symmetry: Symmetry, kwargs: Any, options: a
 
 def merge(options: argparse.Namespace) -> None:
     """``automerge merge``: align checkpoints and write their average."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if _processes() > 1:
         return _merge_shared(options)
     console = Console()
     _check_output(options.output, options.force)
@@ -133,29 +134,45 @@ def merge(options: argparse.Namespace) -> None:
             offload=options.offload,
             progress=follow(advance),
         )
-    if options.matching is not None:
-        result.matching.save(options.matching, options.force)
+    try:
+        if options.matching is not None:
+            result.matching.save(options.matching, options.force)
+    finally:  # a disk that is too full for the one may have room for the other
+        if not result.matching.stats.get("interrupted"):
+            _save(result, options)
     if result.matching.stats.get("interrupted"):
         if options.matching is not None:
             console.show(f"the search was interrupted; go on with --resume {options.matching}")
         raise KeyboardInterrupt
-    named = [
-        {"file": file, **item} for file, item in zip(options.checkpoints, result.provenance["inputs"], strict=True)
-    ]
-    result = replace(result, provenance={**result.provenance, "inputs": named})
-    result.save(options.output, options.force)
     for number, file in enumerate(options.checkpoints):
         console.show(f"model {number}: {file}")
     console.show(result.report())
     console.show(f"written to {options.output}")
 
 
+def _processes() -> int:
+    """How many processes share the merge, as torchrun says."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    absent = next((name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ), None)
+    if size.isdecimal() and len(size) < 7 and (int(size) <= 1 or absent is None):
+        return int(size)
+    wrong = "that is no number" if absent is None or not size.isdecimal() else f"{absent} is not set"
+    raise UsageError(f"WORLD_SIZE={size} is set, as by torchrun, but {wrong}; start with torchrun, or unset WORLD_SIZE")
+
+
+def _save(result: MergeResult, options: argparse.Namespace) -> None:
+    """Write the merged network, with the names of the files that it was made of."""
+    files = zip(options.checkpoints, result.provenance["inputs"], strict=True)
+    named = [{"file": file, **item} for file, item in files]
+    replace(result, provenance={**result.provenance, "inputs": named}).save(options.output, options.force)
+
+
 def _merge_shared(options: argparse.Namespace) -> None:
     """``torchrun ... -m automerge merge``: every process holds its own checkpoints, process 0 writes."""
     console = Console()
     seconds = os.environ.get("AUTOMERGE_TIMEOUT", "600")
-    if not seconds.isdecimal():
-        raise UsageError(f"AUTOMERGE_TIMEOUT={seconds!r} is not a number of seconds")
+    if not seconds.isdecimal() or len(seconds) > 7:
+        raise UsageError(f"AUTOMERGE_TIMEOUT={seconds!r} is not a number of seconds, of at most seven digits")
     ranks = Group(float(seconds))
     try:
         shared = _share(options, ranks, console)
@@ -229,6 +246,7 @@ def _check_merge(options: argparse.Namespace) -> None:
     hint = "; --weights is the way to make one checkpoint count more than another"
     check_checkpoints(options.checkpoints, "merging", hint)
     check_apart({"-o": options.output, "--matching": options.matching}, options.checkpoints)
+    check_apart({"--resume": options.resume, "-o": options.output})
     if options.data is None and not options.input:
         raise UsageError(
             "the model must run once: give an example input with --input SHAPE, or batches with --data FACTORY"

@@ -48,7 +48,7 @@ def add_compare(parser: argparse.ArgumentParser, input_help: str) -> None:
         "checkpoints",
         nargs="+",
         metavar="CHECKPOINT",
-        help="two or more .safetensors, .safetensors.index.json, .pt or .pth files",
+        help="two or more files: .safetensors, .safetensors.index.json, .pt, .pth, .ckpt, .bin",
     )
     parser.add_argument(
         "--data", metavar="FACTORY", required=True, help="package.module:callable that gives batches (inputs, labels)"

@@ -87,6 +87,8 @@ class Batches:
             raise AutomergeError(
                 f"data is a {type(data).__name__}; give an iterable of batches, such as a list or a DataLoader{one}"
             )
+        if arity < 0:
+            raise AutomergeError(f"inputs={arity}: it says how many items of a batch are the model's inputs")
         check_pair(data)
         self._data: Iterable[Any] = listed(_noted(data)) if isinstance(data, Iterator) else data
         self._arity: int = arity
@@ -366,6 +368,7 @@ def bind(model: nn.Module, state_dict: Mapping[str, torch.Tensor], *, copy: bool
     Raises:
         CheckpointError: if it is no state dict, or has other names than the model.
     """
+    check_eager(model)
     expected = model.state_dict()
     state_dict = with_ties(checked_state(state_dict), expected)
     differ = [n for n in expected if n not in state_dict] + [n for n in state_dict if n not in expected]
@@ -381,3 +384,9 @@ def bind(model: nn.Module, state_dict: Mapping[str, torch.Tensor], *, copy: bool
         value = value.detach().to(device)
         out[name] = value.clone(memory_format=torch.contiguous_format) if copy else value
     return out
+
+
+def check_eager(model: nn.Module) -> None:
+    """Weights cannot be lent to a module of TorchScript."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise AutomergeError("a TorchScript module runs with its own weights only; give the module that was scripted")

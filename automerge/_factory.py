@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch.utils.data import Dataset, IterableDataset
 from automerge._copies import lacking
 from automerge._data import Batches, check_pair, listed
 from automerge._errors import AutomergeError
+from automerge._shards import is_shard, listed_shards, present_shards
 
 _DTYPES = {
     "float": torch.float32,
@@ -42,6 +44,7 @@ _INPUT = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?:(?P<dtype>[a-z]+\d*):)?(?P<
 _HIGH = 10
 _MOST = 2**32  # numbers in one input; torch would fail on more in less clear words
 _HIGHEST = 2**31
+_DIGITS = 1000  # of a number on the command line
 
 
 class UsageError(AutomergeError):
@@ -93,6 +96,9 @@ def parse_input(text: str) -> InputSpec:
     dtype = match["dtype"] or "float"
     if dtype not in _DTYPES:
         raise UsageError(f"--input {text!r} names the type {dtype!r}, which is not one of {', '.join(_DTYPES)}")
+    digits = max(map(len, (*match["shape"].split(","), match["high"] or "")))
+    if digits > _DIGITS:  # python itself refuses to read thousands of them
+        raise UsageError(f"--input has a number of {digits} digits; give sizes that fit into memory")
     shape = tuple(int(n) for n in match["shape"].split(","))
     high = int(match["high"]) if match["high"] else _HIGH
     if 0 in shape or high < 1:
@@ -293,7 +299,9 @@ def check_checkpoints(files: Sequence[str], verb: str, hint: str = "") -> None:
 
 
 def check_apart(outputs: Mapping[str, os.PathLike[str] | None], inputs: Sequence[str] = ()) -> None:
-    """No two outputs are one file, and none of them is an input, which would be lost.
+    """No two outputs are one file, and none of them is an input or a shard of one, which would be lost.
+
+    An index stands for the shards that it lists; one that is written, for all shards that it could have.
 
     Args:
         outputs: option -> path.
@@ -302,14 +310,14 @@ def check_apart(outputs: Mapping[str, os.PathLike[str] | None], inputs: Sequence
     Raises:
         UsageError: if not.
     """
-    read = [_identity(file) for file in inputs]
-    given = {option: path for option, path in outputs.items() if path is not None}
-    names = {option: _identity(path) for option, path in given.items()}
+    read = {_identity(part) for file in inputs for part in (Path(file), *listed_shards(Path(file)))}
+    given = {option: Path(path) for option, path in outputs.items() if path is not None}
     for k, (option, path) in enumerate(given.items()):
         for other in list(given)[:k]:
-            if names[option] == names[other]:
+            pair = (path, given[other])
+            if len(set(map(_identity, pair))) == 1 or is_shard(*pair) or is_shard(*reversed(pair)):
                 raise UsageError(f"{other} and {option} name the same file, {path}")
-        if names[option] in read:
+        if any(_identity(file) in read for file in (path, *present_shards(path))):
             raise UsageError(f"{option} {path} is one of the checkpoints that are read; choose another name")
 
 
@@ -317,8 +325,10 @@ def _identity(path: str | os.PathLike[str]) -> object:
     """What two names of one file share."""
     try:
         status = os.stat(path)
-    except (OSError, ValueError):
+    except OSError:
         return os.path.realpath(path)
+    except ValueError:  # a NUL in the name
+        return os.fspath(path)
     return status.st_dev, status.st_ino
 
 

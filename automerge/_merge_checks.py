@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from automerge._aliases import overlaps
-from automerge._data import Batches, device_of, evaluating, preserving, run_batch
+from automerge._data import Batches, check_eager, device_of, evaluating, preserving, run_batch
 from automerge._errors import AutomergeError, CheckpointError, MatchingError, SymmetryError
 from automerge._repair_report import Renormaliser
 from automerge.io import buffer_names, check_state_dict, tied_names, with_ties
@@ -27,11 +27,10 @@ def listed_models(models: Any) -> list[Model]:
     """The models, of any iterable of them.
 
     Raises:
-        CheckpointError: for one model or one path in the place of several.
+        CheckpointError: for one model or one path in the place of several, or what is no iterable.
     """
-    if isinstance(models, str | os.PathLike | Mapping) or (
-        isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList)
-    ):
+    one = isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList)
+    if isinstance(models, str | os.PathLike | Mapping) or one or not isinstance(models, Iterable):
         raise CheckpointError(
             f"models is one {type(models).__name__}; give a list of two or more modules or state dicts"
         )
@@ -67,11 +66,28 @@ def check_models(
     expected: Mapping[str, torch.Tensor] = own if architecture is not None else dicts[0]
     buffers = buffer_names(network)
     notes = [n for k, d in enumerate(dicts) for n in check_state_dict(d, expected, f"model {k}", buffers)]
+    notes += _other_modules(network, models)
     check_ties(network, dicts)
     for name, first in dicts[0].items():
         if not (first.is_floating_point() or first.is_complex()):
             merge_integers(name, [d[name].to(first.device) for d in dicts])
     return network, dicts, notes
+
+
+def _other_modules(network: nn.Module, models: Sequence[Model]) -> list[str]:
+    """Notes on models whose weights fit and whose modules are of other types: an activation has no weights."""
+    here = {name: type(module).__name__ for name, module in network.named_modules() if name}
+    notes = []
+    for number, model in enumerate(models):
+        modules = model.named_modules() if isinstance(model, nn.Module) else ()
+        there = {name: type(module).__name__ for name, module in modules if name in here}
+        odd = next((name for name, kind in there.items() if kind != here[name]), None)
+        if odd is not None:
+            notes.append(
+                f"model {number}: {odd} is a {there[odd]}, in the architecture a {here[odd]}, which is what the merged "
+                "weights are for"
+            )
+    return notes
 
 
 def check_ties(network: nn.Module, dicts: Sequence[Mapping[str, torch.Tensor]]) -> None:
@@ -109,6 +125,8 @@ def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
         if not np.isfinite(value) or value < 0:
             raise MatchingError(f"weight {number} is {value:g}; weights must be finite and not negative")
     total = sum(values)
+    if not np.isfinite(total):
+        raise MatchingError("the weights are too large to be added up; only their ratios matter, so scale them down")
     if total <= 0:
         raise MatchingError("the weights sum to zero; at least one must be positive")
     return values if abs(total - 1) < 1e-12 else [value / total for value in values]
@@ -212,6 +230,7 @@ def check_data(network: nn.Module, data: Any, args: Any, kwargs: Mapping[str, An
     Raises:
         AutomergeError: if the data are empty or no batches, or the model does not run on one of those.
     """
+    check_eager(network)
     batches = Batches.like(data, args, kwargs, device_of(network))
     first = next(iter(batches))
     try:

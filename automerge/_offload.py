@@ -7,6 +7,7 @@ mapped: nothing is left behind, however the work ends.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -40,6 +41,8 @@ class Store:
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
+        if not isinstance(folder, str | os.PathLike | None):
+            raise OutputError(f"offload: expected the path of a directory, got a {type(folder).__name__}")
         self.folder = None if folder is None else Path(folder)
         if self.folder is not None:
             if not self.folder.is_dir():
@@ -82,10 +85,13 @@ class Store:
             elif size:
                 file.truncate(size)
         except OSError as error:
-            raise OutputError(
-                f"offload: {self.folder} cannot take {size:,} bytes more ({error.strerror or error}); "
-                "give a directory on a larger disk"
-            ) from error
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                reason = f"cannot be written: {error.strerror}; give a directory that you may write to"
+            else:
+                reason = (
+                    f"cannot take {size:,} bytes more ({error.strerror or error}); give a directory on a larger disk"
+                )
+            raise OutputError(f"offload: {self.folder} {reason}") from error
         return file
 
 

@@ -21,9 +21,14 @@ _RESAVE = "re-save the weights with safetensors.torch.save_file(model.state_dict
 
 
 def check_head(file: Path) -> None:
-    """Refuse what downloads leave behind in place of a file."""
+    """Refuse what downloads leave behind in place of a file, and a file with the other format's suffix."""
     with file.open("rb") as handle:
-        head = handle.read(64).lstrip().lower()
+        start = handle.read(64)
+    head, named = start.lstrip().lower(), file.suffix.lower() == ".safetensors"
+    if named and start.startswith(b"PK\x03\x04"):
+        raise CheckpointError(f"{file} is a zip archive, as torch.save writes; if it is one of PyTorch, name it .pt")
+    if not named and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < file.stat().st_size:
+        raise CheckpointError(f"{file} is a safetensors file; name it .safetensors")
     if head.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{file} is a pointer of Git LFS and not the file itself; fetch that with 'git lfs pull'")
     if head.startswith((b"<!doctype", b"<html", b"<?xml")):
@@ -75,6 +80,8 @@ def read_torch(file: Path) -> object:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         first = str(error).split("\n", 1)[0].split(". ", 1)[0]
+        if "TorchScript" in first:
+            raise CheckpointError(f"{file} is a TorchScript archive, which holds code; {_RESAVE}") from error
         reason = f" ({first})" if isinstance(error, RuntimeError) and first else ""
         raise CheckpointError(
             f"{file} is truncated or not a PyTorch checkpoint{reason}; copy or download it again"

@@ -212,7 +212,9 @@ class Recorder(TorchDispatchMode):
             self.varying.add(node)
         if self.blank and any(n in self.blank for n in sources):
             self.blank.add(node)
-        node.meta.update(val=self.example(node, value), module=self.stack[-1] if self.stack else "", source=source_line())
+        node.meta.update(
+            val=self.example(node, value), module=self.stack[-1] if self.stack else "", source=source_line()
+        )
         return node
 
     def example(self, node: fx.Node, value: Any, own: bool = False) -> Any:

@@ -42,7 +42,7 @@ class RepairReport:
 
     Attributes:
         mode: ``none``, ``reset``, ``repair``, ``both``, ``rescale``, ``row norms``, ``gaussian`` or ``fit``.
-        layers: the layers that were changed, in the order of execution.
+        layers: the layers that could be changed, in the order of execution.
         reset: the BatchNorms whose statistics were measured again.
         skipped: layer -> why it was left alone.
         drift: how far the merged network's outputs are from the weighted mean of the models' own, before and after the repair:
@@ -65,7 +65,10 @@ class RepairReport:
         if self.mode == "none":
             return "Repair: none"
         verb = "fitted (trained on the data, in closed form)" if self.mode == "fit" else "rescaled"
-        lines = [f"Repair ({self.mode}): {len(self.layers)} layers {verb}, {len(self.reset)} BatchNorms reset"]
+        changed = sum(layer.corrected > 0 for layer in self.layers)
+        lines = [f"Repair ({self.mode}): {changed} layers {verb}, {len(self.reset)} BatchNorms reset"]
+        if not changed and any(layer.dead for layer in self.layers):
+            lines.append("  nothing varies on these data, so nothing was measured; give samples that differ")
         for layer in self.layers:
             low, high = layer.scale
             dead = f", {layer.dead} dead" if layer.dead else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -29,7 +30,7 @@ def read_shards(index: Path, read: Callable[[Path], Mapping[str, torch.Tensor]])
     try:
         listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         places = {str(name): str(file) for name, file in listed.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f'{index} is not an index of safetensors files: expected {{"weight_map": {{name: file}}}}; download it again'
         ) from error
@@ -58,10 +59,34 @@ def check_index(index: Path, force: bool = False) -> None:
         OutputError: see `automerge._files.check_writable`; also for shards that exist (without ``force``).
     """
     check_writable(index, force)
-    shard = re.compile(re.escape(index.name.removesuffix(SUFFIX)) + r"-\d{5}-of-\d{5}\.safetensors")
-    for file in sorted(index.parent.iterdir()):
-        if shard.fullmatch(file.name):
-            check_writable(file, force)
+    for file in present_shards(index):
+        check_writable(file, force)
+
+
+def is_shard(file: Path, index: Path) -> bool:
+    """Whether a file has a name and a place that a shard of this index could have."""
+    stem = re.escape(index.name.removesuffix(SUFFIX))
+    named = index.name.endswith(SUFFIX) and re.fullmatch(stem + r"-\d{5}-of-\d{5}\.safetensors", file.name)
+    return bool(named) and os.path.realpath(file.parent) == os.path.realpath(index.parent)
+
+
+def present_shards(index: Path) -> list[Path]:
+    """The files beside an index that its shards, however many, could take the place of; none beside another file."""
+    if not index.name.endswith(SUFFIX) or not index.parent.is_dir():
+        return []
+    return sorted(file for file in index.parent.iterdir() if is_shard(file, index))
+
+
+def listed_shards(index: Path) -> list[Path]:
+    """The files that an index lists; none for another file, or an index that cannot be read."""
+    if not index.name.endswith(SUFFIX):
+        return []
+    try:
+        return [
+            index.parent / name for name in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return []  # what is wrong with it is said when it is read
 
 
 def split_shards(sizes: Mapping[str, int], together: Mapping[str, str], limit: int) -> list[list[str]]:

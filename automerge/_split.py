@@ -15,6 +15,7 @@ from automerge._tree_io import map_tensors, tensors_of
 def split_batches(batches: Iterable[Batch], shares: Sequence[float], seed: int) -> list[list[Batch]]:
     """Every batch's samples, dealt at random to parts, so that each part holds its share of every batch.
 
+    Where batches are so small that a part would be empty, each part gets its share of all of them instead.
     A part's pieces are joined to batches again, none larger than the largest that was given.
 
     Args:
@@ -30,36 +31,67 @@ def split_batches(batches: Iterable[Batch], shares: Sequence[float], seed: int) 
         >>> [part[0].labels.numel() for part in parts]
         [2, 4]
     """
-    rng = torch.Generator().manual_seed(seed)
     total = sum(shares)
     edges = [sum(shares[:k]) / total for k in range(len(shares) + 1)]
-    parts: list[list[Batch]] = [[] for _ in shares]
-    largest = 0
-    for number, batch in enumerate(batches):
-        tensors = tensors_of((batch.args, dict(batch.kwargs), batch.labels))
-        if any(t.layout != torch.strided for t in tensors):
-            raise AutomergeError(
-                f"batch {number} cannot be cut into samples: it holds a sparse tensor; make it dense (to_dense()), or give "
-                "separate data for calibration, selection and report"
-            )
-        lengths = {t.shape[0] if t.ndim else -1 for t in tensors}
-        if len(lengths) != 1 or -1 in lengths:
-            raise AutomergeError(
-                f"batch {number} cannot be cut into samples: its tensors have the lengths {sorted(lengths)}; give separate "
-                "data for calibration, selection and report"
-            )
-        (n,) = lengths
-        largest = max(largest, n)
-        order = torch.randperm(n, generator=rng)
-        for k, part in enumerate(parts):
-            rows = order[round(edges[k] * n) : round(edges[k + 1] * n)].sort().values
-            if len(rows):
-                part.append(_taken(batch, rows))
-    parts = [_joined(part, largest) for part in parts]
+    pieces = [(batch, _samples(batch, number)) for number, batch in enumerate(batches)]
+    lengths = [n for _, n in pieces]
+    parts = _dealt(pieces, [[round(e * n) for e in edges] for n in lengths], len(shares), seed)
+    if not all(parts):
+        parts = _dealt(pieces, _running([s / total for s in shares], lengths, seed), len(shares), seed)
     for k, part in enumerate(parts):
         if not part:
             raise AutomergeError(f"the data are too few to be cut into {len(shares)} parts (part {k} is empty)")
+    return [_joined(part, max(lengths)) for part in parts]
+
+
+def _samples(batch: Batch, number: int) -> int:
+    """The length that all tensors of a batch have."""
+    tensors = tensors_of((batch.args, dict(batch.kwargs), batch.labels))
+    if any(t.layout != torch.strided for t in tensors):
+        raise AutomergeError(
+            f"batch {number} cannot be cut into samples: it holds a sparse tensor; make it dense (to_dense()), or give "
+            "separate data for calibration, selection and report"
+        )
+    lengths = {t.shape[0] if t.ndim else -1 for t in tensors}
+    if len(lengths) != 1 or -1 in lengths:
+        raise AutomergeError(
+            f"batch {number} cannot be cut into samples: its tensors have the lengths {sorted(lengths)}; give separate "
+            "data for calibration, selection and report"
+        )
+    return lengths.pop()
+
+
+def _dealt(
+    pieces: Sequence[tuple[Batch, int]], edges: Sequence[Sequence[int]], count: int, seed: int
+) -> list[list[Batch]]:
+    """The parts; of a batch, in a random order of its samples, each holds those between two edges."""
+    rng = torch.Generator().manual_seed(seed)
+    parts: list[list[Batch]] = [[] for _ in range(count)]
+    for (batch, n), own in zip(pieces, edges, strict=True):
+        order = torch.randperm(n, generator=rng)
+        for k, part in enumerate(parts):
+            rows = order[own[k] : own[k + 1]].sort().values
+            if len(rows):
+                part.append(_taken(batch, rows))
     return parts
+
+
+def _running(shares: Sequence[float], lengths: Sequence[int], seed: int) -> list[list[int]]:
+    """Edges for every batch, in a random order of batches: a sample goes where most lacks of the share of all so far.
+
+    >>> sorted(_running([0.25, 0.25, 0.5], [1, 1, 1, 1], 0))
+    [[0, 0, 0, 1], [0, 0, 0, 1], [0, 0, 1, 1], [0, 1, 1, 1]]
+    """
+    given = [0] * len(shares)
+    out: list[list[int]] = [[] for _ in lengths]
+    for number in torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist():
+        before = list(given)
+        for _ in range(lengths[number]):
+            lack = [share * (sum(given) + 1) - g for share, g in zip(shares, given, strict=True)]
+            given[lack.index(max(lack))] += 1
+        counts = [g - b for g, b in zip(given, before, strict=True)]
+        out[number] = [sum(counts[:k]) for k in range(len(counts) + 1)]
+    return out
 
 
 def _taken(batch: Batch, rows: torch.Tensor) -> Batch:

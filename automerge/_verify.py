@@ -119,14 +119,19 @@ def verify(
         args: the example inputs, as for `infer`.
         symmetry: what to check.
         kwargs: keyword inputs.
-        elements: how many random elements on each input, at least.
+        elements: how many random elements on each input, at least; one or more.
         seed: of weights, inputs and elements.
         tolerance: the largest relative difference that passes.
 
     Raises:
+        AutomergeError: for options under which nothing could fail.
         InvarianceError: naming the first operator whose value differs, and the inputs where these are longer.
         SymmetryError: if the symmetry is of another architecture.
     """
+    if not isinstance(elements, int) or elements < 1:
+        raise AutomergeError(f"elements={elements!r} would test nothing; give a whole number of at least one")
+    if not 0 <= tolerance < 1:
+        raise AutomergeError(f"tolerance={tolerance}: expected a relative difference, from 0 to below 1")
     start = time.perf_counter()
     positional, keywords = normalise_args(args, kwargs)
     subject = Subject(model)

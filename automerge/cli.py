@@ -39,7 +39,8 @@ examples:
   automerge merge mine.model:build a.safetensors b.safetensors -o merged.safetensors --data mine.data:train_batches
 
 FACTORY is package.module:callable; the current directory is importable, and the callable takes no argument and returns
-a torch.nn.Module. Checkpoints are .safetensors, or .pt/.pth state dicts read with weights_only=True.
+a torch.nn.Module. Checkpoints are .safetensors (or their .safetensors.index.json), or .pt, .pth, .ckpt and .bin state dicts
+read with weights_only=True.
 """
 
 _INPUT_HELP = (

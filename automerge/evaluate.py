@@ -300,7 +300,7 @@ def interpolate(
         >>> interpolate({"w": torch.zeros(2)}, {"w": torch.ones(2)}, 0.25)["w"]
         tensor([0.2500, 0.2500])
     """
-    if isinstance(position, bool) or not isinstance(position, int | float):
+    if isinstance(position, bool) or not isinstance(position, int | float) or not abs(position) < float("inf"):
         raise AutomergeError(f"position is the place on the line, a number from 0 to 1, got {position!r}")
     out = {}
     for name, a in checked_state(sd_a).items():

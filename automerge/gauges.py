@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from automerge._errors import InvarianceError
+from automerge._data import checked_state
+from automerge._errors import CheckpointError, InvarianceError, SymmetryError
 from automerge._gauge_steps import (
     Candidate,
     Fold,
@@ -38,6 +39,7 @@ from automerge._longer import longer_inputs
 from automerge._norm_folds import NormFinder, NormFold
 from automerge._subject import Subject, fresh_inputs, randomised, runnable
 from automerge._verify import relative_difference
+from automerge.io import buffer_names, check_state_dict
 from automerge.symmetry import Generator, Slot, Symmetry
 from automerge.trace import normalise_args
 
@@ -106,7 +108,9 @@ def canonicalise(
         New state dicts, in their own dtypes, and what was done.
 
     Raises:
+        CheckpointError: if a state dict does not fit the model, or there is none.
         InvarianceError: if a model's output changed, which is a defect.
+        SymmetryError: if the symmetry is none.
 
     Examples:
         >>> from automerge.infer import infer
@@ -117,6 +121,7 @@ def canonicalise(
         >>> len(report.scalings), report.error < 1e-9
         (1, True)
     """
+    _check_arguments(model, states, symmetry)
     given = normalise_args(args, kwargs)
     probe = _Probe(model, given, symmetry, states[0], seed)
     found: list[Candidate] = []
@@ -149,6 +154,15 @@ def canonicalise(
                 )
         out.append({n: v.to(state[n].dtype) for n, v in wide.items()})
     return out, GaugeReport(scalings, idle, folds, error, folded)
+
+
+def _check_arguments(model: nn.Module, states: Any, symmetry: Any) -> None:
+    if not isinstance(symmetry, Symmetry):
+        raise SymmetryError(f"expected what automerge.infer returns, got a {type(symmetry).__name__}")
+    if not isinstance(states, Sequence) or not states:
+        raise CheckpointError("states is a list of one or more state dicts of the model")
+    for number, state in enumerate(states):
+        check_state_dict(checked_state(state), model.state_dict(), f"model {number}", buffer_names(model))
 
 
 # -------------------------------------------------------------------- finding

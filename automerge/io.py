@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from automerge._errors import CheckpointError, OutputError
 from automerge._files import check_writable, replacement, status_of
@@ -169,8 +171,21 @@ def check_state_dict(
 
 def _check_kind(name: str, value: object, want: torch.Tensor, label: str) -> None:
     """A dense tensor with values, of the same kind of numbers, of at least 16 bits if they are floats."""
+    if not isinstance(want, torch.Tensor):
+        raise CheckpointError(
+            f"{label}: {name} is a {type(want).__name__} in the architecture too, and only tensors can be averaged; is it "
+            "quantised, or does a module keep an extra state? merge without that"
+        )
     if not isinstance(value, torch.Tensor):
         raise CheckpointError(f"{label}: {name} is a {type(value).__name__}, expected {want.dtype}")
+    if is_lazy(value) or is_lazy(want):
+        raise CheckpointError(
+            f"{label}: {name} is not initialised yet (a lazy module); run the models once on real inputs first"
+        )
+    if is_traceable_wrapper_subclass(value):
+        raise CheckpointError(
+            f"{label}: {name} is a {type(value).__name__}; give plain tensors (full_tensor() of a sharded one, dequantize())"
+        )
     if value.is_floating_point() != want.is_floating_point() or value.is_complex() != want.is_complex():
         raise CheckpointError(f"{label}: {name} is a {value.dtype}, expected {want.dtype}")
     if value.is_nested:
@@ -188,9 +203,13 @@ def _check_kind(name: str, value: object, want: torch.Tensor, label: str) -> Non
 
 
 def _prefix_hint(missing: Sequence[str], state_dict: Mapping[str, object]) -> str:
-    """What to do if every key has one and the same prefix too much; empty if not."""
+    """What to do if every key has one and the same prefix too much, or too little; empty if not."""
     longer = next((k for k in state_dict if k.endswith("." + missing[0])), None)
     if longer is None:
+        shorter = next((k for k in state_dict if missing[0].endswith("." + k)), None)
+        prefix = missing[0][: -len(shorter)] if shorter else ""
+        if prefix and all(n.startswith(prefix) and n[len(prefix) :] in state_dict for n in missing):
+            return f"its names lack {prefix!r}, as of a wrapper: give all models wrapped, or none"
         return ""
     prefix = longer[: -len(missing[0])]
     return (
@@ -238,7 +257,7 @@ def tied_names(state_dict: Mapping[str, torch.Tensor]) -> dict[str, str]:
     first: dict[tuple[object, ...], str] = {}
     out: dict[str, str] = {}
     for name, value in state_dict.items():
-        if value.layout != torch.strided or value.numel() == 0:
+        if not _has_memory(value) or value.numel() == 0:
             continue
         # tensors without values have no address, but a storage
         place = (value.untyped_storage()._cdata, value.storage_offset()) if value.is_meta else value.data_ptr()
@@ -248,6 +267,16 @@ def tied_names(state_dict: Mapping[str, torch.Tensor]) -> dict[str, str]:
         else:
             first[key] = name
     return out
+
+
+def _has_memory(value: object) -> bool:
+    """Whether it is a dense tensor over memory of its own: no extra state, parameter without a shape yet, or wrapper."""
+    return (
+        isinstance(value, torch.Tensor)
+        and not is_lazy(value)
+        and value.layout == torch.strided
+        and not is_traceable_wrapper_subclass(value)
+    )
 
 
 # -------------------------------------------------------------------- hashing
@@ -261,9 +290,9 @@ def hash_state_dict(state_dict: Mapping[str, torch.Tensor]) -> str:
     """
     digest = hashlib.sha256()
     for name in sorted(state_dict):
-        value = state_dict[name].detach().cpu()
+        value = state_dict[name].detach().cpu().resolve_conj().resolve_neg()
         if value.is_complex():
-            value = torch.view_as_real(value.resolve_conj())
+            value = torch.view_as_real(value)
         header = json.dumps([name, str(state_dict[name].dtype), list(state_dict[name].shape)])
         digest.update(f"{len(header.encode())}:{header}".encode())
         flat = value.contiguous().reshape(-1)
@@ -302,6 +331,8 @@ def save_state_dict(
         raise OutputError(
             f"the path comes first, save_state_dict(path, state_dict); got a {type(path).__name__} for it"
         )
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise OutputError(f"metadata= is a mapping of names to text, got a {type(metadata).__name__}")
     if not isinstance(state_dict, Mapping):
         raise OutputError(
             f"save_state_dict writes a state dict, got a {type(state_dict).__name__}; give its .state_dict() or .state_dict"
@@ -334,12 +365,15 @@ def save_state_dict(
 
 def _check_kinds(state_dict: Mapping[str, torch.Tensor]) -> None:
     for name, value in state_dict.items():
+        if name == "__metadata__":
+            raise OutputError("the name '__metadata__' belongs to safetensors itself; give that tensor another name")
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise OutputError(f"the entry {name!r} is a {type(value).__name__}; a state dict maps names to tensors")
         kinds = {
             "on the meta device": value.is_meta,
             "nested": value.is_nested,
             "sparse": value.layout != torch.strided,
+            f"a {type(value).__name__}": is_traceable_wrapper_subclass(value),
         }
         kind = next((name for name, held in kinds.items() if held), None)
         if kind is not None:
@@ -351,7 +385,7 @@ def _owned(state_dict: Mapping[str, torch.Tensor]) -> StateDict:
     seen: set[int] = set()
     out: StateDict = {}
     for name, value in state_dict.items():
-        own = value.detach().contiguous()
+        own = value.detach().resolve_conj().resolve_neg().contiguous()  # files hold the memory, not how it is viewed
         if own.layout == torch.strided and own.device.type != "meta":
             storage = own.untyped_storage()
             if storage.data_ptr() in seen or storage.nbytes() != own.numel() * own.element_size():

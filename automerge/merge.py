@@ -258,7 +258,7 @@ def average(
         New tensors with the dtypes and devices of the first state dict.
 
     Raises:
-        CheckpointError: if integer or boolean entries differ, or something is no state dict.
+        CheckpointError: if integer or boolean entries, names or shapes differ, or something is no state dict.
         MatchingError: for unsuitable weights, or no state dict.
 
     Examples:
@@ -267,8 +267,8 @@ def average(
     """
     if not state_dicts:
         raise MatchingError("averaging needs at least one state dict, got none")
-    for state in state_dicts:
-        checked_state(state)
+    for number, state in enumerate(state_dicts):
+        _check_alike(number, checked_state(state), state_dicts[0])
     weights = check_weights(weights, len(state_dicts))
     out: StateDict = {}
     with store.working():
@@ -282,6 +282,15 @@ def average(
         if alias in out and name in out:
             out[alias] = out[name]
     return out
+
+
+def _check_alike(number: int, state: Mapping[str, torch.Tensor], first: Mapping[str, torch.Tensor]) -> None:
+    if odd := next((n for n in first if n not in state or state[n].shape != first[n].shape), None) or next(
+        (n for n in state if n not in first), None
+    ):
+        raise CheckpointError(
+            f"state dict {number} differs from the first in {odd!r}; they must be of one architecture"
+        )
 
 
 def _mean(values: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:

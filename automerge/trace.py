@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from automerge._errors import TraceError
@@ -133,6 +134,10 @@ def _carried(before: Before, recorder: Recorder) -> list[str]:
 
 
 def _check_traceable(model: nn.Module, inputs: Any) -> None:
+    if not all(hasattr(module, "training") for module in model.modules()):
+        raise TraceError(
+            "a frozen TorchScript module has no mode and no parameters; infer on the module before freeze()"
+        )
     for name, tensor in [
         *model.named_parameters(),
         *model.named_buffers(),
@@ -146,6 +151,10 @@ def _check_traceable(model: nn.Module, inputs: Any) -> None:
             )
         if tensor.is_nested:
             raise TraceError(f"{name} is a nested tensor, {NO_NESTED}")
+        if is_traceable_wrapper_subclass(tensor):
+            raise TraceError(
+                f"{name} is a {type(tensor).__name__}; infer on the model with plain tensors, before it is sharded or quantised"
+            )
         if tensor.layout is not torch.strided:
             raise TraceError(f"{name} is a sparse tensor ({tensor.layout}); pass a dense one (tensor.to_dense())")
 
@@ -187,7 +196,12 @@ def prepared(model: nn.Module) -> Iterator[Before]:
     fastpath = torch.backends.mha.get_fastpath_enabled()
     mkldnn, recurrent = torch._C._get_mkldnn_enabled(), any(isinstance(m, nn.RNNBase) for m in modules)
     with restored(model) as before:
-        model.eval()  # in eval mode already, too: a model may drop its caches at that
+        try:
+            model.eval()  # in eval mode already, too: a model may drop its caches at that
+        except NotImplementedError as error:
+            raise TraceError(
+                f"{type(model).__name__} has no eval(), as modules of torch.export; infer on the module that was exported"
+            ) from error
         torch.backends.mha.set_fastpath_enabled(False)
         try:
             if recurrent:

@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 
 from automerge import cli
 from automerge._console import Console
+from automerge._errors import OutputError
 from automerge._factory import InputSpec, UsageError, draw_inputs, parse_input
-from automerge.io import hash_state_dict, load_state_dict
+from automerge.io import hash_state_dict, load_state_dict, save_state_dict
 from automerge.matchers import Matching
 from tests import _factories
 
@@ -470,6 +471,63 @@ def test_a_checkpoint_that_is_read_is_not_written_over(
     assert checkpoints[1].read_bytes() == before
 
 
+def test_shards_of_a_checkpoint_that_is_read_are_not_written_over(
+    checkpoints: Sequence[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = tmp_path / "s.safetensors.index.json"
+    save_state_dict(index, load_file(checkpoints[1]), shard_bytes=100)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    shard = sorted(before)[0]
+    alone = tmp_path / "x-00001-of-00001.safetensors"
+    alone.write_bytes(checkpoints[1].read_bytes())
+    out, call = tmp_path / "m.safetensors", ["merge", F + "mlp", *SHAPE, "--force", checkpoints[0]]
+    for outputs in (["-o", shard], ["-o", out, "--matching", shard]):
+        assert f"{shard} is one of the checkpoints that are read" in fails(capsys, *call, index, *outputs)
+    assert "is one of the checkpoints" in fails(capsys, *call, alone, "-o", tmp_path / "x.safetensors.index.json")
+    outputs = ["-o", tmp_path / "y.safetensors.index.json", "--matching", tmp_path / "y-00001-of-00001.safetensors"]
+    assert "same file" in fails(capsys, *call, checkpoints[1], *outputs)
+    assert "--resume and -o name the same file" in fails(capsys, *call, checkpoints[1], "-o", out, "--resume", out)
+    assert all(file.read_bytes() == content for file, content in before.items())
+    assert alone.read_bytes() == checkpoints[1].read_bytes()
+
+
+def test_a_matching_that_cannot_be_written_costs_no_result(
+    checkpoints: Sequence[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OutputError("k.safetensors cannot be written: the disk is full")
+
+    monkeypatch.setattr(Matching, "save", full)
+    out = tmp_path / "m.safetensors"
+    call = ["merge", F + "mlp", *checkpoints, *SHAPE, "-o", out, "--matching", tmp_path / "k.safetensors"]
+    assert "disk is full" in fails(capsys, *call)
+    assert load_file(out).keys() == load_file(checkpoints[0]).keys()
+
+
+@pytest.mark.parametrize(("size", "reason"), [("2", "RANK is not set"), ("x", "that is no number")])
+def test_a_world_size_that_no_torchrun_has_set(
+    size: str,
+    reason: str,
+    checkpoints: Sequence[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.delenv("RANK", raising=False)
+    message = fails(capsys, "merge", F + "mlp", *checkpoints, *SHAPE, "-o", checkpoints[0].with_name("m.safetensors"))
+    assert f"WORLD_SIZE={size} is set, as by torchrun, but {reason}" in message
+
+
+def test_linear_maps_are_not_gone_on_from(
+    checkpoints: Sequence[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "k.safetensors"
+    call = ["merge", F + "mlp", *checkpoints, "--data", F + "batches", "-o"]
+    assert run(*call, tmp_path / "m.safetensors", "--matcher", "zipit", "--matching", kept) == 0
+    capsys.readouterr()
+    assert "ZipIt found linear maps" in fails(capsys, *call, tmp_path / "n.safetensors", "--resume", kept)
+
+
 def test_two_outputs_under_one_name(
     checkpoints: Sequence[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -672,6 +730,8 @@ def test_wrong_input_shape(command: str, capsys: pytest.CaptureFixture[str]) -> 
         ("int:2,3<0", "zero"),
         ("99999999999999999999,3", "too large"),
         ("int:2,3<99999999999999999999", "too large"),
+        ("9" * 5000, "5000 digits"),
+        ("int:2,3<" + "9" * 5000, "5000 digits"),
     ],
 )
 def test_bad_shape_syntax(text: str, word: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -119,6 +119,16 @@ def test_small_pieces_are_joined_again() -> None:
         assert batch.args[0].shape[1] == (3 if 4 in batch.labels else 2)
 
 
+@pytest.mark.parametrize("length", [1, 2])
+def test_batches_of_one_or_two_samples_are_cut_too(length: int) -> None:
+    sizes = [length + k % 3 for k in range(40)]  # of another form each, as sentences are
+    batches = [Batch((torch.full((length, n), float(k)),), {}, torch.full((length,), k)) for k, n in enumerate(sizes)]
+    parts = split_batches(batches, [1, 1, 2], 0)
+    found = [sorted(int(y) for b in part for y in b.labels) for part in parts]
+    assert sorted(k for part in found for k in part) == sorted(k for k in range(40) for _ in range(length))
+    assert [len(part) for part in found] == [10 * length, 10 * length, 20 * length]
+
+
 def test_data_that_cannot_be_cut() -> None:
     with pytest.raises(AutomergeError, match=r"lengths \[3, 5\]; give separate data"):
         split_batches([Batch((torch.ones(3), torch.ones(5)))], [1, 1], 0)

@@ -244,6 +244,8 @@ def test_a_prefix_too_much_is_named() -> None:
         check_state_dict({f"model.{k}": v for k, v in want.items()}, want, "model 1")
     with pytest.raises(CheckpointError, match="is it a checkpoint of this architecture"):
         check_state_dict({"model.a.weight": torch.ones(1)}, want, "model 1")
+    with pytest.raises(CheckpointError, match=r"its names lack 'model\.', as of a wrapper"):
+        check_state_dict(want, {f"model.{k}": v for k, v in want.items()}, "model 1")
 
 
 # -------------------------------------------------------------------- writing
@@ -360,6 +362,31 @@ def test_what_is_no_checkpoint_is_named(content: bytes, message: str, suffix: st
     with pytest.raises(CheckpointError, match=message) as caught:
         load_state_dict(file)
     assert "code" not in str(caught.value)
+
+
+def test_files_with_the_suffix_of_the_other_format(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+    io.save_file({"a": torch.ones(2)}, tmp_path / "a.pt")
+    with pytest.warns(DeprecationWarning, match="jit"):
+        torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "b.pt"))
+    for name, message in (
+        ("a.safetensors", r"name it \.pt"),
+        ("a.pt", r"name it \.safetensors"),
+        ("b.pt", "TorchScript"),
+    ):
+        with pytest.raises(CheckpointError, match=message) as caught:
+            load_state_dict(tmp_path / name)
+        assert "download" not in str(caught.value)
+
+
+def test_views_are_written_as_the_values_that_they_show(tmp_path: Path) -> None:
+    conjugate = torch.tensor([1 + 2j, 3j]).conj()
+    state = {"a": conjugate, "b": conjugate.imag, "c": torch.ones(3)._neg_view(), "d": torch.ones(2)}
+    save_state_dict(tmp_path / "a.safetensors", state)
+    back = load_state_dict(tmp_path / "a.safetensors")
+    assert all(torch.equal(back[name], value) for name, value in state.items())
+    assert io.hash_state_dict(state) == io.hash_state_dict(back)
+    assert io.hash_state_dict({"c": state["c"]}) != io.hash_state_dict({"c": torch.ones(3)})
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"a": 1}', "3"])

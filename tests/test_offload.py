@@ -206,6 +206,17 @@ def test_a_full_disk_is_an_error_and_no_crash(tmp_path: Path, monkeypatch: pytes
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_without_permission_is_not_called_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(**_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", refused)
+    with pytest.raises(
+        OutputError, match=r"cannot be written: Permission denied; give a directory that you may write to"
+    ):
+        Store(tmp_path)
+
+
 def test_too_little_memory_points_to_the_disk() -> None:
     with pytest.raises(MatchingError, match="hold it on a disk with offload=DIRECTORY"):
         merge(models(), torch.randn(4, 6), matcher=FrankWolfe(max_memory=1000))

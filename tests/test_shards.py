@@ -70,6 +70,7 @@ def _elsewhere(index: Path, places: dict[str, str]) -> None:
         (_unheld, "do not agree about 'more'"),
         (_elsewhere, "only .safetensors files beside the index are read"),
         (lambda index, _: index.write_text("{"), "is not an index of safetensors files"),
+        (lambda index, _: index.write_text("[" * 100_000), "is not an index of safetensors files"),
         (lambda index, _: index.write_text("[1]"), "is not an index of safetensors files"),
         (lambda index, _: index.write_text('{"weight_map": 3}'), "is not an index of safetensors files"),
         (lambda index, p: (index.parent / p[min(p)]).write_bytes(b"no"), "truncated or not a safetensors file"),

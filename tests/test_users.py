@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +13,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
-from automerge._errors import AutomergeError, CheckpointError, MatchingError, OutputError
+from automerge._errors import AutomergeError, CheckpointError, MatchingError, OutputError, SymmetryError, TraceError
+from automerge._verify import verify
 from automerge.cli import main
 from automerge.compare import compare
 from automerge.evaluate import agreement, barrier, cycle_error, evaluate, interpolate
+from automerge.gauges import canonicalise
+from automerge.infer import infer
 from automerge.io import load_state_dict, save_state_dict
 from automerge.landscape import plane
 from automerge.matchers import ActivationMatching, FrankWolfe, Identity, match
@@ -374,6 +379,55 @@ class _Odd:
     call: Any
 
 
+class _Extra(nn.Linear):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 1}
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+class _Wrapped(torch.Tensor):
+    """A tensor that holds others, as those of sharded or quantised models do."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Any:
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # type: ignore[attr-defined]
+
+    def __init__(self, inner: torch.Tensor) -> None:
+        self.inner = inner
+
+    def __tensor_flatten__(self) -> Any:
+        return ["inner"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: Any, *_: Any) -> Any:
+        return _Wrapped(inner["inner"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return _Wrapped(args[0].inner)
+        return func(*tree_map_only(_Wrapped, lambda t: t.inner, args), **(kwargs or {}))
+
+
+def _wrapped() -> nn.Module:
+    net = nn.Linear(3, 2)
+    net.weight = nn.Parameter(_Wrapped(net.weight.detach()), requires_grad=False)
+    return net
+
+
+def _lazy() -> nn.Module:
+    return nn.Sequential(nn.LazyLinear(4))
+
+
+def _scripted(frozen: bool = False) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        net = torch.jit.script(nn.Linear(3, 2).eval())
+        return torch.jit.freeze(net) if frozen else net
+
+
 _NET = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
 _SD, _X, _Y = _NET.state_dict(), torch.randn(6, 3), torch.arange(6) % 2
 _ODD = {
@@ -425,6 +479,64 @@ _ODD = {
         CheckpointError, "takes the path of a file, got a OrderedDict", lambda: load_state_dict(_SD)
     ),  # type: ignore[arg-type]
     "as torch.save": _Odd(OutputError, "the path comes first", lambda: save_state_dict(_SD, "a.safetensors")),  # type: ignore[arg-type]
+    "no models": _Odd(CheckpointError, "models is one NoneType", lambda: merge(None, _X)),  # type: ignore[arg-type]
+    "weights beyond numbers": _Odd(
+        MatchingError, "too large to be added up", lambda: average([_SD, _SD], [1e308, 1e308])
+    ),
+    "average of two architectures": _Odd(
+        CheckpointError, r"differs from the first in '0\.weight'", lambda: average([_SD, {"0.bias": _X}], [1, 1])
+    ),
+    "number as a folder": _Odd(OutputError, "path of a directory", lambda: merge([_NET, _NET], _X, offload=3)),  # type: ignore[arg-type]
+    "nowhere on a line": _Odd(AutomergeError, "got nan", lambda: interpolate(_SD, _SD, float("nan"))),
+    "fewer than no inputs": _Odd(AutomergeError, "inputs=-1", lambda: evaluate(_NET, [(_X, _Y)], inputs=-1)),
+    "no elements": _Odd(
+        AutomergeError, "elements=0 would test nothing", lambda: verify(_NET, _X, infer(_NET, _X), elements=0)
+    ),
+    "any difference": _Odd(
+        AutomergeError, "tolerance=nan", lambda: verify(_NET, _X, infer(_NET, _X), tolerance=float("nan"))
+    ),
+    "gauges of nothing": _Odd(CheckpointError, "one or more", lambda: canonicalise(_NET, _X, [], infer(_NET, _X))),
+    "gauges of modules": _Odd(
+        CheckpointError, "expected a state dict", lambda: canonicalise(_NET, _X, [_NET], infer(_NET, _X))
+    ),  # type: ignore[list-item]
+    "gauges of another network": _Odd(
+        CheckpointError, "model 0 has no key", lambda: canonicalise(_NET, _X, [{"w": _X}], infer(_NET, _X))
+    ),
+    "gauges without a symmetry": _Odd(
+        SymmetryError, "what automerge.infer returns", lambda: canonicalise(_NET, _X, [_SD], None)
+    ),  # type: ignore[arg-type]
+    "metadata": _Odd(OutputError, "a mapping of names to text", lambda: save_state_dict("a.safetensors", _SD, "me")),  # type: ignore[arg-type]
+    "name of the header": _Odd(
+        OutputError, "belongs to safetensors", lambda: save_state_dict("a.safetensors", {"__metadata__": _X})
+    ),
+    "TorchScript and data": _Odd(
+        AutomergeError, "give the module that was scripted", lambda: merge([_scripted(), _scripted()], _X, data=[_X])
+    ),
+    "frozen TorchScript": _Odd(
+        TraceError, "infer on the module before freeze", lambda: infer(_scripted(frozen=True), _X)
+    ),
+    "exported": _Odd(
+        TraceError,
+        "infer on the module that was exported",
+        lambda: infer(torch.export.export(_NET, (_X,)).module(), _X),
+    ),
+    "lazy": _Odd(CheckpointError, "not initialised yet", lambda: merge([_lazy(), _lazy()], _X)),
+    "one lazy": _Odd(
+        CheckpointError, "not initialised yet", lambda: merge([nn.Sequential(nn.Linear(3, 4)), _lazy()], _X)
+    ),
+    "lazy match": _Odd(CheckpointError, "not initialised yet", lambda: match([_lazy(), _lazy()], infer(_NET, _X))),
+    "extra state": _Odd(
+        CheckpointError, "_extra_state is a dict in the architecture", lambda: merge([_Extra(3, 2), _Extra(3, 2)], _X)
+    ),
+    "wrapped tensors": _Odd(TraceError, "is a _Wrapped; infer on the model with plain", lambda: infer(_wrapped(), _X)),
+    "merge of wrapped tensors": _Odd(
+        CheckpointError, "is a _Wrapped; give plain tensors", lambda: merge([_wrapped(), _wrapped()], _X)
+    ),
+    "one wrapped": _Odd(
+        CheckpointError,
+        r"its names lack 'module\.'",
+        lambda: merge([nn.DataParallel(_NET), _NET], _X),
+    ),
     "module to save": _Odd(
         OutputError, "writes a state dict, got a Sequential", lambda: save_state_dict("a.safetensors", _NET)
     ),  # type: ignore[arg-type]
@@ -436,6 +548,20 @@ def test_odd_calls_get_one_clear_error(name: str) -> None:
     odd = _ODD[name]
     with pytest.raises(odd.kind, match=odd.message):
         odd.call()
+
+
+def test_weights_that_fit_modules_of_another_type_are_named() -> None:
+    other = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    assert any("model 1: 1 is a Tanh, in the architecture a ReLU" in note for note in merge([_NET, other], _X).notes)
+    assert not merge([_NET, _NET], _X).notes
+
+
+def test_a_repair_that_saw_nothing_says_so() -> None:
+    other = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    report = str(merge([_NET, other], _X, data=[torch.ones(8, 3)]))
+    assert "Repair (repair): 0 layers rescaled" in report
+    assert "nothing varies on these data" in report
+    assert "nothing varies" not in str(merge([_NET, other], _X, data=[_X]))
 
 
 def test_an_average_normalises_its_weights() -> None:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from automerge._errors import CheckpointError, MatchingError, SymmetryError
 from automerge._linear_maps import LinearElement, Matrix, linear_element
@@ -211,6 +212,7 @@ class Matching:
             problem = "is a directory; give the file" if Path(path).is_dir() else "does not exist; check the path"
             raise CheckpointError(f"{path} {problem}")
         try:
+            Path(path).open("rb").close()  # safetensors calls a file without permission missing
             with safe_open(str(Path(path)), framework="pt") as handle:
                 header = handle.metadata() or {}
                 tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
@@ -221,7 +223,9 @@ class Matching:
             whole = bool(json.loads(header.get("invertible", "true")))
             elements = tuple(_read_element(tensors, symmetry, m, roles, whole) for m in range(int(header["models"])))
             return Matching(elements, symmetry, header.get("matcher", ""), json.loads(header["stats"]))
-        except (OSError, SafetensorError, SymmetryError, KeyError, ValueError, IndexError) as error:
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        except (SafetensorError, SymmetryError, KeyError, ValueError, IndexError) as error:
             raise CheckpointError(f"{path} cannot be read as a matching: {error}") from error
 
 
@@ -270,7 +274,7 @@ def state_dict(model: Model) -> dict[str, torch.Tensor]:
     if not isinstance(model, Mapping | nn.Module):
         raise MatchingError(f"each model must be a state dict or a module, got a {type(model).__name__}")
     values = model.state_dict() if isinstance(model, nn.Module) else model
-    return {n: v.detach() if isinstance(v, torch.Tensor) else v for n, v in values.items()}
+    return {n: v.detach() if isinstance(v, torch.Tensor) and not is_lazy(v) else v for n, v in values.items()}
 
 
 def check_models(models: Sequence[Model], symmetry: Symmetry | None = None) -> list[dict[str, torch.Tensor]]:

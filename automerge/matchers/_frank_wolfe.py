@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from automerge._errors import MatchingError
+from automerge._linear_maps import LinearElement
 from automerge._offload import Store
 from automerge._ranks import ALONE, Ranks
 from automerge._tree import Perms
@@ -106,6 +107,11 @@ class FrankWolfe(Matcher):
         for name in ("softness", "warmth"):
             if not 0 <= getattr(self, name) <= 1:
                 raise MatchingError(f"FrankWolfe({name}={getattr(self, name)}): expected a share between 0 and 1")
+        if self.resume is not None and any(isinstance(e, LinearElement) for e in self.resume.to_universe):
+            raise MatchingError(
+                f"FrankWolfe(resume=...) goes on from permutations; {self.resume.matcher.partition('(')[0] or 'this matching'} "
+                "found linear maps"
+            )
 
     def match(
         self, models: Sequence[Model], symmetry: Symmetry, *, progress: Progress | None = None, data: Any = None

@@ -177,6 +177,8 @@ def assert_cycle_consistent(matching: Any) -> None:
         >>> s = Symmetry({"a": (3,)}, (Generator(3, (Slot("a", 0, unit),)),))
         >>> assert_cycle_consistent(Matching((s.random_element(0), s.random_element(1), s.identity()), s))
     """
+    if not hasattr(matching, "between"):
+        raise AutomergeError(f"expected a Matching, as match gives it, got a {type(matching).__name__}")
     n = len(matching)
     if n < 2:
         raise AssertionError(f"a matching of {n} models has no cycle")

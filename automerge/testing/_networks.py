@@ -161,7 +161,7 @@ def rebuild(choices: Sequence[int], kinds: Sequence[str] = KINDS, max_blocks: in
     left = iter(choices)
     try:
         return build(lambda options: options[next(left)], checked_kinds(kinds, max_blocks), max_blocks)
-    except (StopIteration, IndexError) as error:
+    except (StopIteration, IndexError, TypeError) as error:
         raise AutomergeError("these choices are of no network, or of other kinds or max_blocks") from error
 
 

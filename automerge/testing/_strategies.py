@@ -67,6 +67,8 @@ def elements(symmetry: Symmetry) -> st.SearchStrategy[Element]:
         >>> find(elements(automerge.infer(net, torch.ones(1, 2))), lambda e: True).is_identity()
         True
     """
+    if not isinstance(symmetry, Symmetry):
+        raise AutomergeError(f"expected a Symmetry, as infer gives it, got a {type(symmetry).__name__}")
     return st.tuples(*(st.permutations(range(g.size)) for g in symmetry.generators())).map(symmetry.element)
 
 
@@ -132,6 +134,8 @@ def checkpoints(
     """
     if isinstance(model, Network):
         symmetry, model = symmetry or model.symmetry, model.model
+    if not isinstance(model, nn.Module):
+        raise AutomergeError(f"checkpoints of a module or a Network, got a {type(model).__name__}")
     if symmetry is None and args is None and not kwargs:
         raise AutomergeError(
             "checkpoints needs the model's symmetry: give symmetry=, or example inputs by args= and kwargs="

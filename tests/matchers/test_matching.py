@@ -46,6 +46,16 @@ def test_identity_round_trip(tmp_path: Path) -> None:
     assert Matching.load(tmp_path / "m.safetensors").to_universe == matching.to_universe
 
 
+def test_a_file_without_permission_is_not_called_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "m.safetensors").touch()
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(CheckpointError, match=r"m\.safetensors cannot be read: Permission denied"):
+        Matching.load(tmp_path / "m.safetensors")
+
+
 def test_damaged_files(tmp_path: Path) -> None:
     file = tmp_path / "m.safetensors"
     with pytest.raises(CheckpointError, match="does not exist; check the path"):

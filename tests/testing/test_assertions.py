@@ -148,6 +148,8 @@ def test_assertions_that_could_not_fail_are_refused() -> None:
             check(NET, ARGS, TRUTH.generators())
     with pytest.raises(AutomergeError, match="got a NoneType"):
         assert_same_symmetry(TRUTH, None)  # type: ignore[arg-type]
+    with pytest.raises(AutomergeError, match="expected a Matching, as match gives it, got a int"):
+        assert_cycle_consistent(5)
     with pytest.raises(AssertionError, match="no cycle"):
         assert_cycle_consistent(Matching((TRUTH.identity(),), TRUTH))
 
@@ -244,6 +246,13 @@ def test_checkpoints_compute_the_same_function(family: Checkpoints) -> None:
 def test_unsuitable_families_are_refused_where_they_are_asked_for(options: Any, words: str) -> None:
     with pytest.raises(AutomergeError, match=words):
         checkpoints(NET, **options)
+
+
+def test_strategies_of_something_else_are_refused_where_they_are_asked_for() -> None:
+    with pytest.raises(AutomergeError, match="expected a Symmetry, as infer gives it, got a NoneType"):
+        elements(None)  # type: ignore[arg-type]
+    with pytest.raises(AutomergeError, match="of a module or a Network, got a int"):
+        checkpoints(5, symmetry=TRUTH)  # type: ignore[arg-type]
 
 
 @settings(max_examples=3)

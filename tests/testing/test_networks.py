@@ -164,9 +164,9 @@ def test_hypothesis_prints_what_builds_a_failing_network_again() -> None:
 
 
 def test_choices_of_no_network_are_refused() -> None:
-    for choices in ([], [0, 0, 0], [99]):
+    for choices in ([], [0, 0, 0], [99], "x"):
         with pytest.raises(AutomergeError, match="choices"):
-            rebuild(choices)
+            rebuild(choices)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
