@@ -287,8 +287,8 @@ class Recorder(TorchDispatchMode):
         return bool(self.blank) and any(n in self.blank for n in node_args if isinstance(n, fx.Node))
 
     def overwritten(self, func: Any, args: Any, kwargs: Any, node_args: Any) -> Any:
-        """Run an operator that writes to its operands, unless that would be numbers that nobody looks at over such numbers."""
-        skipped = not self.compute and self._follows(node_args) and unwritten(func, args)
+        """Run an operator that writes to its operands, unless it writes over numbers that were not computed."""
+        skipped = not self.compute and bool(node_args) and node_args[0] in self.blank and unwritten(func, args)
         return args[0] if skipped else func(*args, **kwargs)
 
     def give_up(self) -> NoReturn:
@@ -367,14 +367,8 @@ class Recorder(TorchDispatchMode):
 
 NO_NESTED = "which has no shape to follow; pad the sequences (torch.nested.to_padded_tensor) for inference"
 _ONE_OUTPUT = (aten.native_batch_norm.default,)  # what it keeps for a backward pass has no entries in evaluation
-_BARE = (
-    aten.empty,
-    aten.empty_like,
-    aten.empty_strided,
-    aten.empty_permuted,
-    aten.new_empty,
-    aten.new_empty_strided,
-)
+_BARE_NAMES = ("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided")
+_BARE = tuple(getattr(aten, name) for name in _BARE_NAMES)
 _READS = {getattr(aten, name).default for name in ("_local_scalar_dense", "item", "equal", "is_nonzero", "allclose")}
 
 

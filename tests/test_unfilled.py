@@ -177,10 +177,12 @@ def test_numbers_that_are_not_computed_are_not_written(monkeypatch: pytest.Monke
         def __init__(self) -> None:
             super().__init__()
             self.inner = inner
+            self.register_buffer("kept", torch.zeros(()), persistent=False)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             x = x.clone().add_(1)  # computed: it follows from the input alone
             assert bool((x >= 1).all())
+            self.kept.add_(self.inner(x).sum())  # computed: what the model keeps is put back by what was written
             return self.inner(x).add_(1).relu_()
 
     graph = trace(InPlace(), torch.ones(2, 3), values=False)

@@ -58,7 +58,7 @@ class Engine(Combine):
         self.refused = False
         self.fillings: list[_Join] = []
         self.joins: list[_Join] = []
-        self.kernels: list[tuple[np.ndarray, str]] = []
+        self.kernels: list[tuple[np.ndarray, str, str]] = []
 
     def reshape(self, value: Value, shape: Sequence[int]) -> Value:
         """View: regroup letters, splitting one where an axis ends inside it."""
@@ -237,14 +237,17 @@ class Engine(Combine):
         self.states = {(f.node, f.place[-1]) for f, ok in zip(self.fillings, found, strict=True) if ok}
 
     def _settle_kernels(self, moving: np.ndarray) -> None:
-        """Pin kernels over a whole axis, but for one of units, which all are positions of some parameter that is no kernel."""
+        """Pin kernels over a whole axis, but for one of units, which all are positions of some parameter that is no kernel.
+
+        So are axes that an interpolation leaves as they are.
+        """
         own = {
-            self.axes.families[k].start for labels, _ in self.kernels for k in np.unique(self.axes.family_of[labels])
+            self.axes.families[k].start for labels, *_ in self.kernels for k in np.unique(self.axes.family_of[labels])
         }
-        for labels, where in self.kernels:
+        for labels, where, reason in self.kernels:
             if not self.axes.encloses(moving, moving[labels], own):
                 self.axes.where = where
-                self.axes.pin(labels, "position in a convolution kernel")
+                self.axes.pin(labels, reason)
 
     def _beside(self, values: Sequence[Value], made: int) -> tuple[list[Value], list[Factor]]:
         """Factors that every operand of a stack has over the same letters with labels of its own, taken out and stacked.

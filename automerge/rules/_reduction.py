@@ -174,10 +174,11 @@ def pooling(context: Context, x: Value, *args: Any, **kwargs: Any) -> Any:
     single = isinstance(value, torch.Tensor)
     out = value if single else value[0]
     spatial = next((n for n in (1, 2, 3) if f"{n}d" in name), 2)
+    alike = _not_resized(context, x, args, kwargs, spatial) if "upsample" in name else set()
     for k in range(len(x.axes) - spatial, len(x.axes)):
         at = k - len(x.axes)
         same = "pool" in name and "adaptive" not in name and x.shape[k] == out.shape[k]
-        if same and _window(args, spatial, at) == 1 and _stride(args, spatial, at) == 1:
+        if k in alike or (same and _window(args, spatial, at) == 1 and _stride(args, spatial, at) == 1):
             continue  # a window of one position
         whole = out.shape[k] == 1 and ("adaptive" in name or _window(args, spatial, k - len(x.axes)) == x.shape[k])
         if not whole or (not single and 1 in context.used):
@@ -223,6 +224,25 @@ def fractional_pooling(context: Context, x: Value, kernel: Any, size: Any, sampl
         x = engine.pin_letters(x, set(x.axes[k]), "spatial axis of a window operator")
         x = repinned(engine, x, k, context.out(0).shape[k])
     return x, x
+
+
+def _not_resized(context: Context, x: Value, args: Sequence[Any], kwargs: dict[str, Any], spatial: int) -> set[int]:
+    """The axes that an interpolation leaves as they are (a table of positions by channels), if their length is no accident.
+
+    Units that are all positions of another parameter, too, are as many on every input; this is settled in the end.
+    """
+    names = [a.name for a in context.node.target._schema.arguments[1:]]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    scales = given.get("scale_factors") or [given.get(n) for n in names if n.startswith("scales")]
+    found: set[int] = set()
+    for k, scale in enumerate(scales, len(x.axes) - spatial):
+        letters = set(x.axes[k])
+        own = [f for f in x.factors if set(f.letters) & letters]
+        if scale in (None, 1) and x.shape[k] == context.shape[k] and all(set(f.letters) == letters for f in own):
+            reason = "spatial axis of a window operator"
+            context.engine.kernels += [(f.labels.reshape(-1), context.engine.axes.where, reason) for f in own]
+            found.add(k)
+    return found
 
 
 def _stride(args: Sequence[Any], spatial: int, axis: int) -> int:

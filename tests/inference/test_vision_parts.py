@@ -252,3 +252,56 @@ def test_a_view_that_mixes_channels_with_pixels_is_tried_on_smaller_images() -> 
     symmetry = infer(model, torch.randn(1, 3, 34, 34))
     assert_sound(model, torch.randn(2, 3, 17, 17), symmetry)
     assert any("not on inputs of the shapes" in note for note in symmetry.notes)
+
+
+class Resized(nn.Module):
+    """A table of positions by channels that is resized as an image is, to as many positions as there are tokens."""
+
+    def __init__(self, **how: object) -> None:
+        super().__init__()
+        self.how, self.table = how, nn.Parameter(torch.randn(1, 1, 9, 8))
+        self.tokens, self.mid, self.head = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        size = None if "scale_factor" in self.how else (tokens.shape[1], 8)
+        table = nn.functional.interpolate(self.table, size=size, **self.how)
+        h = self.tokens(tokens) + table[:, 0, : tokens.shape[1]]
+        return self.head(nn.functional.layer_norm(h + self.mid(h).relu(), (8,)))
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ({"mode": "bilinear"}, [8]),
+        ({"mode": "bilinear", "align_corners": True}, [8]),
+        ({"mode": "bicubic", "antialias": True}, [8]),
+        ({"mode": "nearest"}, [8]),
+        ({"mode": "nearest-exact"}, [8]),
+        ({"mode": "bilinear", "scale_factor": (0.6, 1)}, [8]),
+        ({"mode": "bilinear", "scale_factor": (0.6, 1.1)}, []),  # as many channels, but of other places
+    ],
+)
+def test_an_axis_that_an_interpolation_leaves_as_it_is(how: dict[str, object], expected: list[int]) -> None:
+    model, tokens = Resized(**how), torch.randint(11, (2, 5))
+    assert sizes(model, tokens) == expected
+    if "scale_factor" not in how:
+        assert sizes(model, torch.randint(11, (2, 9))) == expected  # as many as the table has
+        for length in (3, 9, 12):
+            assert_sound(model, torch.randint(11, (2, length)), infer(model, tokens, verify=False))
+
+
+@pytest.mark.parametrize("width", [5, 7])
+def test_an_interpolation_to_the_same_size_keeps_its_places(width: int) -> None:
+    """That the example has the size of the table may be by chance: other inputs mix the positions."""
+
+    class Places(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows, self.head = nn.Linear(3, 20), nn.Linear(1, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            image = self.rows(x.mean((2, 3))).view(-1, 1, 4, 5)
+            image = nn.functional.interpolate(image, size=x.shape[2:], mode="bilinear")
+            return self.head(image.relu().flatten(2).sum(-1))
+
+    assert infer(Places(), torch.randn(2, 3, 4, width), verify=False).generators() == []
