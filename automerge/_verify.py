@@ -130,8 +130,8 @@ def verify(
     """
     if not isinstance(elements, int) or elements < 1:
         raise AutomergeError(f"elements={elements!r} would test nothing; give a whole number of at least one")
-    if not 0 <= tolerance < 1:
-        raise AutomergeError(f"tolerance={tolerance}: expected a relative difference, from 0 to below 1")
+    if not tolerance >= 0:
+        raise AutomergeError(f"tolerance={tolerance}: expected a relative difference, 0 or more")
     start = time.perf_counter()
     positional, keywords = normalise_args(args, kwargs)
     subject = Subject(model)
