@@ -27,47 +27,54 @@ def squared(images: Sequence[Image]) -> tuple[np.ndarray, tuple[np.ndarray, ...]
         its diagonal; None unless there are such orbits and no other ones.
     """
     n = len(images) + 1
+    movers: dict[int, list[int]] = {}
+    for k, image in enumerate(images, start=1):
+        for w in image:
+            movers.setdefault(w, []).append(k)
     singles: list[np.ndarray] = []
     pairs: list[np.ndarray] = []
     seen: set[int] = set()
-    for start in sorted({w for image in images for w in image}):
+    for start in sorted(movers):
         if start in seen:
             continue
-        orbit = _orbit(start, images)
+        orbit = _orbit(start, images, movers)
         seen |= orbit
         if len(orbit) not in (n, n * (n - 1)):
             return None
-        found = _coordinates(orbit, images, 1 if len(orbit) == n else 2)
+        found = _coordinates(orbit, images, movers, 1 if len(orbit) == n else 2)
         if found is None:
             return None
         (singles if found.ndim == 1 else pairs).append(found)
     return (np.stack(singles, axis=1), tuple(pairs)) if singles and pairs else None
 
 
-def _orbit(start: int, images: Sequence[Image]) -> set[int]:
+def _orbit(start: int, images: Sequence[Image], movers: Mapping[int, Sequence[int]]) -> set[int]:
     found, todo = {start}, [start]
     while todo:
         w = todo.pop()
-        new = {image[w] for image in images if w in image} - found
+        new = {images[k - 1][w] for k in movers[w]} - found
         found |= new
         todo += new
     return found
 
 
-def _coordinates(orbit: set[int], images: Sequence[Image], count: int) -> np.ndarray | None:
+def _coordinates(
+    orbit: set[int], images: Sequence[Image], movers: Mapping[int, Sequence[int]], count: int
+) -> np.ndarray | None:
     """The vertices of one orbit by their units, ``(n,)`` or ``(n, n)``; None if exchanges do not act on these."""
     n = len(images) + 1
     # a vertex that is not unit 0's moves with its own units alone; for three units any pair may be the first
-    movers = {w: tuple(k for k, image in enumerate(images, start=1) if w in image) for w in orbit}
     first = next((w for w in sorted(orbit) if len(movers[w]) == count), None)
     if first is None:
         return None
-    at: dict[int, tuple[int, ...]] = {first: movers[first]}
+    at: dict[int, tuple[int, ...]] = {first: tuple(movers[first])}
     todo = [first]
     while todo:
         w = todo.pop()
-        for k, image in enumerate(images, start=1):
-            to, units = image.get(w, w), tuple([k if u == 0 else 0 if u == k else u for u in at[w]])
+        if movers[w] != (list(range(1, n)) if 0 in at[w] else sorted(at[w])):
+            return None
+        for k in movers[w]:
+            to, units = images[k - 1][w], tuple([k if u == 0 else 0 if u == k else u for u in at[w]])
             if to not in at:
                 at[to] = units
                 todo.append(to)
