@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from automerge._errors import AutomergeError, CheckpointError
 from automerge._machine import physical_memory
+from automerge._random import forked
 from automerge._restoring import lent, restored
 from automerge.io import tied_names, with_ties
 
@@ -244,8 +245,8 @@ def device_of(model: nn.Module) -> torch.device | None:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients inside; every module's own mode flag is restored on the way out.
 
-    So is the state of the random generators: a model that draws numbers takes none of the caller's, and from one seed
-    (``torch.manual_seed``) all passes start with the same. The fused fast path of multi-head attention is off inside, so
+    So is the state of the random generators (torch's, numpy's, Python's): a model that draws numbers takes none of the
+    caller's, and from one seed all passes start with the same. The fused fast path of multi-head attention is off inside, so
     that its parts are visible to observers and every pass computes the same numbers.
     """
     flags = [(module, module.training) for module in model.modules()]
@@ -253,7 +254,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     try:
         model.eval()
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad(), torch.random.fork_rng(devices=_gpus(model)):
+        with torch.no_grad(), forked(devices=_gpus(model)):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from automerge._double import double_precision, widen
 from automerge._errors import InvarianceError, TraceError
+from automerge._random import forked
 from automerge._subject import Change, Subject, named_tensors, unchanged
 from automerge._tree_io import map_tensors
 from automerge.symmetry import Symmetry
@@ -49,8 +50,7 @@ def failure(model: nn.Module, symmetry: Symmetry, setting: Setting, turn: int, m
     graphs = []
     for state, change in ((setting.base, unchanged), (setting.base, move), (own, unchanged)):
         subject.load(state, change)
-        with torch.no_grad(), double_precision(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with torch.no_grad(), double_precision(), forked(seed=0):
             inputs = map_tensors(widen, given[0]), map_tensors(widen, given[1])
             graphs.append(trace(subject.model, *inputs, constants=fixed))
     for node in graphs[0].graph.nodes:  # tensors in one memory that are several in a copy

@@ -26,6 +26,7 @@ from torch.utils.data import Dataset, IterableDataset
 from automerge._copies import lacking
 from automerge._data import Batches, check_pair, listed
 from automerge._errors import AutomergeError
+from automerge._random import forked
 from automerge._shards import is_shard, listed_shards, present_shards
 
 _DTYPES = {
@@ -213,8 +214,7 @@ def build_model(text: str, seed: int, empty: bool = False) -> nn.Module:
 
 
 def _built(text: str, seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with forked(seed):
         model = _call(text, "FACTORY")
     if not isinstance(model, nn.Module):
         raise UsageError(f"FACTORY {text!r} returned a {type(model).__name__}, not a torch.nn.Module")

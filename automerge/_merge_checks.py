@@ -68,6 +68,7 @@ def check_models(
     notes = [n for k, d in enumerate(dicts) for n in check_state_dict(d, expected, f"model {k}", buffers)]
     notes += _other_modules(network, models)
     check_ties(network, dicts)
+    notes += _different_masks(buffers, dicts)
     for name, first in dicts[0].items():
         if not (first.is_floating_point() or first.is_complex()):
             merge_integers(name, [d[name].to(first.device) for d in dicts])
@@ -88,6 +89,24 @@ def _other_modules(network: nn.Module, models: Sequence[Model]) -> list[str]:
                 "weights are for"
             )
     return notes
+
+
+def _different_masks(buffers: Iterable[str], dicts: Sequence[Mapping[str, torch.Tensor]]) -> list[str]:
+    """A note on masks of pruning that differ: what is pruned in one model only comes out scaled, and not as it was."""
+    found = []
+    for name in buffers:
+        first = dicts[0].get(name)
+        if first is None or not first.is_floating_point() or all(torch.equal(d[name], first) for d in dicts[1:]):
+            continue
+        if all(bool(((d[name] == 0) | (d[name] == 1)).all()) for d in dicts):
+            found.append(name)
+    if not found:
+        return []
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    return [
+        f"{found[0]}{more} hold zeros and ones only, which differ between the models, and are averaged like weights; make the "
+        "pruning permanent first (torch.nn.utils.prune.remove)"
+    ]
 
 
 def check_ties(network: nn.Module, dicts: Sequence[Mapping[str, torch.Tensor]]) -> None:

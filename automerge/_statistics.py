@@ -18,6 +18,7 @@ from automerge._data import Batch, device_of
 from automerge._errors import CheckpointError, MatchingError, TraceError
 from automerge._moments import CrossMoments
 from automerge._places import Place, Survey, survey
+from automerge._random import forked
 from automerge._tree_io import map_tensors
 from automerge.io import tied_names
 from automerge.symmetry import Symmetry
@@ -158,7 +159,7 @@ def collect(
     run = _Run(network, states, symmetry)
     moments: dict[str, CrossMoments] = {}
     lost: set[str] = set()
-    with torch.random.fork_rng(devices=[]):  # what the models draw is not the caller's
+    with forked():  # what the models draw is not the caller's
         for batch, counted in _parts(batches, mask):
             values = run.observe(batch, counted)
             for name in {n for v in values for n in v} | set(moments):

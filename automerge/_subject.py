@@ -12,6 +12,7 @@ from torch import nn
 from automerge._copies import copied
 from automerge._double import Calibrate, Double, double_precision, widen
 from automerge._errors import TraceError
+from automerge._random import forked
 from automerge._tree_io import map_tensors, tensors_of
 from automerge.groups import Element
 from automerge.symmetry import Symmetry
@@ -227,8 +228,7 @@ class Subject:
         """The float64 outputs under some weights; random operators draw the same numbers every time."""
         self.load(state, change)
         args, kwargs = map_tensors(_own, args), map_tensors(_own, kwargs)
-        with prepared(self.model), double_precision(mode), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with prepared(self.model), double_precision(mode), forked(seed=0):
             result = self.model(*args, **kwargs)
             return [t.detach().clone() for t in tensors_of(result)]
 

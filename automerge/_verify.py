@@ -17,6 +17,7 @@ from torch import fx, nn
 from automerge._diagnosis import OtherPathError, Setting, failure
 from automerge._errors import AutomergeError, InvarianceError, SymmetryError, TraceError
 from automerge._longer import other_sizes
+from automerge._random import forked
 from automerge._subject import Change, Move, Subject, fresh_inputs, named_tensors, randomised, runnable
 from automerge._tree_io import map_tensors, tensors_of
 from automerge.groups import Element
@@ -364,7 +365,7 @@ def check_replay(model: nn.Module, args: Any, kwargs: Any, graph: fx.GraphModule
         return model(*own[0], **own[1])
 
     try:
-        with torch.no_grad(), prepared(model):
+        with torch.no_grad(), prepared(model), forked():
             how, found = runnable(run, positional, keywords, 1)
             given = fresh_inputs(positional, keywords, 1, how)
             fed = [t.clone() for t in tensors_of_in_order(given)]

@@ -1,8 +1,8 @@
 """The command line: ``automerge demo``, ``inspect``, ``verify``, ``merge`` and ``compare``.
 
 Results go to standard output, progress and what models print to standard error. Bad input ends with one sentence and
-exit code 2, an interrupt with 130 (SIGTERM with 143); an error that is not the caller's ends with 1 and names itself a
-defect.
+exit code 2, an interrupt with 130 (SIGTERM with 143, SIGHUP with 129); an error that is not the caller's ends with 1 and
+names itself a defect.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -200,12 +200,12 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM; a class of its own because python itself may end with SIGINT's code after a plain KeyboardInterrupt."""
+    """SIGTERM or SIGHUP; a class of its own because python may end with SIGINT's code after a plain KeyboardInterrupt."""
 
 
 @contextmanager
 def _ended_by(asked: list[int]) -> Iterator[None]:
-    """SIGTERM ends the work as Ctrl-C does, so that temporary files go and a search keeps its best.
+    """SIGTERM and SIGHUP (a closed terminal) end the work as Ctrl-C does: temporary files go, and a search keeps its best.
 
     Several processes are left to their launcher: one that waits for another could not answer in time.
 
@@ -218,14 +218,16 @@ def _ended_by(asked: list[int]) -> Iterator[None]:
         raise _Terminated
 
     mine = threading.current_thread() is threading.main_thread() and "WORLD_SIZE" not in os.environ
-    if not mine or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, end)
+    known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    # others stay with whoever handles them, or ignores them (nohup)
+    heard = [number for number in known if mine and signal.getsignal(number) is signal.SIG_DFL]
+    for number in heard:
+        signal.signal(number, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in heard:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -235,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; those of the process if None.
 
     Returns:
-        0, or 2 for bad input, 130 for an interrupt, 143 for SIGTERM, 1 for a defect of automerge.
+        0, or 2 for bad input, 130 for an interrupt, 143 for SIGTERM, 129 for SIGHUP, 1 for a defect of automerge.
     """
     options = _parser().parse_args(argv)
     name = f"automerge {options.command}"
@@ -247,8 +249,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{name}: {'terminated' if asked else 'interrupted'}; no half-written file is left", file=sys.stderr)
-        return 143 if asked else 130
+        with suppress(OSError):  # a terminal that was closed
+            print(f"{name}: {'terminated' if asked else 'interrupted'}; no half-written file is left", file=sys.stderr)
+        return 128 + asked[0] if asked else 130
     except BrokenPipeError:
         drop_output()
         return 0

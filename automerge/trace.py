@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from automerge._errors import TraceError
 from automerge._machine import releasing
 from automerge._opaque import opaque_modules
+from automerge._random import forked
 from automerge._readers import Readers
 from automerge._recorder import NO_NESTED, Recorder
 from automerge._restoring import Before, replaced, restored
@@ -100,7 +101,7 @@ def _recorded(model: nn.Module, positional: Any, keywords: Any, recorder: Record
     """One run of a model under a recorder."""
     positional, keywords = recorder.add_inputs(positional, keywords)
     # what the model draws is not the caller's
-    with prepared(model) as before, recorder.watch_modules(), releasing(_LARGE), torch.random.fork_rng(devices=[]):
+    with prepared(model) as before, recorder.watch_modules(), releasing(_LARGE), forked():
         try:
             with torch.no_grad(), opaque_modules(recorder, model), recorder, Readers(recorder):
                 result = model(*positional, **keywords)

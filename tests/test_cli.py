@@ -805,11 +805,16 @@ def test_an_interrupt_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_a_termination_ends_with_143(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("automerge._commands.build_model", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    assert run("inspect", F + "mlp", *SHAPE) == 143
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_termination_ends_with_its_code(
+    number: int, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.signal(number, signal.SIG_DFL)  # (the tests themselves may run under nohup)
+    monkeypatch.setattr("automerge._commands.build_model", lambda *_: os.kill(os.getpid(), number))
+    assert run("inspect", F + "mlp", *SHAPE) == code
     assert capsys.readouterr().err == "automerge inspect: terminated; no half-written file is left\n"
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(number) is signal.SIG_DFL
+    signal.signal(number, before)
 
 
 def test_a_termination_while_the_result_is_written(

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import nn
+from torch.nn.utils import prune
 
 from automerge._errors import AutomergeError, CheckpointError, MatchingError, OutputError, TraceError
 from automerge.evaluate import evaluate
@@ -453,6 +454,17 @@ def test_a_note_names_other_dtypes() -> None:
     assert result.notes[0] == "model 1: 0.weight and 5 more are torch.float64, expected torch.float32"
 
 
+def test_masks_that_differ_are_noted() -> None:
+    models = [_mlp(seed) for seed in range(2)]
+    for amount, model in zip((2, 2), models, strict=True):
+        prune.l1_unstructured(model[0], "weight", amount)
+    note = "0.weight_mask hold zeros and ones only, which differ between the models"
+    assert any(n.startswith(note) for n in merge(models, X).notes)
+    for model in models:
+        prune.remove(model[0], "weight")
+    assert not any("zeros and ones" in n for n in merge(models, X).notes)
+
+
 def test_matcher_options_are_kept_and_stages_timed() -> None:
     start = time.perf_counter()
     result = merge([_mlp(0), _mlp(1)], X, matcher=FrankWolfe(), symmetry=_symmetry(_mlp(0).state_dict()))
@@ -525,22 +537,13 @@ def test_options_of_another_kind_are_one_sentence(options: dict[str, Any], messa
 
 
 def test_groups_that_no_matcher_searches_are_named() -> None:
-    """A matrix made from the data, flattened: every unit owns a row and a column of one axis."""
-
-    class Transform(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.features, self.matrix, self.out = nn.Linear(3, 4), nn.Linear(4, 16), nn.Linear(4, 2)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            h = self.features(x).relu()
-            matrix = self.matrix(h.amax(1)) + torch.eye(4).flatten()
-            return self.out((h @ matrix.view(-1, 4, 4)).relu())
-
-    torch.manual_seed(0)
-    models = [Transform() for _ in range(2)]
-    result = merge(models, torch.randn(2, 5, 3))
-    assert any("overlap without being nested" in remark for remark in result.matching.remarks())
-    assert "features.weight[0]" in str(result)
+    """Groups written by hand that share some of their positions."""
+    first, second = np.arange(3)[:, None], np.arange(3)[:, None] + 2
+    sets = tuple(Generator(3, (Slot("weight", 0, units), Slot("bias", 0, units))) for units in (first, second))
+    models = [nn.Linear(3, 5) for _ in range(2)]
+    symmetry = Symmetry({"weight": (5, 3), "bias": (5,)}, sets)
+    matching = match(models, symmetry)
+    assert any("overlap without being nested" in remark for remark in matching.remarks())
+    assert "weight[0]" in str(matching)
     plain = [nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)) for _ in range(2)]
     assert not merge(plain, torch.randn(2, 3)).matching.remarks()

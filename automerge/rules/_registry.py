@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from automerge._errors import AutomergeError
 from automerge._opaque import CLASSES, OpaqueModule
 from automerge.rules._engine import Engine
 from automerge.rules._folding import folded
@@ -92,14 +93,24 @@ def register_rule(operator: Any, rule: Rule | None = None) -> Any:
     Returns:
         The rule.
 
+    Raises:
+        AutomergeError: for what is no operator, or a rule that cannot be called.
+
     Examples:
         >>> @register_rule("mylib::scaled")
         ... def scaled(context, x, factor):
         ...     return context.engine.elementwise([x])
     """
+    module = isinstance(operator, type) and issubclass(operator, nn.Module)
+    if not isinstance(operator, str) and not callable(operator):
+        raise AutomergeError(
+            f"register_rule takes an operator of torch.ops, its name, or a class of modules, got {operator!r}"
+        )
     if rule is None:
         return lambda fn: register_rule(operator, fn)
-    if isinstance(operator, type) and issubclass(operator, nn.Module):
+    if not callable(rule):
+        raise AutomergeError(f"the rule of {operator} is a {type(rule).__name__}, which cannot be called")
+    if module:
         CLASSES.add(operator)
         _MODULE_RULES[operator] = rule
         return rule

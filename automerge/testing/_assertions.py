@@ -19,6 +19,7 @@ from torch import nn
 from automerge._copies import copied
 from automerge._double import double_precision
 from automerge._errors import AutomergeError
+from automerge._random import forked
 from automerge._subject import Change, fresh_inputs, randomised, runnable
 from automerge._tree_io import tensors_of
 from automerge._verify import within_rounding
@@ -221,8 +222,7 @@ class _Subject:
                     done.add(id(tensor))
                     tensor.copy_(state[name])
         wide = [_double(v) for v in given[0]], {k: _double(v) for k, v in given[1].items()}
-        with prepared(self.model), double_precision(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # a model that draws random numbers draws the same ones every time
+        with prepared(self.model), double_precision(), forked(seed=0):
             return [t.detach().clone() for t in tensors_of(self.model(*wide[0], **wide[1]))]
 
     def changed(self, state: State, given: Given, change: Change) -> list[torch.Tensor]:

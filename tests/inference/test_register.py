@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import automerge
+from automerge import AutomergeError, register_rule
 from automerge.rules import _registry
 
 
@@ -113,3 +115,9 @@ def test_opaque_module() -> None:
         (6, ["a.weight", "a.bias", "black.scale", "out.weight"])
     ]
     assert "forward" not in vars(model.black)
+
+
+@pytest.mark.parametrize(("operator", "rule", "words"), [(None, len, "got None"), ("aten::cos", 5, "cannot be called")])
+def test_what_is_no_rule_is_refused(operator: Any, rule: Any, words: str) -> None:
+    with pytest.raises(AutomergeError, match=words):
+        register_rule(operator, rule)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from torch import nn
 
 from automerge import Generator, InvarianceError, Slot, Symmetry, SymmetryError, TraceError, infer, verify
 from automerge._verify import trial_elements
+from automerge.testing import assert_sound
 
 
 def units(n: int) -> np.ndarray:
@@ -368,3 +371,25 @@ def test_the_symmetry_of_another_model_is_told_apart_from_a_defect() -> None:
     with pytest.raises(InvarianceError, match="a random element of the group changes the output by") as caught:
         verify(net, x, wrong)
     assert "report" not in str(caught.value)
+
+
+@pytest.mark.parametrize("library", [random, np.random], ids=["python", "numpy"])
+def test_numbers_that_other_libraries_draw_are_the_same_in_every_pass(library: Any) -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.out = nn.Linear(3, 8), nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.inner(x).relu() * library.uniform(1, 2))
+
+    model, x = Noisy(), torch.randn(2, 3)
+    library.seed(0)
+    drawn = [library.uniform(0, 1) for _ in range(3)]
+    library.seed(0)
+    symmetry = infer(model, x)
+    assert [g.size for g in symmetry.generators()] == [8]
+    assert symmetry.stats["verified"] < 1e-9
+    assert not any("not verified" in note for note in symmetry.notes)
+    assert_sound(model, x, symmetry)
+    assert [library.uniform(0, 1) for _ in range(3)] == drawn  # what the passes drew is not the caller's
