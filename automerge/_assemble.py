@@ -91,12 +91,37 @@ class Assembler:
         slots: list[Slot] = []
         for klass, squares in by_class.items():
             for family, vertices in self.members[klass]:
-                for tables in (squares, [s.T for s in squares]):
-                    made = self._slots(family, vertices, np.concatenate(tables, axis=1))
-                    if made is None or len(made) != 1:
-                        return None
-                    slots += made
+                both = [np.concatenate(tables, axis=1) for tables in (squares, [s.T for s in squares])]
+                made = (
+                    [self._line(family, vertices, squares)]
+                    if family.by
+                    else [Slot(family.param or "", family.axis, self._positions(vertices, table)) for table in both]
+                )
+                slots += [slot for slot in made if slot is not None]
+                if None in made:
+                    return None
         return slots
+
+    def _line(self, family: Family, vertices: np.ndarray, squares: Sequence[np.ndarray]) -> Slot | None:
+        """The slot of a split axis whose positions are the second units of pairs; the first ones are the classes.
+
+        The other axis has a slot of its own then, and the same order in all classes is no split. None if it is otherwise.
+        """
+        columns = []
+        for square in squares:
+            *classes, place = np.unravel_index(self._positions(vertices, square), family.shape)
+            rows = [place, *classes] if (place == place[:1]).all() else [place.T, *(c.T for c in classes)]
+            if len(rows) != 2 or (rows[0] != rows[0][:1]).any() or (rows[1] != rows[1][:, :1]).any():
+                return None
+            columns.append(rows[0][0])
+        return Slot(family.param or "", family.axis, np.stack(columns, axis=1))
+
+    @staticmethod
+    def _positions(vertices: np.ndarray, table: np.ndarray) -> np.ndarray:
+        """Where the vertices of a table stand among those of a family."""
+        order = np.argsort(vertices)
+        found: np.ndarray = order[np.searchsorted(vertices, table, sorter=order)]
+        return found
 
     def _order(self, param: str) -> int:
         if not hasattr(self, "_rank"):
@@ -105,8 +130,7 @@ class Assembler:
         return self._rank[param]
 
     def _slots(self, family: Family, vertices: np.ndarray, table: np.ndarray) -> list[Slot] | None:
-        order = np.argsort(vertices)
-        positions = order[np.searchsorted(vertices, table, sorter=order)]
+        positions = self._positions(vertices, table)
         if not family.by:
             return [Slot(family.param or "", family.axis, positions)]
         *classes, place = np.unravel_index(positions, family.shape)

@@ -1364,6 +1364,11 @@ for _letters in ("ijk", "kij", "ikj"):
     add(f"SquareTimesOthers{_letters.title()}", "3 4", (x,), lambda s, x, to=_letters: s.out(torch.einsum(
         f"bi,bj,bk->b{to}", s.a(x).relu(), s.a(x).relu(), s.b(x).sin()).flatten(1)),
         a=lin(4, 4), b=lin(4, 3), out=lin(48, 2))  # fmt: skip
+add("SquareByMatrix", "4", (x,), lambda s, x: s.out(s.norm((s.a(x).relu()[:, :, None] * s.w
+    * s.a(x).relu()[:, None]).flatten(1))), a=lin(4, 4), w=par(4, 4), norm=lambda: nn.BatchNorm1d(16), out=lin(16, 2))  # fmt: skip
+add("SquareOfForms", "4x3", (x,), lambda s, x: s.out(s.norm((s.b(s.a(x).relu(), s.c(x).sin())[:, :, None]
+    * s.a(x).relu()[:, None]).flatten(1)).view(-1, 4, 4).relu().mT.flatten(1)), a=lin(4, 4), c=lin(4, 4),
+    b=lambda: nn.Bilinear(4, 4, 4), norm=lambda: nn.LayerNorm(16), out=lin(16, 2))  # fmt: skip
 add("SquareOfChannels", "4", (torch.randn(2, 3, 6, 6),),
     lambda s, x: s.out((lambda h: (h @ h.mT).flatten(1))(s.a(x).relu().flatten(2))),
     a=lambda: nn.Conv2d(3, 4, 3), out=lin(16, 2))  # fmt: skip
