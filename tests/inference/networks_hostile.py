@@ -1365,7 +1365,8 @@ for _letters in ("ijk", "kij", "ikj"):
         f"bi,bj,bk->b{to}", s.a(x).relu(), s.a(x).relu(), s.b(x).sin()).flatten(1)),
         a=lin(4, 4), b=lin(4, 3), out=lin(48, 2))  # fmt: skip
 add("SquareByMatrix", "4", (x,), lambda s, x: s.out(s.norm((s.a(x).relu()[:, :, None] * s.w
-    * s.a(x).relu()[:, None]).flatten(1))), a=lin(4, 4), w=par(4, 4), norm=lambda: nn.BatchNorm1d(16), out=lin(16, 2))  # fmt: skip
+    * s.a(x).relu()[:, None]).flatten(1))),
+    a=lin(4, 4), w=par(4, 4), norm=lambda: nn.BatchNorm1d(16), out=lin(16, 2))  # fmt: skip
 add("SquareOfForms", "4x3", (x,), lambda s, x: s.out(s.norm((s.b(s.a(x).relu(), s.c(x).sin())[:, :, None]
     * s.a(x).relu()[:, None]).flatten(1)).view(-1, 4, 4).relu().mT.flatten(1)), a=lin(4, 4), c=lin(4, 4),
     b=lambda: nn.Bilinear(4, 4, 4), norm=lambda: nn.LayerNorm(16), out=lin(16, 2))  # fmt: skip
