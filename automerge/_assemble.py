@@ -91,30 +91,44 @@ class Assembler:
         slots: list[Slot] = []
         for klass, squares in by_class.items():
             for family, vertices in self.members[klass]:
-                both = [np.concatenate(tables, axis=1) for tables in (squares, [s.T for s in squares])]
-                made = (
-                    [self._line(family, vertices, squares)]
-                    if family.by
-                    else [Slot(family.param or "", family.axis, self._positions(vertices, table)) for table in both]
-                )
-                slots += [slot for slot in made if slot is not None]
-                if None in made:
-                    return None
+                places = [self._positions(vertices, square) for square in squares]
+                if family.by:
+                    lines = self._lines(family, places)
+                    if lines is None:
+                        return None
+                    slots += lines
+                else:
+                    both = (np.concatenate(tables, axis=1) for tables in (places, [at.T for at in places]))
+                    slots += [Slot(family.param or "", family.axis, index) for index in both]
         return slots
 
-    def _line(self, family: Family, vertices: np.ndarray, squares: Sequence[np.ndarray]) -> Slot | None:
-        """The slot of a split axis whose positions are the second units of pairs; the first ones are the classes.
+    @staticmethod
+    def _lines(family: Family, places: Sequence[np.ndarray]) -> list[Slot] | None:
+        """The slots of a split axis whose positions are the second units of pairs; the first ones are the classes.
 
-        The other axis has a slot of its own then, and the same order in all classes is no split. None if it is otherwise.
+        The axis that the classes are of has a slot of its own then, and one order in all of them is no split. None if it is
+        otherwise.
+
+        Args:
+            family: of the split axis.
+            places: positions in the family, ``(n, n)`` for each square.
         """
-        columns = []
-        for square in squares:
-            *classes, place = np.unravel_index(self._positions(vertices, square), family.shape)
-            rows = [place, *classes] if (place == place[:1]).all() else [place.T, *(c.T for c in classes)]
-            if len(rows) != 2 or (rows[0] != rows[0][:1]).any() or (rows[1] != rows[1][:, :1]).any():
+        found: dict[bytes, tuple[np.ndarray, list[np.ndarray]]] = {}
+        for at in places:
+            *classes, place = np.unravel_index(at, family.shape)
+            if len(classes) != 1:
                 return None
-            columns.append(rows[0][0])
-        return Slot(family.param or "", family.axis, np.stack(columns, axis=1))
+            line, rows = (place, classes[0]) if (place == place[:1]).all() else (place.T, classes[0].T)
+            if (line != line[:1]).any() or (rows != rows[:, :1]).any():
+                return None
+            found.setdefault(line[0].tobytes(), (line[0], []))[1].append(rows[:, 0])
+        ((axis, numbers),) = family.by
+        slots = []
+        for line, owned in found.values():
+            inside = np.isin(numbers, np.concatenate(owned))
+            windows = [()] if inside.all() else [((axis, a, b),) for a, b in _runs(np.flatnonzero(inside))]
+            slots += [Slot(family.param or "", family.axis, line[:, None], within) for within in windows]
+        return slots
 
     @staticmethod
     def _positions(vertices: np.ndarray, table: np.ndarray) -> np.ndarray:
@@ -222,12 +236,20 @@ def _windows(by: Sequence[tuple[int, np.ndarray]], key: tuple[int, ...]) -> list
     """The slices of the other axes that make up one class: contiguous runs, and every combination of them."""
     options: list[list[tuple[int, int, int]]] = []
     for (axis, classes), number in zip(by, key, strict=True):
-        at = np.flatnonzero(classes == number)
-        breaks = np.flatnonzero(np.diff(at) > 1)
-        starts = [int(at[0]), *(int(at[i + 1]) for i in breaks)]
-        stops = [*(int(at[i]) + 1 for i in breaks), int(at[-1]) + 1]
-        options.append([(axis, a, b) for a, b in zip(starts, stops, strict=True)])
+        options.append([(axis, a, b) for a, b in _runs(np.flatnonzero(classes == number))])
     out: list[tuple[tuple[int, int, int], ...]] = [()]
     for choice in options:
         out = [(*o, c) for o in out for c in choice]
     return out
+
+
+def _runs(at: np.ndarray) -> list[tuple[int, int]]:
+    """The stretches ``(start, stop)`` of consecutive positions.
+
+    >>> _runs(np.array([0, 1, 4, 5, 6]))
+    [(0, 2), (4, 7)]
+    """
+    breaks = np.flatnonzero(np.diff(at) > 1)
+    starts = [int(at[0]), *(int(at[i + 1]) for i in breaks)]
+    stops = [*(int(at[i]) + 1 for i in breaks), int(at[-1]) + 1]
+    return list(zip(starts, stops, strict=True))

@@ -1367,6 +1367,25 @@ for _letters in ("ijk", "kij", "ikj"):
 add("SquareByMatrix", "4", (x,), lambda s, x: s.out(s.norm((s.a(x).relu()[:, :, None] * s.w
     * s.a(x).relu()[:, None]).flatten(1))),
     a=lin(4, 4), w=par(4, 4), norm=lambda: nn.BatchNorm1d(16), out=lin(16, 2))  # fmt: skip
+
+
+def _sliced(first: slice, second: slice, other: int | None) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    """Two squares by slices of one matrix, of which a further row may belong to other units."""
+
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        h = s.a(x).relu()
+        squares = [(g[:, :, None] * s.w[rows] * g[:, None]).flatten(1) for g, rows in ((h, first), (h.sin(), second))]
+        y = s.out(s.norm(torch.cat(squares, 1)).relu())
+        return y if other is None else y + s.v(s.g(x).relu() * s.w[other])
+
+    return forward
+
+
+_slices = {"a": lin(4, 4), "norm": lambda: nn.BatchNorm1d(32), "out": lin(32, 2)}
+_beside: dict[str, Any] = {"g": lin(4, 4), "v": lin(4, 2), "w": par(9, 4)}
+add("SquaresBySlices", "4", (x,), _sliced(slice(4), slice(4, 8), None), w=par(8, 4), **_slices)
+add("SquaresBySlicesAndARow", "4 4", (x,), _sliced(slice(4), slice(4, 8), 8), **_slices, **_beside)
+add("SquaresBySlicesApart", "4 4", (x,), _sliced(slice(4), slice(5, 9), 4), **_slices, **_beside)
 add("SquareOfForms", "4x3", (x,), lambda s, x: s.out(s.norm((s.b(s.a(x).relu(), s.c(x).sin())[:, :, None]
     * s.a(x).relu()[:, None]).flatten(1)).view(-1, 4, 4).relu().mT.flatten(1)), a=lin(4, 4), c=lin(4, 4),
     b=lambda: nn.Bilinear(4, 4, 4), norm=lambda: nn.LayerNorm(16), out=lin(16, 2))  # fmt: skip
