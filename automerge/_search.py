@@ -313,7 +313,8 @@ def _sets_of(bucket: list[int], swapper: _Swapper, shown: np.ndarray) -> list[Un
             if pairs:
                 images[v] = dict(pairs)
         if len(images) == len(bucket) - 1 > 1:
-            made = squared([i | {b: a for a, b in i.items()} for i in images.values()])
+            both = [i | {b: a for a, b in i.items()} for i in images.values()]
+            made = squared(both, lambda w: [end for _, end in swapper.out(w)])
             if made is not None:
                 return [UnitSet(*made)]
         tables += [t for t in map(np.array, _tables(images)) if _is_new(t, known)]

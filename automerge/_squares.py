@@ -6,14 +6,16 @@ in such entries, so that no table of disjoint units holds them; coordinates do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
 Image = Mapping[int, int]
 
 
-def squared(images: Sequence[Image]) -> tuple[np.ndarray, tuple[np.ndarray, ...]] | None:
+def squared(
+    images: Sequence[Image], ends: Callable[[int], Iterable[int]] = lambda _: ()
+) -> tuple[np.ndarray, tuple[np.ndarray, ...]] | None:
     """The vertices that n units and their ordered pairs own, from the exchanges of unit 0 with every other.
 
     These exchanges generate the symmetric group, and every vertex gets coordinates on which each of them acts as on its
@@ -21,6 +23,7 @@ def squared(images: Sequence[Image]) -> tuple[np.ndarray, tuple[np.ndarray, ...]
 
     Args:
         images: of the exchange of unit 0 with unit k + 1, vertex -> vertex in both directions.
+        ends: where edges lead from a vertex; of three units any pair may be called the first, so that of the ends is taken.
 
     Returns:
         ``(n, columns)`` vertices that single units own, and for each orbit of pairs an ``(n, n)`` array of vertices, -1 on
@@ -31,21 +34,32 @@ def squared(images: Sequence[Image]) -> tuple[np.ndarray, tuple[np.ndarray, ...]
     for k, image in enumerate(images, start=1):
         for w in image:
             movers.setdefault(w, []).append(k)
-    singles: list[np.ndarray] = []
-    pairs: list[np.ndarray] = []
+    orbits: list[set[int]] = []
     seen: set[int] = set()
     for start in sorted(movers):
-        if start in seen:
-            continue
-        orbit = _orbit(start, images, movers)
-        seen |= orbit
-        if len(orbit) not in (n, n * (n - 1)):
+        if start not in seen:
+            orbits.append(_orbit(start, images, movers))
+            seen |= orbits[-1]
+    if {len(orbit) for orbit in orbits} != {n, n * (n - 1)}:
+        return None
+    unit_of: dict[int, int] = {}
+    singles: list[np.ndarray] = []
+    pairs: list[np.ndarray] = []
+    for orbit in sorted(orbits, key=len):  # single units first
+        count = 1 if len(orbit) == n else 2
+        # a vertex that is not unit 0's moves with its own units alone
+        first = next((w for w in sorted(orbit) if len(movers[w]) == count), None)
+        if first is None:
             return None
-        found = _coordinates(orbit, images, movers, 1 if len(orbit) == n else 2)
-        if found is None:
+        own = sorted({unit_of[t] for t in ends(first) if t in unit_of})
+        label = tuple(own) if n == 3 and len(own) == count == 2 else tuple(movers[first])
+        found = _coordinates(first, label, images, movers)
+        if found is None or np.count_nonzero(found >= 0) != len(orbit):
             return None
-        (singles if found.ndim == 1 else pairs).append(found)
-    return (np.stack(singles, axis=1), tuple(pairs)) if singles and pairs else None
+        (singles if count == 1 else pairs).append(found)
+        if count == 1:
+            unit_of |= {int(w): u for u, w in enumerate(found)}
+    return np.stack(singles, axis=1), tuple(pairs)
 
 
 def _orbit(start: int, images: Sequence[Image], movers: Mapping[int, Sequence[int]]) -> set[int]:
@@ -59,15 +73,18 @@ def _orbit(start: int, images: Sequence[Image], movers: Mapping[int, Sequence[in
 
 
 def _coordinates(
-    orbit: set[int], images: Sequence[Image], movers: Mapping[int, Sequence[int]], count: int
+    first: int, label: tuple[int, ...], images: Sequence[Image], movers: Mapping[int, Sequence[int]]
 ) -> np.ndarray | None:
-    """The vertices of one orbit by their units, ``(n,)`` or ``(n, n)``; None if exchanges do not act on these."""
+    """The vertices of one orbit by their units, ``(n,)`` or ``(n, n)``; None if exchanges do not act on these.
+
+    Args:
+        first: a vertex.
+        label: its units.
+        images: see `squared`.
+        movers: vertex -> the exchanges that move it.
+    """
     n = len(images) + 1
-    # a vertex that is not unit 0's moves with its own units alone; for three units any pair may be the first
-    first = next((w for w in sorted(orbit) if len(movers[w]) == count), None)
-    if first is None:
-        return None
-    at: dict[int, tuple[int, ...]] = {first: tuple(movers[first])}
+    at: dict[int, tuple[int, ...]] = {first: label}
     todo = [first]
     while todo:
         w = todo.pop()
@@ -80,7 +97,7 @@ def _coordinates(
                 todo.append(to)
             elif at[to] != units:
                 return None
-    out = np.full((n,) * count, -1)
+    out = np.full((n,) * len(label), -1)
     for w, units in at.items():
         out[units] = w
-    return out if np.count_nonzero(out >= 0) == len(orbit) else None
+    return out

@@ -291,6 +291,27 @@ def experts(b: Builder, x: Layout) -> Built | None:
     return block, b.retag(rows)
 
 
+def square(b: Builder, x: Layout) -> Built | None:
+    """Products of all pairs of units, normalised or not, through a layer; f(i) g(j) and f(j) g(i) differ."""
+    if b.kind == "image":
+        return None
+    units, rows = cells(Units(b.pick([3, 4]))), b.fresh(4)
+    n = len(units)
+    norm = nn.LayerNorm(n * n) if b.pick([True, False]) else nn.Identity()
+    layer = nn.Linear(n * n, len(rows), bias=False)
+    b.ledger.own(layer.weight, 0, rows)
+    owned = [(layer.weight, 1), *((p, 0) for p in norm.parameters())]
+    for pairs in (tuple(u for u in units for _ in range(n)), units * n):
+        for tensor, axis in owned:
+            b.ledger.own(tensor, axis, pairs)
+
+    def forward(self: Block, x: torch.Tensor) -> torch.Tensor:
+        h = self.parts[0](x)
+        return self.parts[1]((h.tanh()[..., None] * h.sin()[..., None, :]).flatten(-2))
+
+    return Block("tanh(f(x)) sin(f(x)).T", forward, b.mix(x, units), b.stack(norm, layer)), b.retag(rows)
+
+
 BLOCKS: dict[str, Make] = {
     f.__name__: f
     for f in (
@@ -314,5 +335,6 @@ BLOCKS: dict[str, Make] = {
         reorder,
         ordered,
         experts,
+        square,
     )
 }
