@@ -63,13 +63,26 @@ def test_the_algebra_is_covered() -> None:
     drawn: Counter[str] = Counter()
     sizes: Counter[int] = Counter()
     within = 0
-    for seed in range(300):
+    for seed in range(400):
         network = random_network(seed)
         drawn.update(type(m).__name__ for m in network.model.modules())
         drawn.update(m.text.split()[0] for m in network.model.modules() if hasattr(m, "text"))
         sizes.update(network.sizes)
         within += any(s.within for g in network.generators for s in g.slots)
-    wanted = {"attention", "grouped", "experts", "glu", "se", "shared,", "cat([x,", "cat", "x", "flip", "cumsum"}
+    wanted = {
+        "attention",
+        "grouped",
+        "experts",
+        "glu",
+        "se",
+        "shared,",
+        "cat([x,",
+        "cat",
+        "x",
+        "flip",
+        "cumsum",
+        "tanh(f(x))",
+    }
     wanted |= {
         "LayerNorm",
         "RMSNorm",
