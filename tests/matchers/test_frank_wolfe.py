@@ -31,6 +31,11 @@ def models_of(symmetry: Symmetry, count: int, seed: int = 0) -> list[dict[str, t
     return [hand.weights(symmetry, seed + i) for i in range(count)]
 
 
+def worth(gradient: list[torch.Tensor], permutations: list[np.ndarray]) -> float:
+    """The linearised objective at a vertex."""
+    return sum(float(g[np.arange(len(p)), p].sum()) for g, p in zip(gradient, permutations, strict=True))
+
+
 @pytest.mark.parametrize("name", hand.ALL)
 @pytest.mark.parametrize("count", [2, 4])
 def test_first_iterations_are_the_all_pairs_formulas(name: str, count: int) -> None:
@@ -47,7 +52,11 @@ def test_first_iterations_are_the_all_pairs_formulas(name: str, count: int) -> N
         expected = oracle.vertices(by_pairs)
         for m, k in itertools.product(range(count), range(len(blocks.spaces))):
             assert torch.allclose(gradient[k][m], by_pairs[m][k], rtol=1e-11, atol=1e-11)
-            assert np.array_equal(sigma[k][m].numpy(), expected[m][k])
+        for m in range(count):
+            found = [s[m].numpy() for s in sigma]
+            if not all(map(np.array_equal, found, expected[m])):  # half a step to an exchange makes two rows equal
+                assert worth(by_pairs[m], found) == pytest.approx(worth(by_pairs[m], expected[m]), rel=1e-13)
+                expected[m] = found
         segment = state.segment(sigma)
         step, gain = maximise_polynomial(segment.coefficients)
         assert gain >= 0
