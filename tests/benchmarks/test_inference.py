@@ -3,6 +3,7 @@
 Run with ``pytest tests/benchmarks/test_inference.py --benchmark-enable -s``.
 """
 
+import gc
 import importlib.util
 import time
 
@@ -36,10 +37,11 @@ def theirs(model, image):
 
 
 def medians(*calls, rounds=9):
-    """Of every call the median, in turns: what disturbs the machine disturbs all."""
+    """Of every call the median, in turns: what disturbs the machine disturbs all, and none clears away another's garbage."""
     seconds = [[] for _ in calls]
     for _ in range(rounds):
         for call, mine in zip(calls, seconds, strict=True):
+            gc.collect()
             start = time.perf_counter()
             call()
             mine.append(time.perf_counter() - start)
