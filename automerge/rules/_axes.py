@@ -9,7 +9,7 @@ unrelated are united (one class); everything else is an edge.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import networkx as nx
@@ -239,6 +239,32 @@ class Axes:
     def injective(labels: np.ndarray) -> bool:
         """Whether no vertex is named twice (judged on raw vertices, never on united ones)."""
         return distinct(labels)
+
+
+def settle_resized(axes: Axes, resized: Sequence[tuple[np.ndarray, np.ndarray, str]]) -> None:
+    """Axes that an interpolation left as they were: one before and after it where units stand after it, else pinned.
+
+    What comes out has the length that was asked for, which may be that of the inputs by chance, unless it must fit what is
+    computed with it: all positions of a parameter.
+
+    Args:
+        axes: what the rules built.
+        resized: labels before, labels after, and where.
+    """
+    left = list(resized)
+    while left:
+        moving = axes.clusters()
+        fits = [axes.encloses(moving, moving[after]) for _, after, _ in left]
+        for (before, after, _), fit in zip(left, fits, strict=True):
+            if fit:
+                axes.tie(before, after)
+        if not any(fits):
+            break
+        left = [item for item, fit in zip(left, fits, strict=True) if not fit]
+    for before, after, where in left:
+        axes.where = where
+        for labels in (before, after):
+            axes.pin(labels, "spatial axis of a window operator")
 
 
 def settle_unread(axes: Axes, unread: dict[str, np.ndarray]) -> None:

@@ -276,8 +276,7 @@ def convolved(engine: Engine, x: Value, w: Value, options: Sequence[Any], size: 
             w = engine.pin_letters(w, set(w.axes[k + 2]), "position in a convolution kernel")
         else:
             places = (f.labels.reshape(-1) for f in w.factors if set(f.letters) & set(w.axes[k + 2]))
-            reason = "position in a convolution kernel"
-            engine.kernels += [(labels, engine.axes.where, reason) for labels in places]
+            engine.kernels += [(labels, engine.axes.where) for labels in places]
     b, c, *space = x.shape
     x = engine.reshape(x, [b, groups, c // groups, *space])
     o, i, *kernel = w.shape

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import fx
 
+from automerge.rules._axes import settle_resized
 from automerge.rules._combine import Combine
 from automerge.rules._constants import Pattern, pattern, slice_classes
 from automerge.rules._value import Factor, Value, drop_constant, new_letter, plain, split_letter, spread
@@ -58,7 +59,8 @@ class Engine(Combine):
         self.refused = False
         self.fillings: list[_Join] = []
         self.joins: list[_Join] = []
-        self.kernels: list[tuple[np.ndarray, str, str]] = []
+        self.kernels: list[tuple[np.ndarray, str]] = []
+        self.resized: list[tuple[np.ndarray, np.ndarray, str]] = []
 
     def reshape(self, value: Value, shape: Sequence[int]) -> Value:
         """View: regroup letters, splitting one where an axis ends inside it."""
@@ -215,6 +217,7 @@ class Engine(Combine):
         Where there are other constants than first states, the rules have to run again (``refused``): what is joined to
         coordinates is one, too.
         """
+        settle_resized(self.axes, self.resized)
         if self.fillings or self.kernels:
             moving = self.axes.clusters()
             self._settle_fillings(moving)
@@ -237,17 +240,14 @@ class Engine(Combine):
         self.states = {(f.node, f.place[-1]) for f, ok in zip(self.fillings, found, strict=True) if ok}
 
     def _settle_kernels(self, moving: np.ndarray) -> None:
-        """Pin kernels over a whole axis, but for one of units, which all are positions of some parameter that is no kernel.
-
-        So are axes that an interpolation leaves as they are.
-        """
+        """Pin kernels over a whole axis, but for one of units, which all are positions of some parameter that is no kernel."""
         own = {
-            self.axes.families[k].start for labels, *_ in self.kernels for k in np.unique(self.axes.family_of[labels])
+            self.axes.families[k].start for labels, _ in self.kernels for k in np.unique(self.axes.family_of[labels])
         }
-        for labels, where, reason in self.kernels:
+        for labels, where in self.kernels:
             if not self.axes.encloses(moving, moving[labels], own):
                 self.axes.where = where
-                self.axes.pin(labels, reason)
+                self.axes.pin(labels, "position in a convolution kernel")
 
     def _beside(self, values: Sequence[Value], made: int) -> tuple[list[Value], list[Factor]]:
         """Factors that every operand of a stack has over the same letters with labels of its own, taken out and stacked.

@@ -12,7 +12,7 @@ from automerge.rules._contraction import batched, repinned
 from automerge.rules._engine import Engine
 from automerge.rules._movement import without_axis
 from automerge.rules._registry import Context, rule
-from automerge.rules._value import Value
+from automerge.rules._value import Factor, Value
 
 
 def axes_of(x: Value, dim: Any) -> list[int]:
@@ -174,7 +174,7 @@ def pooling(context: Context, x: Value, *args: Any, **kwargs: Any) -> Any:
     single = isinstance(value, torch.Tensor)
     out = value if single else value[0]
     spatial = next((n for n in (1, 2, 3) if f"{n}d" in name), 2)
-    alike = _not_resized(context, x, args, kwargs, spatial) if "upsample" in name else set()
+    x, alike = _not_resized(context, x, args, kwargs, spatial) if "upsample" in name else (x, set())
     for k in range(len(x.axes) - spatial, len(x.axes)):
         at = k - len(x.axes)
         same = "pool" in name and "adaptive" not in name and x.shape[k] == out.shape[k]
@@ -226,23 +226,30 @@ def fractional_pooling(context: Context, x: Value, kernel: Any, size: Any, sampl
     return x, x
 
 
-def _not_resized(context: Context, x: Value, args: Sequence[Any], kwargs: dict[str, Any], spatial: int) -> set[int]:
+def _not_resized(
+    context: Context, x: Value, args: Sequence[Any], kwargs: dict[str, Any], spatial: int
+) -> tuple[Value, set[int]]:
     """The axes that an interpolation leaves as they are (a table of positions by channels), if their length is no accident.
 
-    Units that are all positions of another parameter, too, are as many on every input; this is settled in the end.
+    They get labels of their own, which are settled in the end.
     """
     names = [a.name for a in context.node.target._schema.arguments[1:]]
     given = dict(zip(names, args, strict=False)) | kwargs
     scales = given.get("scale_factors") or [given.get(n) for n in names if n.startswith("scales")]
     found: set[int] = set()
+    x = x.with_axes(x.axes)
+    axes = context.engine.axes
     for k, scale in enumerate(scales, len(x.axes) - spatial):
         letters = set(x.axes[k])
         own = [f for f in x.factors if set(f.letters) & letters]
-        if scale in (None, 1) and x.shape[k] == context.shape[k] and all(set(f.letters) == letters for f in own):
-            reason = "spatial axis of a window operator"
-            context.engine.kernels += [(f.labels.reshape(-1), context.engine.axes.where, reason) for f in own]
+        if scale not in (None, 1) or x.shape[k] != context.shape[k]:
+            continue
+        if all(set(f.letters) == letters and f.injective for f in own):
+            after = [Factor(f.letters, axes.fresh(f.labels.shape)) for f in own]
+            x.factors = [f for f in x.factors if not set(f.letters) & letters] + after
+            context.engine.resized += [(f.labels, g.labels, axes.where) for f, g in zip(own, after, strict=True)]
             found.add(k)
-    return found
+    return x, found
 
 
 def _stride(args: Sequence[Any], spatial: int, axis: int) -> int:

@@ -305,3 +305,22 @@ def test_an_interpolation_to_the_same_size_keeps_its_places(width: int) -> None:
             return self.head(image.relu().flatten(2).sum(-1))
 
     assert infer(Places(), torch.randn(2, 3, 4, width), verify=False).generators() == []
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_an_interpolation_to_as_many_places_as_units_keeps_their_order(normed: bool) -> None:
+    """The example's width is the number of units by chance: what is computed before says nothing of the width asked for."""
+
+    class Chance(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows, self.head = nn.Linear(3, 5), nn.Linear(1, 2)
+            self.norm = nn.LayerNorm(5) if normed else nn.Identity()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            row = self.norm(self.rows(x.mean((2, 3))))[:, None, None]
+            row = nn.functional.interpolate(row, size=(1, x.shape[-1]), mode="bilinear")
+            return self.head(row.relu().flatten(1).sum(-1, keepdim=True))
+
+    for verify in (False, True):
+        assert infer(Chance(), torch.randn(2, 3, 4, 5), verify=verify).generators() == []
