@@ -71,7 +71,7 @@ class Assembler:
         """For each array of pairs a column in the same axes: what a unit has with itself; fewer where those miss."""
         left = sorted(range(units.table.shape[1]), key=lambda c: int(units.table[0, c]))
         out: list[int] = []
-        for pair in sorted(units.pairs, key=lambda p: int(p[0, 1])):
+        for pair in units.pairs:
             klass = self.class_of_vertex[pair[0, 1]]
             column = next((c for c in left if self.class_of_vertex[units.table[0, c]] == klass), None)
             if column is not None:
@@ -85,7 +85,7 @@ class Assembler:
         if len(diagonals) < len(units.pairs):
             return None
         by_class: dict[int, list[np.ndarray]] = defaultdict(list)
-        for pair, column in zip(sorted(units.pairs, key=lambda p: int(p[0, 1])), diagonals, strict=True):
+        for pair, column in zip(units.pairs, diagonals, strict=True):
             whole = np.where(pair < 0, np.diag(units.table[:, column]), pair)
             by_class[int(self.class_of_vertex[pair[0, 1]])].append(whole)
         slots: list[Slot] = []

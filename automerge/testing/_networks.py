@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from automerge._errors import AutomergeError
+from automerge._random import forked
 from automerge.symmetry import Generator, Symmetry
 from automerge.testing._blocks import BLOCKS, Make, dense
 from automerge.testing._builder import Block, Builder, Built, Pick
@@ -125,8 +126,7 @@ def build(pick: Pick, kinds: tuple[str, ...] = KINDS, blocks: int = 4) -> Networ
         )  # equal options build the same
         return value
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # choices alone decide about weights
+    with forked(seed=0):  # choices alone decide about weights
         return replace(
             _assembled(noted, kinds, blocks), recipe=f"rebuild({chosen}, kinds={kinds!r}, max_blocks={blocks})"
         )
