@@ -30,6 +30,7 @@ from automerge.rules import (  # noqa: F401  (they register themselves)
 from automerge.rules._axes import Unruled, settle_unread
 from automerge.rules._constants import veils
 from automerge.rules._decompose import decomposition
+from automerge.rules._dispatch import without_dispatch
 from automerge.rules._engine import Engine
 from automerge.rules._movement import all_border
 from automerge.rules._positions import gathered
@@ -85,9 +86,13 @@ def analyse(graphs: Sequence[fx.GraphModule], splits: Splits | None = None) -> A
         graphs: from `automerge.trace`, on inputs of different sizes.
         splits: parameter axes to be given an order per position of another axis (from an earlier pass's requests).
     """
-    out = _analysed(graphs, splits or {}, None)
+    pairs = [without_dispatch(graph) for graph in graphs]
+    plainly = [graph for graph, _ in pairs]
+    out = _analysed(plainly, splits or {}, None)
     while out.engine.refused:
-        out = _analysed(graphs, splits or {}, out.engine.states)
+        out = _analysed(plainly, splits or {}, out.engine.states)
+    for _, made in pairs:
+        out.values.update({node: out.values[other] for node, other in made.items() if other in out.values})
     return out
 
 
