@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from automerge.rules import (  # noqa: F401  (they register themselves)
+    _choice,
     _contraction,
     _creation,
     _indexing,

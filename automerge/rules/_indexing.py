@@ -9,13 +9,14 @@ import numpy as np
 import torch
 
 from automerge.rules._axes import Unruled
+from automerge.rules._choice import bare, points_into, tie_axis
 from automerge.rules._contraction import repinned
 from automerge.rules._engine import Engine
 from automerge.rules._movement import permuted, without_axis
 from automerge.rules._positions import gathered
 from automerge.rules._reduction import axes_of, normalised
 from automerge.rules._registry import Context, rule, values_in
-from automerge.rules._value import Factor, Value, copy_letters, plain, rename
+from automerge.rules._value import Value, copy_letters, plain, rename
 
 
 def looked_up(engine: Engine, table: Value, axis: int, index: Value, reason: str) -> Value:
@@ -122,10 +123,8 @@ def index(context: Context, x: Value, indices: Sequence[Value | None]) -> Value:
 def _generic_index(context: Context, x: Value, given: Sequence[tuple[int, Value]]) -> Value:
     engine = context.engine
     nodes = [n for n in context.node.args[1] if n is not None]
-    for _, v in given:
-        v.settle()
     if any(n.meta["val"].dtype in (torch.bool, torch.uint8) for n in nodes):
-        return _masked(context, x, given)
+        return _masked(context, x, [(k, v.settle()) for k, v in given])
     axes = [k for k, _ in given]
     if axes != list(range(axes[0], axes[0] + len(axes))):  # what separated axes are read to comes first
         x = permuted(x, [*axes, *(k for k in range(len(x.axes)) if k not in axes)])
@@ -133,10 +132,13 @@ def _generic_index(context: Context, x: Value, given: Sequence[tuple[int, Value]
         axes = list(range(len(given)))
     kept = whole_axes(x, given)
     gone = [k for k in axes if k not in kept.values()]
-    for k in gone:
-        x = engine.pin_letters(x, set(x.axes[k]), "looked up by data")
+    read = []
+    for k, v in given:
+        if k in gone:
+            x, v = read_along(engine, x, k, v, "looked up by data")
+            read.append(copy_letters(v))
     rest = engine.reduce(x, {c for k in gone for c in x.axes[k]})
-    where = engine.elementwise([copy_letters(v) for k, v in given if k in gone])
+    where = engine.elementwise(read)
     rank = max(len(v.axes) for _, v in given)
     tail = len(rest.axes) - axes[-1] - 1
     middle = (rest.axes[kept[d]] if d in kept else () for d in range(rank))
@@ -148,6 +150,14 @@ def _generic_index(context: Context, x: Value, given: Sequence[tuple[int, Value]
     )
     wide = where.with_axes((*where.axes, *((),) * tail))
     return engine.elementwise([shaped, wide])
+
+
+def read_along(engine: Engine, x: Value, dim: int, index: Value, reason: str) -> tuple[Value, Value]:
+    """A value and an index tensor that names positions of one of its axes: it is pinned, or moves as the index does."""
+    points = points_into(engine, x, dim, index)
+    if points is None:
+        return engine.pin_letters(x, set(x.axes[dim]), reason), index.settle()
+    return tie_axis(engine, x, dim, points), bare(index)
 
 
 def whole_axes(x: Value, given: Sequence[tuple[int, Value]]) -> dict[int, int]:
@@ -191,14 +201,6 @@ def masked_select(context: Context, x: Value, mask: Value) -> Value:
     return plain(context.shape, pinned=True)
 
 
-def points_into(engine: Engine, x: Value, dim: int, index: Value) -> np.ndarray | None:
-    """The labels of an axis, if the index tensor holds positions along exactly such an axis."""
-    points = index.points
-    if points is None or x.shape[dim] != points.size:
-        return None
-    return None if set(x.axes[dim]) & x.pinned else points
-
-
 @rule("gather", "take_along_dim", carries=True)
 def gather(context: Context, x: Value, dim: int, index: Value, **_: Any) -> Value:
     """The axis read is pinned, unless the index came from that very axis; the others are paired with the index's."""
@@ -220,28 +222,6 @@ def gather(context: Context, x: Value, dim: int, index: Value, **_: Any) -> Valu
     x = engine.pin_letters(x, set(x.axes[dim]), "looked up by data")
     rest = engine.reduce(x, set(x.axes[dim]))
     return engine.elementwise([rest, copy_letters(index)])
-
-
-def bare(value: Value) -> Value:
-    """A value without its promises, where a rule has seen to them."""
-    return value.with_axes(value.axes)
-
-
-def tie_axis(engine: Engine, x: Value, dim: int, labels: np.ndarray) -> Value:
-    """Give an axis (as one letter) the labels of the one that an index points into, tied to those it has."""
-    engine.notes[
-        f"{engine.axes.where}: entries chosen by the largest or smallest of some scores are interchangeable as long as no "
-        "two of those scores are exactly equal (the first of equals wins)"
-    ] = None
-    x, letter = engine.merge_axis(x, dim)
-    if letter is None:
-        return x
-    vector = Value(
-        tuple((letter,) if k == dim else () for k in range(len(x.axes))),
-        {letter: labels.size},
-        [Factor((letter,), labels)],
-    )
-    return engine.elementwise([x, vector])
 
 
 @rule("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin")
@@ -307,13 +287,27 @@ def pad_packed(context: Context, x: Value, sizes: Value, *_: Any) -> tuple[Value
     return data, plain(context.out(1).shape, pinned=True)
 
 
-@rule("bincount", "histc")
+@rule("bincount", "histc", carries=True)
 def counts(context: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
-    """A symmetric function of the entries (with their weights), for every bin."""
+    """A symmetric function of the entries (with their weights), for every bin; bins of positions are those positions."""
     engine = context.engine
-    both = engine.elementwise(values_in([x, *args, *kwargs.values()]))
-    total = engine.reduce(both, {c for axis in both.axes for c in axis})
-    return engine.elementwise([total.with_axes(((),)), plain(context.shape, pinned=True)])
+    points = x.points if _each_counted(context.node) else None
+    rest = [v.settle() for v in values_in([*args, *kwargs.values()])]
+    both = engine.elementwise([x.settle() if points is None else bare(x), *rest])
+    total = engine.reduce(both, {c for axis in both.axes for c in axis}).with_axes(((),))
+    if points is None or points.size != context.shape[0]:
+        x.settle()
+        return engine.elementwise([total, plain(context.shape, pinned=True)])
+    return engine.elementwise([total, tie_axis(engine, plain(context.shape), 0, points)])
+
+
+def _each_counted(node: Any) -> bool:
+    """Whether every number from 0 on has a bin of its own."""
+    if node.target._schema.name == "aten::bincount":
+        return True
+    bins, low, high = (dict(enumerate(node.args)).get(k, node.kwargs.get(name)) for k, name in
+                       ((1, "bins"), (2, "min"), (3, "max")))  # fmt: skip
+    return low == 0 and high in (bins - 1, bins)
 
 
 @rule("searchsorted")

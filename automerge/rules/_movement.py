@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from automerge.rules._axes import Unruled
+from automerge.rules._choice import bare, pointing_together, same_points
 from automerge.rules._engine import Engine
 from automerge.rules._positions import by_index
 from automerge.rules._registry import Context, function_name, rule
@@ -193,13 +194,11 @@ def cat(context: Context, tensors: Sequence[Value], dim: int = 0) -> Value:
     dim %= len(pairs[0][0].axes)
     whole, axis, joined, functions = _pieces([v for v, _ in pairs])
     if whole is not None and axis == dim and functions[:1] != SELECTED:
-        return context.engine.take(whole.settle(), dim, joined)
+        return context.engine.take(_kept(whole), dim, joined).carry(whole)
     apart = _laid_out([v for v, _ in pairs], dim, context.engine)
     if apart is not None:
-        return context.engine.reshape(apart, context.shape)
-    for v, _ in pairs:
-        v.settle()
-    return context.engine.concatenate([v for v, _ in pairs], dim, [n for _, n in pairs], node=context.node)
+        return context.engine.reshape(apart, context.shape).carry(apart)
+    return _joined(context, [v for v, _ in pairs], dim, [n for _, n in pairs], context.node)
 
 
 @rule("stack", carries=True)
@@ -208,7 +207,16 @@ def stack(context: Context, tensors: Sequence[Value], dim: int = 0) -> Value:
     apart = _laid_out(tensors, dim, context.engine)
     if apart is not None:
         return apart
-    return context.engine.concatenate([with_axis(v.settle(), dim) for v in tensors], dim, context.node.args[0])
+    if same_points(context.engine, tensors) is None:
+        tensors = [v.settle() for v in tensors]
+    return _joined(context, [with_axis(v, dim).carry(v) for v in tensors], dim, context.node.args[0])
+
+
+def _joined(context: Context, values: Sequence[Value], dim: int, nodes: Sequence[Any], node: Any = None) -> Value:
+    """A join; of index tensors that point into one axis it points there, too."""
+    if same_points(context.engine, values) is not None:
+        return pointing_together(values, context.engine.concatenate([bare(v) for v in values], dim, nodes, node=node))
+    return context.engine.concatenate([v.settle() for v in values], dim, nodes, node=node)
 
 
 def _pieces(values: Sequence[Value]) -> tuple[Value | None, int, np.ndarray, tuple[str, ...]]:
@@ -232,10 +240,15 @@ def _laid_out(values: Sequence[Value], dim: int, engine: Engine) -> Value | None
     if np.unique(joined).size != joined.size:
         return None
     shape = values[0].shape
-    taken = engine.take(whole.settle(), axis, joined)
-    apart = engine.reshape(taken, (*shape[:axis], len(values), *shape[axis:]))
+    taken = engine.take(_kept(whole), axis, joined)
+    apart = engine.reshape(taken, (*shape[:axis], len(values), *shape[axis:])).carry(whole)
     order = [k for k in range(len(shape) + 1) if k != axis]
     return permuted(apart, [*order[:dim], axis, *order[dim:]])
+
+
+def _kept(whole: Value) -> Value:
+    """A tensor that pieces of were joined again: an index tensor still points where it did, others meet what they owe."""
+    return bare(whole) if whole.points is not None else whole.settle()
 
 
 def scattered(engine: Engine, x: Value, source: Value, dim: int, index: np.ndarray) -> Value:

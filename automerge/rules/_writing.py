@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from automerge.rules._axes import Unruled
+from automerge.rules._choice import bare, points_into, tie_axis
 from automerge.rules._engine import MAX_BESIDE, Engine
-from automerge.rules._indexing import bare, constant_index, points_into, tie_axis, whole_axes
+from automerge.rules._indexing import constant_index, read_along, whole_axes
 from automerge.rules._movement import expanded, scattered
 from automerge.rules._positions import gathered
 from automerge.rules._registry import Context, rule, values_in
@@ -52,10 +53,11 @@ def scatter(context: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
         made = scattered_to_points(context, x, args[0] % len(x.axes), args[1], rest[1:])
         if made is not None:
             return made
+    if name in ("index_put", "_index_put_impl", "_unsafe_index_put"):
+        accumulate = bool(args[2:] and args[2]) or kwargs.get("accumulate", False)
+        return _index_put(context, x.settle(), args[0], args[1].settle(), accumulate)
     for v in values_in([x, *args, *kwargs.values()]):
         v.settle()
-    if name in ("index_put", "_index_put_impl", "_unsafe_index_put"):
-        return _index_put(context, x, args[0], args[1], bool(args[2:] and args[2]) or kwargs.get("accumulate", False))
     if not isinstance(args[0], int):
         raise Unruled("a write at data-dependent positions")
     dim = args[0] % max(len(x.axes), 1)
@@ -109,7 +111,7 @@ def _index_write(engine: Engine, name: str, x: Value, dim: int, others: Sequence
 def _index_put(context: Context, x: Value, indices: Sequence[Value | None], values: Value, accumulate: bool) -> Value:
     engine = context.engine
     axes = [k for k, v in enumerate(indices) if v is not None]
-    covered = [v for v in indices if v is not None]
+    covered = [v if v.points is not None else v.settle() for v in indices if v is not None]
     nodes = [n for n in context.node.args[1] if n is not None]
     if len(axes) == 1 and nodes[0].meta["val"].dtype is torch.bool and values.shape == ():
         mask = covered[0]
@@ -129,14 +131,18 @@ def _index_put(context: Context, x: Value, indices: Sequence[Value | None], valu
     first, span = axes[0], len(covered[0].axes) if masks == [True] else len(axes)
     if (any(masks) and masks != [True]) or axes != list(range(first, first + len(axes))):
         for v in [*covered, values]:
-            engine.pin_all(v, "written at given positions")
+            engine.pin_all(v.settle(), "written at given positions")
         return engine.pin_all(x, "written at given positions")
     places = 1 if any(masks) else max(len(v.axes) for v in covered)
     kept = {} if any(masks) else whole_axes(x, list(zip(axes, covered, strict=True)))
     fixed = [k for k in range(first, first + span) if k not in kept.values()]
+    moving = [k for k, v in zip(axes, covered, strict=True) if k in fixed and points_into(engine, x, k, v) is not None]
+    for i, (k, v) in enumerate(zip(axes, covered, strict=True)):
+        if k in moving:
+            x, covered[i] = read_along(engine, x, k, v, "")
+        engine.pin_all(covered[i].settle(), "written at given positions")
+    fixed = [k for k in fixed if k not in moving]
     x = engine.pin_letters(x, {c for k in fixed for c in x.axes[k]}, "written at given positions")
-    for v in covered:
-        engine.pin_all(v, "written at given positions")
     # where along the kept axes depends on the other indices
     where = engine.elementwise(
         [v.with_axes(v.axes) for k, v in zip(axes, covered, strict=True) if k not in kept.values()]

@@ -460,6 +460,14 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     "_fft_c2r": lambda d: call(complexes(d.n(), 3), [1], 0, d.pick(4, 5), keep=(1,)),
     "_pack_padded_sequence": lambda d: call(p(3, 2, d.n()), torch.tensor([3, 2]), False, keep=(0,)),
     "_pad_packed_sequence": lambda d: call(p(5, d.n()), torch.tensor([2, 2, 1]), False, 0.0, 3, keep=(0, 1)),
+    # of positions, see test_choices; equal numbers are few
+    "eq ne": lambda d: (lambda s: call(Call("argmax", (p(*s), 1)), Call("argmax", (p(*s), 1)), complete=False))(
+        d.shape(2, 2)
+    ),
+    "remainder": lambda d: call(P(d.shape()), d.pick(0.7, 3)),
+    "clamp": lambda d: call(P(d.shape()), *d.pick((-9.0, 9.0), (None, 9.0), (-9.0,))),
+    "clamp_min": lambda d: call(P(d.shape()), -9.0),
+    "clamp_max": lambda d: call(P(d.shape()), 9.0),
     "tril triu": lambda d: call(p(3, 3), d.pick(0, 1, -1)),
     "grid_sampler_2d grid_sampler": lambda d: sampled(d, 2),
     "grid_sampler_3d": lambda d: sampled(d, 3),

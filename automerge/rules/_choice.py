@@ -1,0 +1,114 @@
+"""Index tensors whose entries are positions along an axis that may be permuted: the nearest entries, the best experts.
+
+Such a tensor carries the labels of that axis (`Value.points`) and the obligation to pin it, which is met as soon as
+something uses the positions themselves. What is here keeps to their meaning: they move with the axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from automerge.rules._engine import Engine
+from automerge.rules._registry import Context, pointwise, rule
+from automerge.rules._value import Factor, Value, plain
+
+
+def bare(value: Value) -> Value:
+    """A value without its promises, where a rule has seen to them."""
+    return value.with_axes(value.axes)
+
+
+def points_into(engine: Engine, x: Value, dim: int, index: Value) -> np.ndarray | None:
+    """The labels of an axis, if the index tensor holds positions along exactly such an axis."""
+    points = index.points
+    if points is None or x.shape[dim] != points.size:
+        return None
+    return None if set(x.axes[dim]) & x.pinned else points
+
+
+def tie_axis(engine: Engine, x: Value, dim: int, labels: np.ndarray) -> Value:
+    """Give an axis (as one letter) the labels of the one that an index points into, tied to those it has."""
+    engine.notes[
+        f"{engine.axes.where}: entries chosen by the largest or smallest of some scores are interchangeable as long as no "
+        "two of those scores are exactly equal (the first of equals wins)"
+    ] = None
+    x, letter = engine.merge_axis(x, dim)
+    if letter is None:
+        return x
+    vector = Value(
+        tuple((letter,) if k == dim else () for k in range(len(x.axes))),
+        {letter: labels.size},
+        [Factor((letter,), labels)],
+    )
+    return engine.elementwise([x, vector])
+
+
+def same_points(engine: Engine, values: Sequence[Value]) -> np.ndarray | None:
+    """The labels of the one axis that several index tensors point into; None if there is none."""
+    points = [v.points for v in values]
+    first = points[0]
+    if first is None or any(p is None or p.shape != first.shape for p in points):
+        return None
+    root = engine.axes.root
+    return first if all(np.array_equal(root[first], root[p]) for p in points) else None
+
+
+def pointing_together(values: Sequence[Value], joined: Value) -> Value:
+    """A join of index tensors into one axis points into it as well, and owes what they owe."""
+    joined.points = values[0].points
+    joined.obligations = [owed for v in values for owed in v.obligations]
+    return joined
+
+
+@rule("eq", "ne", carries=True)
+def compared(context: Context, *args: Any, **kwargs: Any) -> Value:
+    """Two positions along one axis; or positions with all those of the axis in their order, which makes one-hot rows."""
+    a, b = args
+    if isinstance(a, Value) and isinstance(b, Value):
+        engine = context.engine
+        if same_points(engine, [a, b]) is not None:
+            return engine.elementwise([bare(a), bare(b)])
+        for index, other in ((a, b), (b, a)):
+            dim = _counted(index, other)
+            if dim is not None:
+                assert index.points is not None
+                return engine.elementwise([bare(index), tie_axis(engine, plain(other.shape), dim, index.points)])
+    return pointwise(context, *args, **kwargs)
+
+
+def _counted(index: Value, other: Value) -> int | None:
+    """The axis of a constant along which it counts the positions that an index tensor may hold."""
+    if index.points is None or other.data is None or other.data.numel() != index.points.size:
+        return None
+    long = [k for k, n in enumerate(other.shape) if n > 1]
+    counts = torch.equal(other.data.detach().cpu().reshape(-1).long(), torch.arange(index.points.size))
+    return long[0] if len(long) == 1 and counts else None
+
+
+@rule("remainder", "clamp", "clamp_min", "clamp_max", carries=True)
+def bounded(context: Context, x: Any, *args: Any, **kwargs: Any) -> Value:
+    """Positions that are brought into the range in which they are."""
+    if isinstance(x, Value) and x.points is not None:
+        name = context.node.target._schema.name.split("::")[1]
+        low, high = _range(name, x.points.size, *args, **kwargs)
+        if low <= 0 and high >= x.points.size - 1:
+            return bare(x).carry(x)
+    return pointwise(context, x, *args, **kwargs)
+
+
+def _range(name: str, n: int, *args: Any, **kwargs: Any) -> tuple[float, float]:
+    """The numbers from 0 to n - 1 that an operator leaves as they are, as the lowest and the highest; none: (1, 0)."""
+    given = [*args, *kwargs.values()]
+    if any(isinstance(a, Value) for a in given):
+        return 1, 0
+    if name == "remainder":
+        return 0, args[0] - 1
+    if name == "clamp":
+        low, high = (dict(zip(("min", "max"), args, strict=False)) | kwargs).get("min"), None
+        high = (dict(zip(("min", "max"), args, strict=False)) | kwargs).get("max")
+        return (0 if low is None else low), (n - 1 if high is None else high)
+    return (given[0], n - 1) if name == "clamp_min" else (0, given[0])
