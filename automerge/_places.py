@@ -176,9 +176,9 @@ def survey(graph: fx.GraphModule, symmetry: Symmetry) -> Survey:
     _, analysis = infer_graph(graph)
     tables = _tables(analysis, symmetry)
     found: dict[fx.Node, Place] = {}
-    data = data_nodes(graph)
+    data = [node for node in data_nodes(graph) if node not in analysis.sorted]
     known = set(data)
-    for node in data:
+    for node in data_nodes(graph):
         if operator_of(node) in CONTRACTIONS or "scaled_dot_product" in operator_of(node):
             for source in node.all_input_nodes:
                 base = base_of(source)

@@ -58,6 +58,7 @@ class Analysis:
         united: vertex -> united vertex; filled in by the search, as is ``units``.
         units: for each generator found its united vertices, ``(units, columns)``.
         unread: state-dict name -> which of its entries the traced pass does not read, for those read in part.
+        sorted: nodes whose rows are in an order that depends on the data: row i is not the same sample in every model.
     """
 
     engine: Engine
@@ -68,6 +69,7 @@ class Analysis:
     united: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     units: list[np.ndarray] = field(default_factory=list)
     unread: dict[str, np.ndarray] = field(default_factory=dict)
+    sorted: set[fx.Node] = field(default_factory=set)
 
 
 def place(node: fx.Node) -> str:
@@ -87,13 +89,13 @@ def analyse(graphs: Sequence[fx.GraphModule], splits: Splits | None = None) -> A
         graphs: from `automerge.trace`, on inputs of different sizes.
         splits: parameter axes to be given an order per position of another axis (from an earlier pass's requests).
     """
-    pairs = [without_dispatch(graph) for graph in graphs]
-    plainly = [graph for graph, _ in pairs]
-    out = _analysed(plainly, splits or {}, None)
+    unsorted = [without_dispatch(graph) for graph in graphs]
+    out = _analysed([u.graph for u in unsorted], splits or {}, None)
     while out.engine.refused:
-        out = _analysed(plainly, splits or {}, out.engine.states)
-    for _, made in pairs:
-        out.values.update({node: out.values[other] for node, other in made.items() if other in out.values})
+        out = _analysed([u.graph for u in unsorted], splits or {}, out.engine.states)
+    for u in unsorted:
+        out.values.update({node: out.values[other] for node, other in u.nodes.items() if other in out.values})
+        out.sorted |= u.sorted
     return out
 
 

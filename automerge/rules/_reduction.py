@@ -12,7 +12,7 @@ from automerge.rules._contraction import batched, repinned
 from automerge.rules._engine import Engine
 from automerge.rules._movement import without_axis
 from automerge.rules._registry import Context, rule
-from automerge.rules._value import Factor, Value
+from automerge.rules._value import Factor, Value, new_letter
 
 
 def axes_of(x: Value, dim: Any) -> list[int]:
@@ -73,6 +73,7 @@ def attention(
 ) -> tuple[Value, Value]:
     """Softmax over the keys of query times key, plus a mask, times value."""
     engine = context.engine
+    k, v = (_for_queries(one, q.shape[1]) for one in (k, v))
     scores = batched(engine, q, k.with_axes((*k.axes[:-2], k.axes[-1], k.axes[-2])))
     if is_causal:
         scores = engine.pin_letters(scores, {*scores.axes[-1], *scores.axes[-2]}, "a causal mask")
@@ -80,6 +81,17 @@ def attention(
         scores = engine.elementwise([scores, kwargs["attn_mask"]])
     last = len(scores.axes) - 1
     return batched(engine, normalised(engine, scores, [last]), v), reduced(engine, scores, [last], keepdim=False)
+
+
+def _for_queries(x: Value, heads: int) -> Value:
+    """Keys or values of which each head serves a run of the queries' heads (grouped queries)."""
+    if x.shape[1] in (1, heads):
+        return x
+    if heads % x.shape[1]:
+        raise Unruled("attention whose heads do not fit")
+    run = new_letter()
+    axes = (x.axes[0], (*x.axes[1], run), *x.axes[2:])
+    return Value(axes, x.size | {run: heads // x.shape[1]}, x.factors, x.pinned, chosen=x.chosen)
 
 
 def on_axis(value: Value | None, axis: int, ndim: int) -> list[Value]:

@@ -124,9 +124,14 @@ def find_rule(target: Any) -> Rule | None:
     if isinstance(target, OpaqueModule):
         return _MODULE_RULES.get(type(target.module))
     found = _RULES.get(operator_name(target))
-    if found is None and isinstance(target, torch._ops.OpOverload):
-        return pointwise if torch.Tag.pointwise in target.tags or target.overloadpacket in _UNTAGGED else None
-    return found
+    return pointwise if found is None and is_pointwise(target) else found
+
+
+def is_pointwise(target: Any) -> bool:
+    """Whether an operator is a function of its operands' entries at the same (broadcast) position."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return torch.Tag.pointwise in target.tags or target.overloadpacket in _UNTAGGED
 
 
 def carries(target: Any) -> bool:

@@ -61,7 +61,9 @@ def attention(d: Draw) -> Case:
     b, h, s, t, e = (d.n(2, 3) for _ in range(5))
     options: Any = d.pick({}, {"attn_mask": p(s, t)}, {"attn_mask": p(b, 1, s, t)})
     causal = not options and d.flag()
-    return call(p(b, h, s, e), p(b, h, t, e), p(b, h, t, e), 0.0, causal, **options, outs=d.pick((0,), (0, 1)))
+    served = d.n(1, 2)  # heads of queries for each of the keys and values
+    q, k, v = p(b, h * served, s, e), p(b, h, t, e), p(b, h, t, e)
+    return call(q, k, v, 0.0, causal, **options, outs=d.pick((0,), (0, 1)))
 
 
 def viewed(d: Draw) -> tuple[P, list[int]]:

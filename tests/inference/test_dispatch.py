@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from automerge import infer, trace
 from automerge._double import double_precision
+from automerge._places import survey
 from automerge.rules._dispatch import without_dispatch
 
 WIDTH, HIDDEN, COUNT, BEST = 8, 12, 4, 2  # (the kernel asks for rows of 16 bytes)
@@ -136,7 +137,7 @@ def same_outputs(graph: fx.GraphModule, model: nn.Module) -> bool:
     state, x = dict(model.state_dict(keep_vars=True)), X.double() + torch.randn(X.shape, dtype=torch.float64)
     results = []
     with torch.no_grad(), double_precision():
-        for one in (graph, without_dispatch(graph)[0]):
+        for one in (graph, without_dispatch(graph).graph):
             given = [
                 state[n.meta["name"]].double() if n.meta["kind"] == "state" else x
                 for n in one.graph.nodes
@@ -159,10 +160,10 @@ def test_the_experts_are_free_in_every_spelling(sort, counts, rows, back, bias, 
     model = Sorted(sort, counts, rows, back, bias=bias, norm=norm)
     assert sizes(model) == FREE
     graph = trace(model, X)
-    other, made = without_dispatch(graph)
-    assert not any("_grouped_mm" in str(n.target) for n in other.graph.nodes)
+    found = without_dispatch(graph)
+    assert not any("_grouped_mm" in str(n.target) for n in found.graph.graph.nodes)
     assert same_outputs(graph, model)
-    assert set(made) == set(graph.graph.nodes)
+    assert set(found.nodes) == set(graph.graph.nodes)
 
 
 @pytest.mark.parametrize("part", ["sort", "counts", "rows", "back"])
@@ -208,7 +209,9 @@ ORDERED: dict[str, dict[str, Any]] = {
 def test_where_the_order_is_used_nothing_changes(name):
     model = Sorted(**ORDERED[name])
     graph = trace(model, X)
-    assert without_dispatch(graph) == (graph, {})
+    found = without_dispatch(graph)
+    assert found.graph is graph
+    assert not found.nodes
     assert COUNT not in sizes(model)
 
 
@@ -225,3 +228,22 @@ def test_two_layers_and_one_order_for_two_products():
     model = nn.Sequential(Sorted(), nn.Linear(2, 3), Sorted(counts=COUNTS["bincount"], back=BACK["index_add"]))
     found = sizes(model)
     assert found == sorted([*FREE, 3, *FREE, 2])
+
+
+def test_sorted_rows_are_no_samples():
+    """Row i of the sorted rows is another token in another model, so activations are not compared there."""
+    graph, model = trace(Sorted(), X), Sorted()
+    symmetry = infer(model, X)
+    rows = {n.name for n in without_dispatch(graph).sorted}
+    observed = survey(graph, symmetry).places
+    assert rows
+    assert not rows & {place.node for place in observed}
+    assert {symmetry.sets[g].size for place in observed for g in place.slots} == {WIDTH, COUNT}
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_few_tokens(tokens):
+    """As many rows as experts, or fewer; the groups are those of many tokens."""
+    model = Sorted()
+    symmetry = infer(model, X[:tokens])
+    assert sorted(g.size for g in symmetry.generators()) == FREE

@@ -1,0 +1,234 @@
+"""Ways to route tokens to experts: the experts may be permuted in each, but where a position itself is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from automerge import infer
+
+COUNT, WIDTH, HIDDEN = 4, 6, 8
+X = torch.linspace(-2, 2, 24).cos().mul(3).sin().reshape(8, 3)
+Route = Callable[[Any, Tensor], Tensor]
+
+
+class Routed(nn.Module):
+    """Experts with stacked weights, and a way to choose them."""
+
+    def __init__(self, route: Route) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.gate, self.head = nn.Linear(3, WIDTH), nn.Linear(WIDTH, COUNT), nn.Linear(WIDTH, 2)
+        self.up = nn.Parameter(torch.randn(COUNT, WIDTH, HIDDEN))
+        self.down = nn.Parameter(torch.randn(COUNT, HIDDEN, WIDTH))
+        self.route = route
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        return self.head(h + self.route(self, h))
+
+    def all(self, h: Tensor, weight: Tensor) -> Tensor:
+        """Every expert for every token, weighted."""
+        hidden = torch.einsum("td,edh->teh", h, self.up).relu()
+        return (torch.einsum("teh,ehd->ted", hidden, self.down) * weight[..., None]).sum(1)
+
+    def some(self, h: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """The chosen experts of every token, weighted."""
+        hidden = torch.einsum("td,tkdh->tkh", h, self.up[index]).relu()
+        return (torch.einsum("tkh,tkhd->tkd", hidden, self.down[index]) * weight[..., None]).sum(1)
+
+    def best(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        weight, index = self.gate(h).softmax(-1).topk(2, -1)
+        return weight, index
+
+
+FREE: dict[str, Route] = {}
+PINNED: dict[str, Route] = {}
+
+
+def free(route: Route) -> Route:
+    FREE[route.__name__] = route
+    return route
+
+
+def pinned(route: Route) -> Route:
+    PINNED[route.__name__] = route
+    return route
+
+
+@free
+def best_and_second_best_stacked(s, h):
+    scores = s.gate(h)
+    one = scores.argmax(-1)
+    two = scores.masked_fill(F.one_hot(one, COUNT).bool(), float("-inf")).argmax(-1)
+    index = torch.stack([one, two], -1)
+    return s.some(h, index, scores.gather(-1, index).softmax(-1))
+
+
+@free
+def best_and_second_best_joined(s, h):
+    p = s.gate(h).softmax(-1)
+    v, one = p.max(-1, keepdim=True)
+    w, two = p.scatter(-1, one, 0.0).max(-1, keepdim=True)
+    return s.some(h, torch.cat([one, two], -1), torch.cat([v, w], -1))
+
+
+@free
+def columns_joined_in_another_order(s, h):
+    w, i = s.best(h)
+    return s.some(h, torch.cat([i[:, 1:], i[:, :1]], 1), torch.cat([w[:, 1:], w[:, :1]], 1))
+
+
+@free
+def columns_stacked(s, h):
+    w, i = s.best(h)
+    return s.some(h, torch.stack([i[:, 1], i[:, 0]], 1), torch.stack([w[:, 1], w[:, 0]], 1))
+
+
+@free
+def compared_with_all_numbers(s, h):
+    w, i = s.best(h)
+    return s.all(h, ((i[..., None] == torch.arange(COUNT)) * w[..., None]).sum(1))
+
+
+@free
+def masked_where_the_number_differs(s, h):
+    p = s.gate(h).softmax(-1)
+    return s.all(h, p.masked_fill(torch.arange(COUNT) != p.argmax(-1)[:, None], 0.0))
+
+
+@free
+def two_choices_compared(s, h):
+    one, two = s.gate(h).argmax(-1), F.linear(h, s.gate.weight).argmax(-1)
+    return s.some(h, torch.stack([one, two], 1), torch.ones(len(h), 2)) * (1.0 + (one == two))[:, None]
+
+
+@free
+def read_beside_the_token(s, h):
+    w, i = s.best(h)
+    y = torch.einsum("teh,ehd->ted", torch.einsum("td,edh->teh", h, s.up).relu(), s.down)
+    return (y[torch.arange(len(h))[:, None], i] * w[..., None]).sum(1)
+
+
+@free
+def written_beside_the_token(s, h):
+    w, i = s.best(h)
+    mask = torch.zeros(len(h), COUNT)
+    mask[torch.arange(len(h))[:, None], i] = w
+    return s.all(h, mask)
+
+
+@free
+def the_worst_struck_out(s, h):
+    scores = s.gate(h).clone()
+    scores[torch.arange(len(h)), scores.argmin(-1)] = float("-inf")
+    return s.all(h, scores.softmax(-1))
+
+
+@free
+def seen_experts(s, h):
+    w, i = s.best(h)
+    seen = torch.zeros(COUNT)
+    seen[i.reshape(-1)] = 1.0
+    return s.some(h, i, w) + (seen * s.gate(h)).sum(-1, keepdim=True)
+
+
+@free
+def load_counted(s, h):
+    w, i = s.best(h)
+    load = torch.bincount(i.reshape(-1), minlength=COUNT)
+    return s.some(h, i, w) + (load * s.gate(h)).sum(-1, keepdim=True)
+
+
+@free
+def load_in_bins(s, h):
+    w, i = s.best(h)
+    load = torch.histc(i.float(), bins=COUNT, min=0, max=COUNT)
+    return s.some(h, i, w) + (load * s.gate(h)).sum(-1, keepdim=True)
+
+
+@free
+def taken_along(s, h):
+    p = s.gate(h).softmax(-1)
+    i = p.argsort(-1, descending=True)[:, :2]
+    return s.some(h, i, torch.take_along_dim(p, i, 1))
+
+
+@free
+def brought_into_range(s, h):
+    w, i = s.best(h)
+    return s.some(h, i.clamp(0, COUNT - 1).clamp(min=-1), w)
+
+
+@pinned
+def compared_backwards(s, h):
+    p = s.gate(h).softmax(-1)
+    return s.all(h, p.masked_fill(torch.arange(COUNT).flip(0) != p.argmax(-1)[:, None], 0.0))
+
+
+@pinned
+def compared_with_one_number(s, h):
+    w, i = s.best(h)
+    return s.some(h, i, w * (i == 1))
+
+
+@pinned
+def compared_with_a_choice_of_others(s, h):
+    w, i = s.best(h)
+    return s.some(h, i, w) * (1.0 + (i[:, 0] == torch.sort(h[:, :COUNT])[1][:, 0]))[:, None]
+
+
+@pinned
+def joined_with_a_choice_of_others(s, h):
+    w, i = s.best(h)
+    return s.some(h, torch.stack([i[:, 0], h[:, :COUNT].argmax(-1)], 1), w)
+
+
+@pinned
+def joined_with_a_number(s, h):
+    w, i = s.best(h)
+    return s.some(h, torch.cat([i[:, :1], torch.zeros_like(i[:, :1])], 1), w)
+
+
+@pinned
+def clamped_to_fewer(s, h):
+    w, i = s.best(h)
+    return s.some(h, i.clamp(max=COUNT - 2), w)
+
+
+@pinned
+def numbered_around(s, h):
+    w, i = s.best(h)
+    return s.some(h, i.remainder(COUNT - 1), w)
+
+
+@pinned
+def load_in_wider_bins(s, h):
+    w, i = s.best(h)
+    load = torch.histc(i.float(), bins=COUNT, min=0, max=2 * COUNT)
+    return s.some(h, i, w) * (load * torch.arange(COUNT)).sum()
+
+
+@pinned
+def written_to_another_axis(s, h):
+    w, i = s.best(h)
+    table = torch.zeros(COUNT, len(h))
+    table[i[:, 0], torch.arange(len(h))] = 1.0
+    return s.some(h, i, w) * (table * torch.arange(COUNT)[:, None]).sum()
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_experts_may_be_permuted(name):
+    found = sorted(g.size for g in infer(Routed(FREE[name]), X).generators())  # verifies, too
+    assert found == sorted([COUNT, WIDTH, *[HIDDEN] * COUNT])
+
+
+@pytest.mark.parametrize("name", PINNED)
+def test_experts_stay(name):
+    symmetry = infer(Routed(PINNED[name]), X)
+    assert not any(s.param == "up" and s.axis == 0 for g in symmetry.generators() for s in g.slots)
