@@ -29,7 +29,9 @@ CONTRACTIONS = frozenset(
 VIEWS = frozenset(
     {"view", "_unsafe_view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "clone", "alias", "detach"}
 )
+_OVERWRITING = frozenset({"masked_fill", "scatter", "index_put", "fill", "index_fill", "full_like"})
 _LARGEST = 8192
+_HUGE = 1e8
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,13 +189,36 @@ def survey(graph: fx.GraphModule, symmetry: Symmetry) -> Survey:
                     if place is not None:
                         found[base] = place
     missing = set(tables) - {g for place in found.values() for g in place.slots}
-    for node in reversed(data):
+    struck = _struck_out(graph)
+    for node in (*(n for n in reversed(data) if n not in struck), *(n for n in reversed(data) if n in struck)):
         if missing and node not in found:
             place = _place(node, analysis, tables)
             if place is not None and missing & set(place.slots):
                 found[node] = place
                 missing -= set(place.slots)
     return Survey(graph, analysis, tables, tuple(found[node] for node in data if node in found))
+
+
+def _struck_out(graph: fx.GraphModule) -> set[fx.Node]:
+    """Scores of which some are overwritten with (minus) infinity or a huge number, so that they are never chosen."""
+    out: set[fx.Node] = set()
+    for node in graph.graph.nodes:
+        if any(n in out for n in node.all_input_nodes):
+            plain = torch.Tag.pointwise in getattr(node.target, "tags", ()) or operator_of(node) in VIEWS
+            if plain or operator_of(node) in _OVERWRITING:
+                out.add(node)
+        elif node.op == "call_function" and operator_of(node) in _OVERWRITING | {"add", "where", "full", "scalar_tensor"}:
+            values = [a.meta["val"] if isinstance(a, fx.Node) and a.op == "get_attr" else a for a in node.args]
+            if any(_huge(v) for v in values):
+                out.add(node)
+    return out
+
+
+def _huge(value: Any) -> bool:
+    """Whether a number, or one of a constant's, is as large as only those are that stand for none."""
+    if isinstance(value, torch.Tensor):
+        return value.is_floating_point() and value.numel() > 0 and not bool((value.abs() < _HUGE).all())
+    return isinstance(value, float) and not abs(value) < _HUGE
 
 
 def operator_of(node: fx.Node) -> str:

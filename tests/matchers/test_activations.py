@@ -320,3 +320,40 @@ def test_a_symmetry_of_ones_own() -> None:
 def test_who_needs_data() -> None:
     assert not Identity().needs_data
     assert ActivationMatching().needs_data
+
+
+# -------------------------------------------------------------------- experts
+class Router(nn.Module):
+    """Two experts for every token, the second one chosen where the first is struck out."""
+
+    def __init__(self, strike: Any) -> None:
+        super().__init__()
+        self.gate, self.head = nn.Linear(3, 4), nn.Linear(3, 2)
+        self.up, self.strike = nn.Parameter(torch.randn(4, 3, 3)), strike
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Points to two numbers."""
+        scores = self.gate(x)
+        first = scores.argmax(-1)
+        second = self.strike(scores, nn.functional.one_hot(first, 4).bool()).argmax(-1)
+        chosen = torch.stack([first, second], -1)
+        return self.head(torch.einsum("td,tkde->te", x, self.up[chosen]).relu())
+
+
+STRIKES = {
+    "masked_fill": lambda scores, mask: scores.masked_fill(mask, float("-inf")),
+    "where": lambda scores, mask: torch.where(mask, torch.full_like(scores, torch.finfo(scores.dtype).min), scores),
+    "added": lambda scores, mask: scores + torch.zeros_like(scores).masked_fill(mask, float("-inf")),
+}
+
+
+@pytest.mark.parametrize("how", STRIKES)
+def test_scores_are_observed_before_some_are_struck_out(how: str) -> None:
+    torch.manual_seed(1)
+    nets = [Router(STRIKES[how]) for _ in range(2)]
+    x = torch.randn(64, 3)
+    symmetry = infer(nets[0], x)
+    assert [g.size for g in symmetry.generators()] == [4, 3]
+    nets[1].load_state_dict(symmetry.apply(nets[0].state_dict(), symmetry.random_element(np.random.default_rng(3))))
+    merged = merge(nets, x, symmetry=symmetry, matcher=ActivationMatching(mix=1.0), data=[x]).load_into(deepcopy(nets[0]))
+    assert torch.allclose(merged(x), nets[0](x), atol=1e-6)
