@@ -207,7 +207,12 @@ def _struck_out(graph: fx.GraphModule) -> set[fx.Node]:
             plain = torch.Tag.pointwise in getattr(node.target, "tags", ()) or operator_of(node) in VIEWS
             if plain or operator_of(node) in _OVERWRITING:
                 out.add(node)
-        elif node.op == "call_function" and operator_of(node) in _OVERWRITING | {"add", "where", "full", "scalar_tensor"}:
+        elif node.op == "call_function" and operator_of(node) in _OVERWRITING | {
+            "add",
+            "where",
+            "full",
+            "scalar_tensor",
+        }:
             values = [a.meta["val"] if isinstance(a, fx.Node) and a.op == "get_attr" else a for a in node.args]
             if any(_huge(v) for v in values):
                 out.add(node)

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import fx, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
@@ -72,7 +73,7 @@ def infer(
     stats: dict[str, Any] = {"trace_seconds": traced - start, "infer_seconds": done - traced}
     notes = [_numbers(*normalise_args(args, kwargs)), _too_large(model) if verify else None]
     if verify and notes[-1] is None:
-        graphs = [graph, *_reaching(model, args, kwargs, constants, symmetry, analysis)]
+        graphs = [graph, *_reaching(model, args, kwargs, constants, symmetry, analysis, _by_data(graph))]
         if len(graphs) > 1:
             symmetry, _ = infer_graph(*graphs)
         symmetry, outcome = _verified(model, args, kwargs, symmetry, graphs)
@@ -108,26 +109,39 @@ def _reaching(
     constants: Collection[str],
     symmetry: Symmetry,
     analysis: Analysis,
+    depends: bool,
 ) -> Iterator[fx.GraphModule]:
-    """Traces on longer inputs, where these read parameters of which the example reads nothing.
+    """Traces on longer inputs, where these read parameters of which the example reads nothing, or not all.
 
     (An expert that none of few tokens was sent to; what a recurrence multiplies its first state with.)
     """
     missing = {n for n in symmetry.shapes if n not in analysis.states}
     missing |= {n for n, mask in analysis.unread.items() if mask.all()}
-    if not missing or any(t.device.type != "cpu" for t in (*model.parameters(), *model.buffers())):
+    # where the path depends on data, others may read more of what this one reads in part (experts stacked in one tensor)
+    partly = {n: mask for n, mask in analysis.unread.items() if n not in missing and depends}
+    if not (missing or partly) or any(t.device.type != "cpu" for t in (*model.parameters(), *model.buffers())):
         return
     for seed in range(_DRAWS):
         depends = False
         for graph in _longer_traces(model, args, kwargs, constants, symmetry, seed):
-            depends = depends or bool(graph.meta["trace"].data_dependent)
+            depends = depends or _by_data(graph)
             more = analyse([graph])
             found = missing & {n for n in more.states if n not in more.unread or not more.unread[n].all()}
-            if found:
+            left = {n: mask & more.unread.get(n, False) for n, mask in partly.items() if n in more.states}
+            if found or any((left[n] != partly[n]).any() for n in left):
                 yield graph
             missing -= found
-        if not missing or not depends:
+            partly = {n: mask for n, mask in (partly | left).items() if mask.any()}
+        if not (missing or partly) or not depends:
             return
+
+
+def _by_data(graph: fx.GraphModule) -> bool:
+    """Whether data decide what is read: python reads them, or nothing was chosen somewhere."""
+    values = (node.meta.get("val") for node in graph.graph.nodes)
+    return bool(graph.meta["trace"].data_dependent) or any(
+        isinstance(v, torch.Tensor) and v.numel() == 0 for v in values
+    )
 
 
 def _longer_traces(

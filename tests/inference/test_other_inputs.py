@@ -516,6 +516,30 @@ add(  # the example reaches one expert, longer inputs and other weights both
 )
 
 
+def _routed_in_one(s: Any, x: torch.Tensor) -> torch.Tensor:
+    h = s.inp(x)
+    best, which = s.gate(h).softmax(-1).max(-1)
+    out = torch.zeros_like(h)
+    for e in range(3):
+        (rows,) = torch.where(which == e)
+        out = out.index_add(0, rows, F.silu(h[rows] @ s.up[e]) @ s.down[e] * best[rows, None])
+    return s.out(h + out)
+
+
+add(  # and so where the experts are parts of one tensor
+    "StackedExpertsOfOneToken",
+    "5x3 6",
+    (draw(1, 4),),
+    [(draw(40, 4),)],
+    _routed_in_one,
+    inp=lin(4, 6),
+    gate=lin(6, 3),
+    up=par(3, 6, 5),
+    down=par(3, 5, 6),
+    out=lin(6, 2),
+)
+
+
 def _recurrent(s: Any, x: torch.Tensor) -> torch.Tensor:
     h = x.new_zeros(len(x), 6)
     for t in range(x.shape[1]):

@@ -355,5 +355,7 @@ def test_scores_are_observed_before_some_are_struck_out(how: str) -> None:
     symmetry = infer(nets[0], x)
     assert [g.size for g in symmetry.generators()] == [4, 3]
     nets[1].load_state_dict(symmetry.apply(nets[0].state_dict(), symmetry.random_element(np.random.default_rng(3))))
-    merged = merge(nets, x, symmetry=symmetry, matcher=ActivationMatching(mix=1.0), data=[x]).load_into(deepcopy(nets[0]))
+    merged = merge(nets, x, symmetry=symmetry, matcher=ActivationMatching(mix=1.0), data=[x]).load_into(
+        deepcopy(nets[0])
+    )
     assert torch.allclose(merged(x), nets[0](x), atol=1e-6)
