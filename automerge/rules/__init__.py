@@ -35,8 +35,16 @@ from automerge.rules._dispatch import without_dispatch
 from automerge.rules._engine import Engine
 from automerge.rules._movement import all_border
 from automerge.rules._positions import gathered
-from automerge.rules._reads import liveness, unread
-from automerge.rules._registry import Context, carries, find_rule, operator_name, register_rule, values_in
+from automerge.rules._reads import liveness, sizing, unread
+from automerge.rules._registry import (
+    Context,
+    carries,
+    distinct_from,
+    find_rule,
+    operator_name,
+    register_rule,
+    values_in,
+)
 from automerge.rules._value import ConstantValue, Factor, Value, drop_constant, plain, split_letter
 
 __all__ = ["Analysis", "Context", "Engine", "Factor", "Unruled", "Value", "analyse", "is_state", "register_rule"]
@@ -128,6 +136,10 @@ class _Run:
         info = graph.meta["trace"]
         self.reads = [n for n in graph.graph.nodes if n.name in info.reads]
         self.live, self.used = liveness(graph, self.reads)
+        looked = [n for node in graph.graph.nodes if node not in self.live for n in sizing(node)]
+        if looked:
+            self.reads += looked
+            self.live, self.used = liveness(graph, self.reads)
 
     def run(self) -> None:
         for node in self.graph.graph.nodes:
@@ -318,10 +330,10 @@ class _Run:
         used = self.used.get(node, {0})
         context = Context(self.engine, node, used, self.statistics)
         args, kwargs = self.fetch(node.args), self.fetch(node.kwargs)
-        if not carries(node.target):
-            for value in values_in([*args, *kwargs.values()]):
-                value.settle()
-        return rule(context, *args, **kwargs)
+        if carries(node.target):
+            return rule(context, *args, **kwargs)
+        values = [value.settle() for value in values_in([*args, *kwargs.values()])]
+        return distinct_from(values, rule(context, *args, **kwargs))
 
     def checked(self, node: fx.Node, result: Any) -> Any:
         """A rule's answer must have the shape of what really came out."""

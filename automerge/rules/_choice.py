@@ -14,11 +14,14 @@ import torch
 
 from automerge.rules._engine import Engine
 from automerge.rules._registry import Context, pointwise, rule
-from automerge.rules._value import Factor, Value, plain
+from automerge.rules._value import SELECTED, Factor, Promise, Value, plain
 
 
 def bare(value: Value) -> Value:
-    """A value without its promises, where a rule has seen to them."""
+    """A value without its promises, where a rule has seen to them; what it owes as a slice it meets."""
+    for owed in [o for o in value.obligations if not isinstance(o, Promise)]:
+        value.obligations.remove(owed)
+        owed()
     return value.with_axes(value.axes)
 
 
@@ -64,6 +67,23 @@ def pointing_together(values: Sequence[Value], joined: Value) -> Value:
     return joined
 
 
+def rejoined(whole: Value, functions: Sequence[str]) -> Value:
+    """A tensor that pieces of were joined again: an index tensor still points where it did, others meet what they owe.
+
+    Args:
+        whole: the tensor.
+        functions: what was applied to the pieces; a function of positions uses them.
+    """
+    kept = whole.points is not None and tuple(functions) in ((), SELECTED)
+    return bare(whole) if kept else whole.settle()
+
+
+def holds(dtype: torch.dtype, count: int) -> bool:
+    """Whether a type tells this many positions from each other, as the numbers that they are."""
+    positions = torch.arange(count)
+    return torch.equal(positions.to(dtype).to(positions.dtype), positions)
+
+
 @rule("eq", "ne", carries=True)
 def compared(context: Context, *args: Any, **kwargs: Any) -> Value:
     """Two positions along one axis; or positions with all those of the axis in their order, which makes one-hot rows."""
@@ -96,7 +116,7 @@ def bounded(context: Context, x: Any, *args: Any, **kwargs: Any) -> Value:
         name = context.node.target._schema.name.split("::")[1]
         low, high = _range(name, x.points.size, *args, **kwargs)
         if low <= 0 and high >= x.points.size - 1:
-            return bare(x).carry(x)
+            return x.with_axes(x.axes).carry(x)
     return pointwise(context, x, *args, **kwargs)
 
 

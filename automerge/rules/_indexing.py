@@ -291,7 +291,7 @@ def pad_packed(context: Context, x: Value, sizes: Value, *_: Any) -> tuple[Value
 def counts(context: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
     """A symmetric function of the entries (with their weights), for every bin; bins of positions are those positions."""
     engine = context.engine
-    points = x.points if _each_counted(context.node) else None
+    points = x.points if x.points is not None and _each_counted(context.node, x.points.size) else None
     rest = [v.settle() for v in values_in([*args, *kwargs.values()])]
     both = engine.elementwise([x.settle() if points is None else bare(x), *rest])
     total = engine.reduce(both, {c for axis in both.axes for c in axis}).with_axes(((),))
@@ -301,10 +301,10 @@ def counts(context: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
     return engine.elementwise([total, tie_axis(engine, plain(context.shape), 0, points)])
 
 
-def _each_counted(node: Any) -> bool:
-    """Whether every number from 0 on has a bin of its own."""
+def _each_counted(node: Any, count: int) -> bool:
+    """Whether every number from 0 to ``count - 1`` has a bin of its own, be it in use or not."""
     if node.target._schema.name == "aten::bincount":
-        return True
+        return bool(dict(enumerate(node.args)).get(2, node.kwargs.get("minlength", 0)) >= count)
     bins, low, high = (dict(enumerate(node.args)).get(k, node.kwargs.get(name)) for k, name in
                        ((1, "bins"), (2, "min"), (3, "max")))  # fmt: skip
     return low == 0 and high in (bins - 1, bins)

@@ -18,6 +18,7 @@ class Letters:
         notes: what a reader of the answer must know.
         several: whether graphs of several inputs are read.
         choices: index tensor (by identity) -> the letter of what is read at its positions, and the tensor to keep it alive.
+        functions: tensor (by identity) and the name of a function -> that function of it, and the tensor to keep it alive.
     """
 
     def __init__(self) -> None:
@@ -25,6 +26,7 @@ class Letters:
         self.notes: dict[str, None] = {}
         self.several = False
         self.choices: dict[int, tuple[int, Value]] = {}
+        self.functions: dict[tuple[int, str], tuple[Value, Value]] = {}
 
     def choice(self, index: Value) -> int:
         """The letter of everything that is read at the positions which an index tensor gives."""

@@ -9,13 +9,11 @@ from typing import Any
 import numpy as np
 
 from automerge.rules._axes import Unruled
-from automerge.rules._choice import bare, pointing_together, same_points
+from automerge.rules._choice import bare, holds, pointing_together, rejoined, same_points
 from automerge.rules._engine import Engine
 from automerge.rules._positions import by_index
 from automerge.rules._registry import Context, function_name, rule
-from automerge.rules._value import Factor, Value, new_letter, plain
-
-SELECTED = ("select",)  # first among the functions of a piece of length one whose axis is gone
+from automerge.rules._value import SELECTED, Factor, Value, new_letter, plain
 
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "flatten", "unflatten", "view_copy",
@@ -24,6 +22,8 @@ def view(context: Context, x: Value, *_: Any, **__: Any) -> Value:
     before, after = context.node.args[0].meta["val"], context.node.meta["val"]
     if before.numel() != after.numel() or before.dtype.is_complex != after.dtype.is_complex:
         raise Unruled("a view that changes what an element is")
+    if before.dtype != after.dtype:
+        x.settle()  # other numbers, of the same bits
     out = context.engine.reshape(x, context.shape).carry(x)
     if x.origin is not None and x.origin[2].size == 1 and x.origin[3][:1] != SELECTED:
         axis = x.origin[1]
@@ -38,6 +38,8 @@ def identity(context: Context, x: Value, *_: Any, **__: Any) -> Value:
     name = context.node.target.overloadpacket.__name__
     if x.origin is not None and name not in ("clone", "contiguous", "alias", "detach", "lift_fresh", "dropout"):
         return x.after(function_name(context.node))  # another type rounds, a conjugate differs
+    if x.points is not None and not holds(context.node.meta["val"].dtype, x.points.size):
+        x.settle()
     out = x.with_axes(x.axes)
     out.origin = x.origin
     return out.carry(x)
@@ -194,7 +196,7 @@ def cat(context: Context, tensors: Sequence[Value], dim: int = 0) -> Value:
     dim %= len(pairs[0][0].axes)
     whole, axis, joined, functions = _pieces([v for v, _ in pairs])
     if whole is not None and axis == dim and functions[:1] != SELECTED:
-        return context.engine.take(_kept(whole), dim, joined).carry(whole)
+        return context.engine.take(rejoined(whole, functions), dim, joined).carry(whole)
     apart = _laid_out([v for v, _ in pairs], dim, context.engine)
     if apart is not None:
         return context.engine.reshape(apart, context.shape).carry(apart)
@@ -234,21 +236,16 @@ def _laid_out(values: Sequence[Value], dim: int, engine: Engine) -> Value | None
 
     (Heads that are chunks of the features, joined along the batch.) None if they are no such pieces.
     """
-    whole, axis, joined, _ = _pieces(values)
+    whole, axis, joined, functions = _pieces(values)
     if whole is None or len(values) < 2 or any(v.shape != values[0].shape for v in values):
         return None
     if np.unique(joined).size != joined.size:
         return None
     shape = values[0].shape
-    taken = engine.take(_kept(whole), axis, joined)
+    taken = engine.take(rejoined(whole, functions), axis, joined)
     apart = engine.reshape(taken, (*shape[:axis], len(values), *shape[axis:])).carry(whole)
     order = [k for k in range(len(shape) + 1) if k != axis]
     return permuted(apart, [*order[:dim], axis, *order[dim:]])
-
-
-def _kept(whole: Value) -> Value:
-    """A tensor that pieces of were joined again: an index tensor still points where it did, others meet what they owe."""
-    return bare(whole) if whole.points is not None else whole.settle()
 
 
 def scattered(engine: Engine, x: Value, source: Value, dim: int, index: np.ndarray) -> Value:

@@ -349,3 +349,15 @@ def liveness(graph: fx.GraphModule, reads: Sequence[fx.Node]) -> tuple[set[fx.No
             used.setdefault(node.args[0], set()).add(node.args[1])
         todo += node.all_input_nodes
     return live, used
+
+
+def sizing(node: fx.Node) -> list[fx.Node]:
+    """The operands whose numbers give the shape of what comes out: python may read it, though nothing else does."""
+    if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
+        return []
+    if _name(node) in ("aten::index", "aten::_unsafe_index"):
+        return [n for n in node.all_input_nodes[1:] if n.meta["val"].dtype in (torch.bool, torch.uint8)]
+    if _name(node) == "aten::bincount":
+        fewest = dict(enumerate(node.args)).get(2, node.kwargs.get("minlength", 0))
+        return [] if node.meta["val"].shape[0] == fewest else node.all_input_nodes[:1]
+    return node.all_input_nodes[-1:] if _name(node) == "aten::masked_select" else node.all_input_nodes[:1]

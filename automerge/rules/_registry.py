@@ -152,20 +152,31 @@ def values_in(args: Sequence[Any]) -> list[Value]:
     return found
 
 
+def distinct_from(values: Sequence[Value], result: Any) -> Any:
+    """A rule's result, as a copy where it is an operand itself: pieces and choices are known by the value they are of."""
+    if isinstance(result, Value):
+        return result.with_axes(result.axes) if any(result is v for v in values) else result
+    out: list[Any] = []
+    for one in result:
+        out.append(distinct_from([*values, *values_in(out)], one) if isinstance(one, Value) else one)
+    return tuple(out)
+
+
 def pointwise(context: Context, *args: Any, **kwargs: Any) -> Value:
     """A function of the operands at the same broadcast position."""
     values = values_in([*args, *kwargs.values()])
     together = folded(context.engine, operator_name(context.node.target), args, not kwargs)
     if together is not None:
         return together
-    tags = getattr(context.node.target, "tags", ())
-    if (
-        all(v is values[0] for v in values)
-        and values[0].origin is not None
-        and torch.Tag.nondeterministic_seeded not in tags
-    ):
+    random = torch.Tag.nondeterministic_seeded in getattr(context.node.target, "tags", ())
+    if all(v is values[0] for v in values) and values[0].origin is not None and not random:
         return values[0].after(function_name(context.node))
-    return context.engine.elementwise([v.settle() for v in values])
+    out = context.engine.elementwise([v.settle() for v in values])
+    if len(values) > 1:
+        return out
+    one = distinct_from(values, out)
+    key = (id(values[0]), function_name(context.node))
+    return one if random else context.engine.functions.setdefault(key, (one, values[0]))[0]
 
 
 def function_name(node: fx.Node) -> str:

@@ -22,8 +22,11 @@ _LEVEL = (
     ),
 )
 _READS = ("aten::index", "aten::_unsafe_index", "aten::index_select", "aten::gather", "aten::embedding")
+_COPIES = ("aten::_to_copy", "aten::to", "aten::lift_fresh_copy")
+_FIRST = ("aten::argmax", "aten::argmin")  # the first of equals
 _SYMMETRIC = (
     *_READS,
+    *(f"aten::{n}" for n in ["mm", "bmm", "addmm", "baddbmm", "mv", "dot"]),
     *(f"aten::{n}" for n in ["index_put", "_unsafe_index_put", "index_add", "index_copy", "scatter", "scatter_add"]),
     *(f"aten::{n}" for n in ["histc", "bincount"]),
 )
@@ -79,6 +82,7 @@ class Trial:
             values are made up for every operator again.
         level: nodes with the same number everywhere.
         drawn: what was made up for the operator that is tried.
+        unequal: whether whole numbers and masks that are made up differ between the first two rows; else they may be equal.
     """
 
     def __init__(
@@ -88,14 +92,18 @@ class Trial:
         found: Dispatch,
         constant: set[fx.Node],
         count: int,
+        seed: int = 0,
     ) -> None:
         self.live, self.read, self.found, self.constant, self.count = live, read, found, constant, count
-        self.rng = torch.Generator().manual_seed(0)
+        self.rng, self.unequal = torch.Generator().manual_seed(seed), seed % 2 == 0
         n = len(found.ids.meta["val"])
         ahead = torch.arange(n)
-        # what keeps to a swap of two rows and to a turn of all keeps to every order: these two make them all
-        self.orders = [ahead, torch.cat([ahead[:2].flip(0), ahead[2:]]), ahead.roll(1)]
+        # what keeps to a swap of two rows and to a turn of all keeps to every order: these two make them all; but whole
+        # numbers may be equal by chance, so that there are two more
+        turned = [ahead.flip(0), torch.randperm(n, generator=self.rng)]
+        self.orders = [ahead, torch.cat([ahead[:2].flip(0), ahead[2:]]), ahead.roll(1), *turned]
         self.given = torch.randint(count, (n,), generator=self.rng, dtype=found.ids.meta["val"].dtype)
+        self.given[:1] = (self.given[1:2] + 1) % count if n > 1 else self.given
         self.kinds: dict[fx.Node, Any] = {}
         self.held: dict[fx.Node, list[Any]] = {found.ids: [self.given] * len(self.orders)}
         self.level: set[fx.Node] = set()
@@ -131,8 +139,9 @@ class Trial:
             raise OrderedError("random numbers")
         result = node.meta["val"]
         pure = all(n in self.constant or n in self.found.known for n in node.all_input_nodes)
-        pointwise = is_pointwise(node.target)
-        seen = self.viewed(node)
+        copied = operator_of(node) in _COPIES and isinstance(self.kinds.get(node.all_input_nodes[0]), _Rows)
+        pointwise = is_pointwise(node.target) or copied
+        seen = self.viewed(node) or self.kept(node)
         if seen is not None and not pure and not _whole(result):
             self.kinds[node] = seen
             return
@@ -146,11 +155,11 @@ class Trial:
                 self.found.known[node] = values[0]
         if not single:
             self.kinds[node] = _SEVERAL
-        elif operator_of(node) in _LEVEL:
+        elif operator_of(node) in _LEVEL and all(self.kinds.get(n) is None for n in node.all_input_nodes[1:]):
             self.kinds[node] = None
             self.level.add(node)
         else:
-            self.kinds[node] = self.broadcast(node) if pointwise else self.kind(node, values)
+            self.kinds[node] = self.broadcast(node) if pointwise else seen or self.kind(node, values)
         if self.rereads(node):
             self.found.numbers.add(node)
 
@@ -170,7 +179,8 @@ class Trial:
         args: Any = node.args
         x, weight = args[:2]
         offsets = args[2] if len(args) > 2 else node.kwargs.get("offs")
-        whole = self.kinds.get(x) == _Rows(0) and self.kinds.get(weight) is None
+        bias = args[3] if len(args) > 3 else node.kwargs.get("bias")
+        whole = self.kinds.get(x) == _Rows(0) and self.kinds.get(weight) is None and bias is None
         if not whole or weight.meta["val"].shape[:-2] != (self.count,) or not self.runs(offsets):
             raise OrderedError("a grouped product of other runs")
         self.kinds[node] = _Rows(0)
@@ -179,7 +189,7 @@ class Trial:
     def runs(self, offsets: Any) -> bool:
         """Whether the offsets are those of the sorted numbers, whatever the numbers are."""
         ids, n, count = self.found.ids, len(self.given), self.count
-        draws = [torch.randint(high, (n,), generator=self.rng) for high in (count, count, max(count // 2, 1), 1)]
+        draws = [torch.randint(high, (n,), generator=self.rng) for high in (*[count] * 8, max(count // 2, 1), 1)]
         for numbers in (*draws, count - 1 - draws[-1]):
             known: dict[fx.Node, Any] = {ids: numbers.to(ids.meta["val"].dtype)}
             try:
@@ -233,13 +243,34 @@ class Trial:
             return None
         shape, n = source.args[0].meta["val"].shape, len(self.given)
         line = torch.arange(n).view([n if k == kind.axis else 1 for k in range(len(shape))])
-        out = source.target(line.expand(shape), *source.args[1:], **source.kwargs)
+        try:
+            out = source.target(line.expand(shape), *source.args[1:], **source.kwargs)
+        except RuntimeError:  # no view of such memory, or of integers
+            return None
         out = out if source is node else out[node.args[1]]
         if not isinstance(out, torch.Tensor) or out.untyped_storage().data_ptr() != line.untyped_storage().data_ptr():
             return None
         moving = [k for k, (m, stride) in enumerate(zip(out.shape, out.stride(), strict=True)) if m > 1 and stride]
         whole = len(moving) == 1 and out.storage_offset() == 0 and out.shape[moving[0]] == n
         return _Rows(moving[0]) if whole and out.stride(moving[0]) == 1 else None
+
+    def kept(self, node: fx.Node) -> _Rows | None:
+        """Where a reduction over other axes has the rows of its operand, whatever the numbers are; None for anything else."""
+        if torch.Tag.reduction not in getattr(node.target, "tags", ()) or not isinstance(
+            node.meta["val"], torch.Tensor
+        ):
+            return None
+        source: Any = node.args[0]
+        kind, rank = self.kinds.get(source), source.meta["val"].dim()
+        arguments = [a.name for a in node.target._schema.arguments]
+        given: Any = (dict(zip(arguments, node.args, strict=False)) | node.kwargs).get("dim")
+        dims = [given] if isinstance(given, int) else given
+        if not isinstance(kind, _Rows) or not dims or isinstance(given, bool):
+            return None
+        gone = {d % rank for d in dims}
+        if kind.axis in gone:
+            return None
+        return kind if node.meta["val"].dim() == rank else _Rows(kind.axis - sum(d < kind.axis for d in gone))
 
     # ------------------------------------------------------------ values
     def value(self, node: fx.Node, turn: int) -> Any:
@@ -265,21 +296,35 @@ class Trial:
             drawn = torch.rand(value.shape, generator=self.rng, dtype=torch.float64).add_(0.5)
             if not value.is_floating_point() and not value.is_complex():
                 drawn = drawn.to(value.dtype) if value.dtype is not torch.bool else drawn > 1  # integers: 0 and 1
+                if isinstance(kind, _Rows) and len(self.given) > 1 and self.unequal:
+                    drawn.select(kind.axis, 0).copy_(drawn.select(kind.axis, 1) == 0)
             self.drawn[node] = drawn
         drawn = self.drawn[node]
         return drawn.index_select(kind.axis, self.orders[turn]) if isinstance(kind, _Rows) else drawn
+
+    def by_chance(self, node: fx.Node, value: torch.Tensor) -> bool:
+        """Whether a value may be the same in every order only because of the numbers that were made up."""
+        name, source = operator_of(node), node.args[0]
+        if name in _READS and isinstance(source, fx.Node) and _discrete(source):
+            return self.kinds.get(source) is not None and all(
+                self.kinds.get(n) is None for n in node.all_input_nodes[1:]
+            )
+        if name in _SYMMETRIC or (torch.Tag.reduction in getattr(node.target, "tags", ()) and name not in _FIRST):
+            return False
+        moved = [n for n in node.all_input_nodes if self.kinds.get(n) is not None]
+        return len(self.given) in value.shape or any(_discrete(n) or n in self.held for n in (node, *moved))
 
     def kind(self, node: fx.Node, values: Sequence[torch.Tensor]) -> _Kind:
         """How a value depends on the order."""
         first, *others = values
         n = len(self.given)
         if all(_equal(v, first) for v in others):
-            symmetric = torch.Tag.reduction in getattr(node.target, "tags", ()) or operator_of(node) in _SYMMETRIC
-            if n in first.shape and not symmetric:
-                raise OrderedError("its rows may differ for other numbers")
             alike = [k for k, m in enumerate(first.shape) if m == n and _equal(first, first.roll(1, k))]
-            # rows that were read at one place each are rows, though there may be one place only
-            return _Rows(alike[0]) if operator_of(node) in _READS and len(alike) == 1 else None
+            if operator_of(node) in _READS and len(alike) == 1:
+                return _Rows(alike[0])  # rows that were read at one place each, though there may be one place only
+            if self.by_chance(node, first):
+                raise OrderedError("its rows may differ for other numbers")
+            return None
         if any(v.shape != first.shape for v in others):
             raise OrderedError("its shape depends on the order")
         pairs = list(zip(others, self.orders[1:], strict=True))
@@ -290,6 +335,11 @@ class Trial:
         if inside and all(_equal(o[v], first.to(o)) for v, o in pairs):
             return _PLACES
         raise OrderedError("its values depend on the order")
+
+
+def _discrete(node: fx.Node) -> bool:
+    value = node.meta["val"]
+    return isinstance(value, torch.Tensor) and not value.is_floating_point() and not value.is_complex()
 
 
 def _whole(value: Any) -> bool:

@@ -26,6 +26,7 @@ import numpy as np
 
 from automerge.rules._axes import distinct
 
+SELECTED = ("select",)  # first among the functions of a piece of length one whose axis is gone
 _letters = itertools.count(1)
 
 
@@ -50,6 +51,17 @@ class Factor:
         if "injective" in vars(self):
             vars(out)["injective"] = self.injective
         return out
+
+
+@dataclass(frozen=True)
+class Promise:
+    """The obligation to pin the axis that an index tensor points into; a slice has others."""
+
+    pin: Callable[[], None]
+
+    def __call__(self) -> None:
+        """Pin it."""
+        self.pin()
 
 
 @dataclass

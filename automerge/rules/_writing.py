@@ -32,6 +32,8 @@ def scattered_to_points(context: Context, x: Value, dim: int, index: Value, othe
         parts.append(copy_letters(v))
     ranks = engine.elementwise(parts)
     gone = set(ranks.axes[dim])
+    if sources and not context.node.target._schema.name.endswith("_add"):
+        ranks = engine.pin_letters(ranks, gone, "the last of what is written to one position stays")
     return engine.elementwise([x, engine.reduce(ranks, gone)])
 
 

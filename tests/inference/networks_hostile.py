@@ -1305,6 +1305,16 @@ for _name, _sizes, _change in (
     add(_name, _sizes, (x,), lambda s, x, f=_change: s.out(f(s.a(x))), a=lin(4, 6), out=lin(6, 2))
 
 
+# ---------------------------------------------------------------- python reads a shape that depends on one unit's numbers
+for _name, _change in (
+    ("SizedByAMask", lambda h: h * (1 + h[h[:, 2] > 0].shape[0])),
+    ("SizedByASelection", lambda h: h * (1 + h[:, 2].masked_select(h[:, 2] > 0).numel())),
+    ("SizedByPlaces", lambda h: h * (1 + len((h[:, 2] > 0).nonzero()))),
+    ("SizedByTheLargest", lambda h: h * len(torch.bincount((h[:, 2].abs() * 3).long()))),
+):
+    add(_name, "7", (x,), lambda s, x, f=_change: s.out(f(s.a(x))), a=lin(4, 8), out=lin(8, 2))
+
+
 # ---------------------------------------------------------------- commutative functions of pieces: a position may change piece
 for _name, _sizes, _outputs, _change in (
     ("PiecesSummed", "4 2x4", 4, lambda h: sum(h.relu().chunk(2, 1))),
@@ -1314,6 +1324,11 @@ for _name, _sizes, _outputs, _change in (
     ("PiecesWeighted", "4", 4, lambda h: torch.add(h[:, :4], h[:, 4:], alpha=2)),
     ("PiecesGated", "4", 4, lambda h: h[:, :4] * h[:, 4:].sigmoid()),
     ("PiecesSummedThrice", "2 4x2", 2, lambda h: torch.tanh(sum(h.relu().chunk(4, 1)))),
+    # a tensor and a function of it are two
+    ("PiecesOfTwoTensorsJoined", "4x2", 8, lambda h: torch.cat([h[:, :4], h.relu()[:, 4:]], 1)),
+    ("PiecesOfTwoTensorsStacked", "", 8, lambda h: torch.stack([*h.unbind(1)[:4], *h.relu().unbind(1)[4:]], 1)),
+    ("PiecesOfTwoTensorsMultiplied", "4", 4, lambda h: h[:, :4] * h.tanh()[:, 4:]),
+    ("PiecesSummedAfterAFunction", "2x5", 2, lambda h: (h[:, :2] + h[:, 2:4]).relu() + (h[:, 4:6] + h[:, 6:])),
 ):
     add(_name, _sizes, (x,), lambda s, x, f=_change: s.out(f(s.a(x))), a=lin(4, 8), out=lin(_outputs, 2))
 

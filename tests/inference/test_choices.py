@@ -208,6 +208,43 @@ def numbered_around(s, h):
 
 
 @pinned
+def other_numbers_joined(s, h):
+    w, i = s.best(h)
+    return s.some(h, torch.cat([(one + 1) % COUNT for one in i.chunk(2, 1)], 1), w)
+
+
+@pinned
+def other_numbers_stacked(s, h):
+    w, i = s.best(h)
+    return s.some(h, torch.stack([COUNT - 1 - i[:, 0], COUNT - 1 - i[:, 1]], 1), w)
+
+
+@pinned
+def none_or_any(s, h):
+    w, i = s.best(h)
+    return s.some(h, i.bool().long(), w)
+
+
+@pinned
+def one_hot_of_none_or_any(s, h):
+    return s.all(h, (s.gate(h).argmax(-1, keepdim=True).bool() == torch.arange(COUNT)).to(h.dtype))
+
+
+@pinned
+def mean_load_of_those_up_to_the_last(s, h):
+    w, i = s.best(h)
+    return s.some(h, i, w) * torch.bincount(i.reshape(-1)).to(h.dtype).mean()
+
+
+@pinned
+def read_at_a_choice_and_written_to_the_next(s, h):
+    """No expert has an order of its own for its hidden units, either: they are read by the next expert."""
+    i = s.gate(h).argmax(-1)
+    hidden = torch.einsum("td,tdh->th", h, s.up[i]).relu()
+    return torch.einsum("th,thd->td", hidden, s.down[(i + 1) % COUNT])
+
+
+@pinned
 def load_in_wider_bins(s, h):
     w, i = s.best(h)
     load = torch.histc(i.float(), bins=COUNT, min=0, max=2 * COUNT)
@@ -232,3 +269,47 @@ def test_experts_may_be_permuted(name):
 def test_experts_stay(name):
     symmetry = infer(Routed(PINNED[name]), X)
     assert not any(s.param == "up" and s.axis == 0 for g in symmetry.generators() for s in g.slots)
+
+
+HEADS = 5
+
+
+class Headed(Routed):
+    """Experts chosen by several heads, each of which has scores of its own."""
+
+    def __init__(self, route: Route) -> None:
+        super().__init__(route)
+        self.gates, self.mix = nn.Parameter(torch.randn(HEADS, COUNT, WIDTH)), nn.Parameter(torch.randn(HEADS, WIDTH))
+
+    def scores(self, h: Tensor) -> Tensor:
+        """Tokens, heads, experts."""
+        return torch.einsum("td,hed->the", h, self.gates)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        return super().forward(x) + self.head(torch.einsum("the,hd->td", self.scores(h).tanh(), self.mix))
+
+
+ONE_HEAD: dict[str, Route] = {
+    "read": lambda s, h: s.some(h, s.scores(h).argmax(-1)[:, :1], torch.ones(len(h), 1)),
+    "compared": lambda s, h: s.all(h, (s.scores(h).argmax(-1)[:, 0, None] == torch.arange(COUNT)).to(h.dtype)),
+    "written": lambda s, h: s.all(h, torch.zeros(len(h), COUNT).scatter(1, s.scores(h).argmax(-1)[:, :1], 1.0)),
+    "gathered": lambda s, h: s.all(h, s.gate(h)) * s.gate(h).gather(1, s.scores(h).argmax(-1)[:, :1]),
+    "clamped": lambda s, h: s.some(h, s.scores(h).argmax(-1)[:, 0].clamp(0, COUNT)[:, None], torch.ones(len(h), 1)),
+}
+
+
+@pytest.mark.parametrize("name", ONE_HEAD)
+def test_the_head_that_chooses_stays(name):
+    """A slice of an index tensor singles out its heads, though its numbers are used as such."""
+    found = sorted(g.size for g in infer(Headed(ONE_HEAD[name]), X).generators())
+    assert found == sorted([HEADS - 1, COUNT, WIDTH, *[HIDDEN] * COUNT])
+
+
+def test_heads_that_overwrite_each_other_stay():
+    def route(s: Any, h: Tensor) -> Tensor:
+        value, index = s.scores(h).max(-1)
+        return s.all(h, torch.zeros(len(h), COUNT, dtype=value.dtype).scatter(1, index, value))
+
+    found = sorted(g.size for g in infer(Headed(route), X).generators())
+    assert found == sorted([COUNT, WIDTH, *[HIDDEN] * COUNT])

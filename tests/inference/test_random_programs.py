@@ -19,6 +19,7 @@ from torch import nn
 
 from automerge import infer
 from automerge.testing import assert_sound
+from tests.inference.test_dispatch import BACK
 
 ACTIVATIONS = (torch.relu, torch.tanh, torch.sigmoid, torch.square, torch.sin)
 STEPS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor | None]] = {}
@@ -247,6 +248,88 @@ def experts(p, h):
 @step
 def table(p, h):
     return p.weight(5, p.draw([4, 6]))[(p.linear(h, 5) + p.weight(5)).argmax(-1)]
+
+
+CHOOSE = (
+    lambda z: z.argmax(-1),
+    lambda z: z.argmin(-1),
+    lambda z: z.max(-1).indices,
+    lambda z: z.topk(2, -1).indices[..., 1],
+    lambda z: z.argsort(-1)[..., 0],
+)
+MOVE = (
+    lambda i, j: i,
+    lambda i, j: i.flip(-1),
+    lambda i, j: torch.cat([i[..., 1:], i[..., :1]], -1),
+    lambda i, j: torch.cat([i[..., :1], j[..., :1]], -1),
+    lambda i, j: torch.stack([i[..., 0], j[..., -1]], -1),
+    lambda i, j: torch.stack(i.unbind(-1)[::-1], -1),
+    lambda i, j: torch.stack([i, j], -2).flatten(-2),
+    lambda i, j: i[..., 1:],
+    lambda i, j: i.clamp(0, 3).remainder(4),
+    lambda i, j: i.clamp(max=2),
+)
+READ = (
+    lambda w, i: w[i],
+    lambda w, i: F.embedding(i, w),
+    lambda w, i: F.one_hot(i, 4).to(w.dtype) @ w,
+    lambda w, i: (i[..., None] == torch.arange(4)).to(w.dtype) @ w,
+    lambda w, i: w.new_zeros(*i.shape, 4).scatter(-1, i[..., None], 1.0) @ w,
+    lambda w, i: w.expand(*i.shape, *w.shape).gather(-2, i[..., None, None].expand(*i.shape, 1, w.shape[1]))[..., 0, :],
+    lambda w, i: torch.stack([w.new_zeros(4).index_put((r,), w.new_ones(())) for r in i.flatten(0, -2)])[:, None] @ w,
+    lambda w, i: (i.unsqueeze(-1) == i.unsqueeze(-2)).to(w.dtype).sum(-1, keepdim=True) * w[0],
+)
+
+
+@step
+def chosen(p, h):
+    """The best of some scores for every head, moved about, joined with others, and read in one of many ways."""
+    heads = p.draw([2, 3])
+    if p.draw([True, True, False]):
+        scores = torch.einsum("...n,knj->...kj", h, p.weight(heads, h.shape[-1], 4)) + p.weight(heads, 4)  # no ties
+    else:
+        scores = p.linear(h, heads * 4).unflatten(-1, (heads, 4)) + p.weight(4)
+    i, j = p.draw(CHOOSE)(scores), p.draw(CHOOSE)(scores if p.draw([True, True, False]) else scores.roll(1, -2))
+    i = p.draw(MOVE)(i, j)
+    y = p.draw(READ)(p.weight(4, 6), i)
+    if y.shape[:-2] != h.shape[:-1]:
+        return None  # written for all rows together
+    how = p.draw(["sum", "max", "weighted", "heads", "one"])
+    if how == "weighted":
+        return (y * p.weight(y.shape[-2], 1)).sum(-2)
+    if how == "heads":
+        return p.linear(y, 2).flatten(-2)
+    return y.sum(-2) if how == "sum" else y.amax(-2) if how == "max" else y[..., 0, :] - y[..., -1, :].tanh()
+
+
+AMONG_ROWS = (
+    lambda y, order: y.relu(),
+    lambda y, order: y / (1 + y.abs().amax(0)),
+    lambda y, order: y * (1 + order[:, None] % 2),
+    lambda y, order: torch.where(y > 0, y, torch.zeros_like(y)),
+    lambda y, order: y.cumsum(0).tanh(),
+    lambda y, order: y + y[:1],
+    lambda y, order: y * torch.linspace(1, 2, len(y))[:, None],
+    lambda y, order: torch.where(y > 9, y.roll(1, 0), y),
+    lambda y, order: y[order],
+)
+
+
+@step
+def dispatched(p, h):
+    """Experts on sorted rows, of which the order may be used on the way."""
+    n, count = h.shape[-1], 3
+    if h.ndim != 2 or n % 4 or not hasattr(F, "grouped_mm"):
+        return None
+    weight, best = (p.linear(h, count) + p.weight(count)).topk(2, -1)
+    number, order = best.reshape(-1).sort()
+    ends = torch.bincount(number, minlength=count).cumsum(0).to(torch.int32)
+    ends = (ends - p.draw([0, 0, 0, 1])).clamp(min=0)
+    y = F.grouped_mm(h[order // 2], p.weight(count, n, 8), offs=ends)
+    y = y + p.weight(count, 8)[number] if p.draw([True, False]) else y
+    y = p.draw(AMONG_ROWS)(y, order) if p.draw([True, False]) else y
+    y = F.grouped_mm(y, p.weight(count, 8, n), offs=ends) * weight.reshape(-1)[order, None]
+    return p.draw(list(BACK.values()))(y, order)
 
 
 # -------------------------------------------------------------------- the width as a product

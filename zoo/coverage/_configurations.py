@@ -105,6 +105,15 @@ FIELDS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_key_value_heads": 4, "head_dim": None},
     "deepseek_v3": {"num_key_value_heads": 4, "head_dim": None},
     "deepseek_v32": {"num_key_value_heads": 4, "head_dim": None},
+    "kimi_linear": {
+        **dict.fromkeys(("linear_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),
+        **dict.fromkeys(("linear_num_heads", "num_key_value_heads", "qk_rope_head_dim"), 4),
+        "num_experts_per_token": 2,
+        "kv_lora_rank": 16,
+        "qk_head_dim": 12,
+        "layer_types": ["linear_attention", "full_attention"],
+        "mlp_layer_types": ["dense", "sparse"],
+    },
     "falcon_h1": {
         "mamba_n_heads": 8,
         "mamba_d_head": 8,
@@ -296,7 +305,10 @@ _DECODERS = (
     "exaone4 gpt_neox_japanese helium arcee seed_oss bamba gpt_oss hunyuan_v1_dense phimoe jetmoe moshi xlstm "
     "afmoe apertus aria_text bert-generation cohere2_moe cwm deepseek_v32 diffllama doge ernie4_5_moe falcon_h1 "
     "flex_olmo glm4_moe granitemoeshared hunyuan_v1_moe llama4_text minimax_m2 ministral ministral3 nanochat olmo3 "
-    "olmo_hybrid vaultgemma modernbert-decoder"
+    "olmo_hybrid vaultgemma modernbert-decoder bailing_hybrid deepseek_v4 exaone_moe flint gpt-sw3 granite_swa "
+    "granitemoe_swa hrm_text hy_v3 hy_v4 hyperclovax inkling_text inkling2_text internlm3 iquestcoder jais2 kimi_linear "
+    "kolibri1 laguna lfm3 mellum mimo_v2_flash nemotron_h qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp_text "
+    "solar_open"
 )
 _ENCODERS = (
     "bert roberta distilbert albert electra deberta deberta-v2 xlm-roberta mpnet camembert roformer nystromformer "
