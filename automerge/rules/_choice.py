@@ -14,15 +14,12 @@ import torch
 
 from automerge.rules._engine import Engine
 from automerge.rules._registry import Context, pointwise, rule
-from automerge.rules._value import SELECTED, Factor, Promise, Value, plain
+from automerge.rules._value import SELECTED, Factor, Value, plain
 
 
 def bare(value: Value) -> Value:
     """A value without its promises, where a rule has seen to them; what it owes as a slice it meets."""
-    for owed in [o for o in value.obligations if not isinstance(o, Promise)]:
-        value.obligations.remove(owed)
-        owed()
-    return value.with_axes(value.axes)
+    return value.whole().with_axes(value.axes)
 
 
 def points_into(engine: Engine, x: Value, dim: int, index: Value) -> np.ndarray | None:
@@ -61,9 +58,9 @@ def same_points(engine: Engine, values: Sequence[Value]) -> np.ndarray | None:
 
 
 def pointing_together(values: Sequence[Value], joined: Value) -> Value:
-    """A join of index tensors into one axis points into it as well, and owes what they owe."""
+    """A join of index tensors into one axis points into it as well, and promises what they promise."""
     joined.points = values[0].points
-    joined.obligations = [owed for v in values for owed in v.obligations]
+    joined.promises = [promise for v in values for promise in v.promises]
     return joined
 
 

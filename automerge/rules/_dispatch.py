@@ -80,9 +80,11 @@ def _dispatch(
         assert order is not None
         try:
             with torch.no_grad(), double_precision():
-                for seed in range(_TRIALS + _FEW // max(len(ids.meta["val"]), 1)):
+                trial = None
+                for _ in range(_TRIALS + _FEW // max(len(ids.meta["val"]), 1)):
                     found = Dispatch(ids, sort, order, set(numbers))
-                    Trial(live, read, found, constant, count, seed).run()
+                    trial = Trial(live, read, found, constant, count, trial)
+                    trial.run()
         except Exception:  # the order is used (`OrderedError`), or an operator cannot be tried
             continue
         if found.grouped:

@@ -145,7 +145,7 @@ class Engine(Combine):
         if out is value:
             return out
         del self.axes.marks[before:]
-        out.points = value.points
+        out.points, out.promises = value.points, value.promises
         out.obligations = [lambda: self.axes.marks.extend(marks), *value.obligations] if marks else value.obligations
         out.origin = (value, axis, np.asarray(index), ())
         return out

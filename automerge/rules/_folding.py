@@ -43,7 +43,7 @@ class FoldedValue(Value):
 
     def __init__(self, engine: Engine, function: str, pieces: Sequence[_Piece], shape: tuple[int, ...]) -> None:
         self.engine, self.function, self.pieces, self._shape = engine, function, tuple(pieces), shape
-        self.data, self.origin, self.points, self.obligations = None, None, None, []
+        self.data, self.origin, self.points, self.promises, self.obligations = None, None, None, [], []
         self._made: Value | None = None
 
     @property

@@ -10,7 +10,7 @@ import torch
 from automerge.rules._engine import Engine
 from automerge.rules._reduction import axes_of, fits
 from automerge.rules._registry import Context, rule
-from automerge.rules._value import Promise, Value, plain
+from automerge.rules._value import Value, plain
 
 
 @rule("sort", "topk", "argsort", "msort")
@@ -59,7 +59,7 @@ def promise(engine: Engine, value: Value, points: np.ndarray | None, reason: str
             engine.axes.pin(points, reason)
             engine.axes.where = now
 
-        out.obligations = [Promise(pin)]
+        out.promises = [pin]
     return out
 
 

@@ -82,6 +82,7 @@ class Trial:
             values are made up for every operator again.
         level: nodes with the same number everywhere.
         drawn: what was made up for the operator that is tried.
+        before: the trial before this one: only made-up whole numbers and masks are tried again.
         unequal: whether whole numbers and masks that are made up differ between the first two rows; else they may be equal.
     """
 
@@ -92,10 +93,12 @@ class Trial:
         found: Dispatch,
         constant: set[fx.Node],
         count: int,
-        seed: int = 0,
+        before: Trial | None = None,
     ) -> None:
         self.live, self.read, self.found, self.constant, self.count = live, read, found, constant, count
-        self.rng, self.unequal = torch.Generator().manual_seed(seed), seed % 2 == 0
+        self.before = before
+        self.number: int = 0 if before is None else before.number + 1
+        self.rng, self.unequal = torch.Generator().manual_seed(self.number), self.number % 2 == 0
         n = len(found.ids.meta["val"])
         ahead = torch.arange(n)
         # what keeps to a swap of two rows and to a turn of all keeps to every order: these two make them all; but whole
@@ -134,11 +137,14 @@ class Trial:
         if operator_of(node) == GROUPED:
             self.grouped(node)
             return
-        tags = getattr(node.target, "tags", ())
-        if torch.Tag.nondeterministic_seeded in tags:
+        if self.before is not None and self.settled(node):
+            self.kinds[node] = self.before.kinds[node]
+            self.level |= {node} & self.before.level
+            return
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise OrderedError("random numbers")
         result = node.meta["val"]
-        pure = all(n in self.constant or n in self.found.known for n in node.all_input_nodes)
+        pure = all(self.exact(n) for n in node.all_input_nodes)
         copied = operator_of(node) in _COPIES and isinstance(self.kinds.get(node.all_input_nodes[0]), _Rows)
         pointwise = is_pointwise(node.target) or copied
         seen = self.viewed(node) or self.kept(node)
@@ -162,6 +168,16 @@ class Trial:
             self.kinds[node] = self.broadcast(node) if pointwise else seen or self.kind(node, values)
         if self.rereads(node):
             self.found.numbers.add(node)
+
+    def exact(self, node: fx.Node) -> bool:
+        """Whether a value is known for every order, not made up."""
+        return node in self.constant or node in self.found.known
+
+    def settled(self, node: fx.Node) -> bool:
+        """Whether other made-up numbers would tell no more than those of an earlier trial: they are real, and never equal."""
+        if not isinstance(node.meta["val"], torch.Tensor) or all(self.exact(n) for n in node.all_input_nodes):
+            return False
+        return not any(_discrete(n) and not self.exact(n) for n in (node, *node.all_input_nodes))
 
     def rereads(self, node: fx.Node) -> bool:
         """Whether a node is the numbers in the rows' order (``ids[order]``)."""

@@ -53,17 +53,6 @@ class Factor:
         return out
 
 
-@dataclass(frozen=True)
-class Promise:
-    """The obligation to pin the axis that an index tensor points into; a slice has others."""
-
-    pin: Callable[[], None]
-
-    def __call__(self) -> None:
-        """Pin it."""
-        self.pin()
-
-
 @dataclass
 class Value:
     """The structure of one tensor.
@@ -76,8 +65,8 @@ class Value:
         data: the tensor itself, if it depends on nothing but constants.
         origin: for a slice: the value it was taken from, the axis, the positions, and the functions applied since.
         points: for an index tensor: its entries are positions along an axis with these labels.
-        obligations: constraints to be made unless a later rule shows that they are not needed (the pieces of a slice
-            are joined again; a position is only used to read from the axis that it came from).
+        promises: constraints on that axis, to be made unless the entries are only used to read from it or write to it.
+        obligations: constraints on the tensor's own axes, to be made unless the pieces of a slice are joined again.
         chosen: letter on no axis -> the letters on whose coordinates its place depends.
     """
 
@@ -88,19 +77,27 @@ class Value:
     data: Any = None
     origin: tuple[Value, int, np.ndarray, tuple[str, ...]] | None = None
     points: np.ndarray | None = None
+    promises: list[Callable[[], None]] = field(default_factory=list)
     obligations: list[Callable[[], None]] = field(default_factory=list)
     chosen: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     def settle(self) -> Value:
-        """Meet the obligations: called before any rule that is not known to carry them."""
+        """Keep promises and meet obligations: called before any rule that is not known to carry them."""
+        while self.promises:
+            self.promises.pop()()
+        self.points = None
+        return self.whole()
+
+    def whole(self) -> Value:
+        """Meet the obligations alone: the tensor is read as it is, and its entries may still be positions."""
         while self.obligations:
             self.obligations.pop()()
-        self.origin = self.points = None
+        self.origin = None
         return self
 
     def carry(self, other: Value) -> Value:
         """Take over what another value promises, for rules that leave its entries as they are."""
-        self.points, self.obligations = other.points, other.obligations
+        self.points, self.promises, self.obligations = other.points, other.promises, other.obligations
         return self
 
     def after(self, function: str) -> Value:
@@ -108,7 +105,7 @@ class Value:
         out = self.with_axes(self.axes)
         assert self.origin is not None
         out.origin = (*self.origin[:3], (*self.origin[3], function))
-        out.obligations = self.obligations
+        out.promises, out.obligations = self.promises, self.obligations
         return out
 
     @property
@@ -140,7 +137,7 @@ class ConstantValue(Value):
     def __init__(self, data: Any, make: Callable[[tuple[tuple[int, ...], ...]], tuple[list[Factor], set[int]]]) -> None:
         empty = plain(data.shape)
         self.axes, self.size, self.data = empty.axes, empty.size, data
-        self.origin, self.points, self.obligations, self.chosen = None, None, [], {}
+        self.origin, self.points, self.promises, self.obligations, self.chosen = None, None, [], [], {}
         self._make = make
         self._made: tuple[list[Factor], set[int]] | None = None
 

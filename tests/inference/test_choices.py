@@ -196,6 +196,12 @@ def joined_with_a_number(s, h):
 
 
 @pinned
+def a_piece_moved_on(s, h):
+    w, i = s.best(h)
+    return s.some(h, (i[:, :1] + 1) % COUNT, w[:, :1])
+
+
+@pinned
 def clamped_to_fewer(s, h):
     w, i = s.best(h)
     return s.some(h, i.clamp(max=COUNT - 2), w)
