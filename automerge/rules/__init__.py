@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +34,7 @@ from automerge.rules._decompose import decomposition
 from automerge.rules._dispatch import without_dispatch
 from automerge.rules._engine import Engine
 from automerge.rules._movement import all_border
-from automerge.rules._positions import gathered
+from automerge.rules._parameters import Splits, parameter, share
 from automerge.rules._reads import liveness, sizing, unread
 from automerge.rules._registry import (
     Context,
@@ -45,12 +45,11 @@ from automerge.rules._registry import (
     register_rule,
     values_in,
 )
-from automerge.rules._value import ConstantValue, Factor, Value, drop_constant, plain, split_letter
+from automerge.rules._value import ConstantValue, Factor, Value, plain
 
 __all__ = ["Analysis", "Context", "Engine", "Factor", "Unruled", "Value", "analyse", "is_state", "register_rule"]
 
 _DEBUG = bool(os.environ.get("AUTOMERGE_DEBUG"))
-Splits = Mapping[tuple[str, int, int], np.ndarray]
 
 
 @dataclass
@@ -179,8 +178,8 @@ class _Run:
             elif is_state(value):
                 name = node.meta["name"]
                 if name not in self.out.states:
-                    self.out.states[name] = self.parameter(name, tuple(value.shape))
-                    self.share(name)
+                    self.out.states[name] = parameter(self.engine.axes, name, tuple(value.shape), self.splits)
+                    share(self.engine, name, self.out.states, self.graph.meta["trace"].overlaps)
                 self.values[node] = self.out.states[name]
             else:
                 self.constant.add(node)
@@ -204,76 +203,6 @@ class _Run:
     def is_constant(self, node: fx.Node) -> bool:
         random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())  # drawn anew in every pass
         return not random and all(n in self.constant for n in node.all_input_nodes)
-
-    def parameter(self, name: str, shape: tuple[int, ...]) -> Value:
-        """A parameter: a family for every axis, axes that were asked to be split once for every class of another axis."""
-        axes = self.engine.axes
-        splits = self._splits_of(name)
-        value, blocks = _in_blocks(plain(shape), splits)
-        lines: dict[int, np.ndarray] = {}
-        for k, letters in enumerate(value.axes):
-            if letters and k not in splits:
-                lines[k] = axes.fresh((shape[k],), param=name, axis=k)
-                value.factors.append(Factor(letters, lines[k].reshape([value.size[c] for c in letters])))
-        for k, parts in splits.items():
-            value.factors.append(self._split_factor(value, name, k, parts, lines, blocks))
-        return value
-
-    def share(self, name: str) -> None:
-        """What is in one memory under several shapes moves as one."""
-        states, engine = self.out.states, self.engine
-        for mine, other, places in self.graph.meta["trace"].overlaps:
-            if mine != name or other not in states:
-                continue
-            back = torch.full((int(np.prod(states[other].shape)),), -1)
-            back[places[places >= 0]] = torch.arange(places.numel()).reshape(places.shape)[places >= 0]
-            if bool((places >= 0).all()):
-                engine.elementwise([states[mine], gathered(engine, states[other], places.numpy())])
-            elif bool((back >= 0).all()):
-                engine.elementwise(
-                    [states[other], gathered(engine, states[mine], back.reshape(states[other].shape).numpy())]
-                )
-            else:
-                for state in (mine, other):
-                    states[state] = engine.pin_all(states[state], "shares memory with another parameter")
-
-    def _splits_of(self, name: str) -> dict[int, list[tuple[int, np.ndarray]]]:
-        splits: dict[int, list[tuple[int, np.ndarray]]] = {}
-        outer: set[int] = set()
-        for (param, axis, by), classes in self.splits.items():
-            # an axis is either split or splits others: requests that would nest are dropped
-            if param == name and by not in splits and axis not in outer:
-                splits.setdefault(axis, []).append((by, classes))
-                outer.add(by)
-        return splits
-
-    def _split_factor(
-        self,
-        value: Value,
-        name: str,
-        axis: int,
-        by: Sequence[tuple[int, np.ndarray]],
-        lines: Mapping[int, np.ndarray],
-        blocks: Mapping[int, int],
-    ) -> Factor:
-        """An axis whose order depends on the class of the position along other axes."""
-        axes, shape = self.engine.axes, value.shape
-        counts = [int(c.max()) + 1 for _, c in by]
-        labels = axes.fresh((*counts, shape[axis]), param=name, axis=axis, by=tuple(by))
-        for i, (other, classes) in enumerate(by):
-            containers = axes.fresh((counts[i],))
-            axes.edge(lines[other], containers[classes])
-            view = [1] * (len(by) + 1)
-            view[i] = counts[i]
-            axes.edge(labels, np.broadcast_to(containers.reshape(view), labels.shape))
-        own = value.axes[axis][0]
-        if all(other in blocks for other, _ in by):
-            return Factor((*(blocks[other] for other, _ in by), own), labels)
-        wide = labels[np.ix_(*(c for _, c in by), np.arange(shape[axis]))]
-        letters = (*(c for other, _ in by for c in value.axes[other]), own)
-        reduced = drop_constant(Factor(letters, wide.reshape([value.size[c] for c in letters])))
-        assert reduced is not None
-        return reduced
 
     # ------------------------------------------------------------ operators
     def fetch(self, args: Any) -> Any:
@@ -405,27 +334,6 @@ def _settle_splits(runs: Sequence[_Run], out: Analysis) -> None:
     engine.settle_requests(out.unread)
     if out.unread:
         settle_unread(engine.axes, out.unread)
-
-
-def _in_blocks(value: Value, splits: Mapping[int, Sequence[tuple[int, np.ndarray]]]) -> tuple[Value, dict[int, int]]:
-    """Write axes whose classes are equal runs as (class, position inside); returns the class letters, by axis."""
-    wanted: dict[int, np.ndarray] = {}
-    for parts in splits.values():
-        for other, classes in parts:
-            wanted[other] = classes if other not in wanted or np.array_equal(wanted[other], classes) else classes[:0]
-    blocks: dict[int, int] = {}
-    for other, classes in wanted.items():
-        count = int(classes.max()) + 1 if classes.size else 0
-        if (
-            not count
-            or classes.size % count
-            or not np.array_equal(classes, np.repeat(np.arange(count), classes.size // count))
-        ):
-            continue
-        if 1 < count < classes.size:
-            value = split_letter(value, value.axes[other][0], [count, classes.size // count])
-        blocks[other] = value.axes[other][0]
-    return value, blocks
 
 
 def _with_data(value: Any, tensor: Any) -> Any:
