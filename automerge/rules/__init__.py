@@ -33,6 +33,7 @@ from automerge.rules._constants import veils
 from automerge.rules._decompose import decomposition
 from automerge.rules._dispatch import without_dispatch
 from automerge.rules._engine import Engine
+from automerge.rules._exact import Exact, entries, told_apart
 from automerge.rules._movement import all_border
 from automerge.rules._parameters import Splits, parameter, share
 from automerge.rules._reads import liveness, sizing, unread
@@ -131,6 +132,7 @@ class _Run:
         self.values: dict[fx.Node, Any] = {}
         self.constant: set[fx.Node] = set()
         self.veiled: set[fx.Node] = set()
+        self.exact = Exact(self.constant)
         self.statistics: list[Value] = []
         info = graph.meta["trace"]
         self.reads = [n for n in graph.graph.nodes if n.name in info.reads]
@@ -217,16 +219,17 @@ class _Run:
         value = node.meta["val"]
         if not isinstance(value, torch.Tensor):
             return tuple(self._constant_tensor(v) for v in value)
-        return self._constant_tensor(value)
+        return self._constant_tensor(value, node)
 
-    def _constant_tensor(self, tensor: torch.Tensor) -> Value:
+    def _constant_tensor(self, tensor: torch.Tensor, node: fx.Node | None = None) -> Value:
         if tensor.numel() == 0:
             return plain(tensor.shape)
 
         def structure(axes: tuple[tuple[int, ...], ...]) -> tuple[list[Factor], set[int]]:
-            array = tensor.detach().to_dense().cpu() if tensor.layout is not torch.strided else tensor.detach().cpu()
-            array = array.float() if array.dtype in (torch.bfloat16, torch.float16) else array
-            return self.engine.constant_structure(array.resolve_conj().resolve_neg().numpy(), axes)
+            array = entries(tensor)
+            if node is not None and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16):
+                array = told_apart(array, entries(self.exact.value(node)))
+            return self.engine.constant_structure(array, axes)
 
         return ConstantValue(tensor, structure)
 

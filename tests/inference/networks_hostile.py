@@ -1219,6 +1219,13 @@ def _image_tokens(s: Any, tokens: Any, x: Any) -> Any:
     return s.out(h.masked_scatter((tokens == 0)[..., None].expand_as(h), s.v(x)))
 
 
+def _rounded_positions(s: Any, x: Any) -> Any:
+    rows, columns = torch.tensor([[[0.0], [0.0], [1.0]], [[0.0], [1.0], [0.0]]])
+    turns = torch.tensor([1.0, 1e-4])  # in float32 the cosines of the small ones are 1, of rows as of columns
+    return s.out((s.a(x)[:, None] + torch.cat([(rows * turns).cos(), (columns * turns).cos()], 1)).relu())
+
+
+add("RoundedPositions", "", (x,), _rounded_positions, a=lin(4, 4), out=lin(4, 2))
 add(
     "WriteMasked",
     "6",

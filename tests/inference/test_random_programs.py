@@ -125,6 +125,16 @@ def split_joined(p, h):
     return torch.cat([b.relu(), a.tanh()] if p.draw([True, False]) else [a.relu(), b.relu()], -1)
 
 
+@step
+def half_changed(p, h):
+    """Pieces of a tensor beside pieces of a function of it, or of the same function of it twice."""
+    f, half = p.draw(ACTIVATIONS), h.shape[-1] // 2
+    one, two = f(h) if p.draw([True, False]) else h, f(h)
+    if p.draw([True, False]):
+        return torch.cat([one[..., :half], two[..., half:]], -1)
+    return p.draw((torch.add, torch.mul))(one[..., :half], two[..., -half:])
+
+
 FOLDS = (torch.add, torch.mul, torch.maximum, torch.minimum, torch.logaddexp, torch.sub)
 
 

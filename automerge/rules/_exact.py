@@ -1,0 +1,70 @@
+"""Constants as float64 makes them: two numbers that only rounding made equal are not the same number."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from automerge._double import double_precision
+
+_ROUNDING = 2.0**-44  # what float64 itself may leave of a number, as a share of the largest
+
+
+class Exact:
+    """The values of a graph's constants in float64; each is computed when a rule first asks for it.
+
+    Args:
+        constant: the nodes that depend on nothing but constants.
+    """
+
+    def __init__(self, constant: Collection[fx.Node]) -> None:
+        self.constant = constant
+        self.held: dict[fx.Node, Any] = {}
+
+    def value(self, node: fx.Node) -> Any:
+        """What a constant node computes; its recorded value where it does not run in float64."""
+        todo = [node]
+        while todo:
+            last = todo[-1]
+            missing = [n for n in last.all_input_nodes if n not in self.held] if last in self.constant else []
+            if last in self.held or not missing:
+                self.held.setdefault(todo.pop(), self._computed(last))
+            else:
+                todo += missing
+        return self.held[node]
+
+    def _computed(self, node: fx.Node) -> Any:
+        if node.op != "call_function" or node not in self.constant or "empty" in str(node.target):
+            return node.meta["val"]  # (what was never written is another thing in every run)
+        args, kwargs = fx.node.map_aggregate(
+            (node.args, node.kwargs), lambda a: self.held[a] if isinstance(a, fx.Node) else a
+        )
+        try:
+            with torch.no_grad(), double_precision():
+                return node.target(*args, **kwargs)  # type: ignore[operator]
+        except Exception:  # an operator that float64 has not
+            return node.meta["val"]
+
+
+def entries(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor's numbers, in a type that numpy has."""
+    array = tensor.detach().to_dense().cpu() if tensor.layout is not torch.strided else tensor.detach().cpu()
+    array = array.float() if array.dtype in (torch.bfloat16, torch.float16) else array
+    return array.resolve_conj().resolve_neg().numpy()
+
+
+def told_apart(rounded: np.ndarray, wide: np.ndarray) -> np.ndarray:
+    """``wide``, in which what is the same number but for its own rounding, and was equal in ``rounded``, is equal."""
+    if rounded.shape != wide.shape or rounded.dtype.kind != "f" or not np.isfinite(wide).all():
+        return rounded
+    numbers, where = np.unique(wide, return_inverse=True)
+    steps = np.diff(numbers) > _ROUNDING * np.abs(numbers).max(initial=0.0)
+    near = np.concatenate([[0], np.cumsum(steps)])[where].reshape(-1)
+    _, first, kind = np.unique(
+        np.stack([rounded.reshape(-1).astype(np.float64), near]), axis=1, return_index=True, return_inverse=True
+    )
+    return wide.reshape(-1)[first][kind.reshape(-1)].reshape(wide.shape)
