@@ -227,7 +227,8 @@ class _Run:
 
         def structure(axes: tuple[tuple[int, ...], ...]) -> tuple[list[Factor], set[int]]:
             array = entries(tensor)
-            if node is not None and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16):
+            low = tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
+            if low and node is not None and node.op == "call_function":
                 array = told_apart(array, entries(self.exact.value(node)))
             return self.engine.constant_structure(array, axes)
 

@@ -23,11 +23,16 @@ def bare(value: Value) -> Value:
 
 
 def points_into(engine: Engine, x: Value, dim: int, index: Value) -> np.ndarray | None:
-    """The labels of an axis, if the index tensor holds positions along exactly such an axis."""
-    points = index.points
-    if points is None or x.shape[dim] != points.size:
+    """The labels of an axis, if the index tensor holds positions along exactly such an axis.
+
+    An axis may end before the one that was pointed into: then the last of those positions do not come this far.
+    """
+    points, n = index.points, x.shape[dim]
+    if points is None or n > points.size or set(x.axes[dim]) & x.pinned:
         return None
-    return None if set(x.axes[dim]) & x.pinned else points
+    if n < points.size:
+        engine.axes.pin(points[n:], "not among the positions that are looked up")
+    return points[:n]
 
 
 def tie_axis(engine: Engine, x: Value, dim: int, labels: np.ndarray) -> Value:
@@ -85,8 +90,12 @@ def holds(dtype: torch.dtype, count: int) -> bool:
 def compared(context: Context, *args: Any, **kwargs: Any) -> Value:
     """Two positions along one axis; or positions with all those of the axis in their order, which makes one-hot rows."""
     a, b = args
+    engine = context.engine
+    for index, other in ((a, b), (b, a)):
+        if isinstance(index, Value) and index.points is not None and _number(other) is not None:
+            engine.axes.pin(_those(index.points, [_number(other)]), "compared with a number")
+            return engine.elementwise([bare(index)])
     if isinstance(a, Value) and isinstance(b, Value):
-        engine = context.engine
         if same_points(engine, [a, b]) is not None:
             return engine.elementwise([bare(a), bare(b)])
         for index, other in ((a, b), (b, a)):
@@ -95,6 +104,28 @@ def compared(context: Context, *args: Any, **kwargs: Any) -> Value:
                 assert index.points is not None
                 return engine.elementwise([bare(index), tie_axis(engine, plain(other.shape), dim, index.points)])
     return pointwise(context, *args, **kwargs)
+
+
+def _number(value: Any) -> float | None:
+    """A number that does not depend on the data, or None."""
+    if isinstance(value, Value):
+        return float(value.data) if value.data is not None and value.data.numel() == 1 else None
+    return float(value) if isinstance(value, (bool, int, float)) else None
+
+
+def _those(points: np.ndarray, numbers: Sequence[float | None]) -> np.ndarray:
+    """The labels of the positions among these numbers."""
+    return points[[k for k in range(points.size) if k in numbers]]
+
+
+@rule("masked_fill", carries=True)
+def filled(context: Context, x: Value, mask: Value, value: Any) -> Value:
+    """Positions some of which become a certain one: that one stays, the others move with their axis."""
+    engine, number = context.engine, _number(value)
+    if x.points is None or number not in range(x.points.size):
+        return pointwise(context, x.settle(), mask.settle(), value)
+    engine.axes.pin(_those(x.points, [number]), "put in the place of other positions")
+    return engine.elementwise([bare(x), mask.settle()]).carry(x)
 
 
 def _counted(index: Value, other: Value) -> int | None:

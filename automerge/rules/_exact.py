@@ -61,10 +61,11 @@ def told_apart(rounded: np.ndarray, wide: np.ndarray) -> np.ndarray:
     """``wide``, in which what is the same number but for its own rounding, and was equal in ``rounded``, is equal."""
     if rounded.shape != wide.shape or rounded.dtype.kind != "f" or not np.isfinite(wide).all():
         return rounded
+    old, kind = np.unique(rounded, return_inverse=True)
+    if old.size == rounded.size or np.array_equal(rounded, wide):
+        return rounded  # nothing was made equal
     numbers, where = np.unique(wide, return_inverse=True)
     steps = np.diff(numbers) > _ROUNDING * np.abs(numbers).max(initial=0.0)
-    near = np.concatenate([[0], np.cumsum(steps)])[where].reshape(-1)
-    _, first, kind = np.unique(
-        np.stack([rounded.reshape(-1).astype(np.float64), near]), axis=1, return_index=True, return_inverse=True
-    )
-    return wide.reshape(-1)[first][kind.reshape(-1)].reshape(wide.shape)
+    near = np.concatenate([[0], np.cumsum(steps)])[where.reshape(-1)]
+    _, first, both = np.unique(kind.reshape(-1) * (near.max() + 1) + near, return_index=True, return_inverse=True)
+    return wide.reshape(-1)[first][both.reshape(-1)].reshape(wide.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from automerge.rules._axes import Unruled
 from automerge.rules._choice import bare, points_into, tie_axis
 from automerge.rules._contraction import repinned
 from automerge.rules._engine import Engine
-from automerge.rules._movement import permuted, without_axis
+from automerge.rules._movement import expanded, permuted, without_axis
 from automerge.rules._positions import gathered
 from automerge.rules._reduction import axes_of, normalised
 from automerge.rules._registry import Context, rule, values_in
@@ -179,26 +180,37 @@ def whole_axes(x: Value, given: Sequence[tuple[int, Value]]) -> dict[int, int]:
 
 
 def _masked(context: Context, x: Value, given: Sequence[tuple[int, Value]]) -> Value:
-    """Rows chosen by a mask: its axes are pinned, and the result's rows are numbered."""
+    """Rows chosen by a mask: the axes along which it varies are pinned, and the result's rows are numbered.
+
+    Where it is constant along its last axes, whole rows are chosen, and laid out one after another.
+    """
     if len(given) != 1:
         raise Unruled("a data-dependent mask among other indices")
     engine = context.engine
     axis, mask = given[0]
+    last = axis + len(mask.axes)
+    while last > axis and not varies(mask, last - 1 - axis):
+        last -= 1
     engine.pin_all(mask, "a data-dependent mask")
-    axes = range(axis, axis + len(mask.axes))
-    gone = {c for k in axes for c in x.axes[k]}
+    gone = {c for k in range(axis, last) for c in x.axes[k]}
     rest = engine.reduce(engine.pin_letters(x, gone, "a data-dependent mask"), gone)
-    rows = plain([context.shape[axis]], pinned=True)
-    out = (*rest.axes[:axis], *rows.axes, *rest.axes[axis + len(mask.axes) :])
+    tail = [c for k in range(last, axis + len(mask.axes)) for c in rest.axes[k]]
+    rows = plain([context.shape[axis] // math.prod(rest.size[c] for c in tail)], pinned=True)
+    out = (*rest.axes[:axis], (*rows.axes[0], *tail), *rest.axes[axis + len(mask.axes) :])
     return Value(out, rest.size | rows.size, rest.factors, rest.pinned | rows.pinned)
+
+
+def varies(value: Value, axis: int) -> bool:
+    """Whether a value may differ along an axis."""
+    letters = set(value.axes[axis])
+    return bool(letters & value.pinned) or any(letters & set(f.letters) for f in value.factors)
 
 
 @rule("masked_select")
 def masked_select(context: Context, x: Value, mask: Value) -> Value:
     """The entries where a mask holds, in their order."""
-    for v in (x, mask):
-        context.engine.pin_all(v, "a data-dependent mask")
-    return plain(context.shape, pinned=True)
+    shape = torch.broadcast_shapes(x.shape, mask.shape)
+    return _masked(context, expanded(x, shape), [(0, expanded(mask, shape))])
 
 
 @rule("gather", "take_along_dim", carries=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from automerge.rules._axes import Unruled
 from automerge.rules._choice import bare, points_into, tie_axis
 from automerge.rules._engine import MAX_BESIDE, Engine
-from automerge.rules._indexing import constant_index, read_along, whole_axes
+from automerge.rules._indexing import constant_index, read_along, varies, whole_axes
 from automerge.rules._movement import expanded, scattered
 from automerge.rules._positions import gathered
 from automerge.rules._registry import Context, rule, values_in
@@ -184,22 +185,20 @@ def masked_scatter(context: Context, x: Value, mask: Value, source: Value) -> Va
     engine = context.engine
     full = expanded(mask, x.shape)
     tail = 0
-    while tail < len(x.axes) and not _varies(full, len(x.axes) - 1 - tail):
+    while tail < len(x.axes) and not varies(full, len(x.axes) - 1 - tail):
         tail += 1
-    if not tail or source.shape[-tail:] != x.shape[-tail:]:
-        raise Unruled("entries written in order under a mask")
     lead = len(x.axes) - tail
+    row, entries = math.prod(x.shape[lead:]), math.prod(source.shape)
+    if tail and source.shape[-tail:] != x.shape[lead:] and row and not entries % row:
+        source = engine.reshape(source, [entries // row, *x.shape[lead:]])  # its entries are read in order
+    if not tail or source.shape[-tail:] != x.shape[lead:]:
+        raise Unruled("entries written in order under a mask")
     engine.pin_all(mask, "written at given positions")
     x = engine.pin_letters(x, {c for axis in x.axes[:lead] for c in axis}, "written at given positions")
     gone = {c for axis in source.axes[: len(source.axes) - tail] for c in axis}
     rows = engine.reduce(engine.pin_letters(source, gone, "written at given positions"), gone)
     rows = rows.with_axes(rows.axes[len(source.axes) - tail :])
     return engine.elementwise([x, copy_letters(rows)])
-
-
-def _varies(value: Value, axis: int) -> bool:
-    letters = set(value.axes[axis])
-    return bool(letters & value.pinned) or any(letters & set(f.letters) for f in value.factors)
 
 
 @rule("as_strided_scatter", "diagonal_scatter")

@@ -446,6 +446,7 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     "index_add index_copy": written,
     "index_fill": lambda d: call(p(d.n(3, 4), d.n()), 0, ints(3, 2), 0.5),
     "index_put _index_put_impl _unsafe_index_put": put,
+    "masked_fill": lambda d: call(p(3, 2), I(lambda rng: torch.rand(3, 2, generator=rng) > 0.5), 0.5),
     "masked_scatter": lambda d: call(p(3, 2), I(lambda rng: torch.rand(3, 2, generator=rng) > 0.5), p(6), unruled=True),
     "put": lambda d: call(p(3, 2), I(lambda rng: torch.randperm(6, generator=rng)[:3]), p(3), unruled=True),
     "sort": ranked,

@@ -1073,6 +1073,33 @@ class Answer:
     more: dict[str, Any]
 
 
+def _image_rows(s: Any, tokens: Any, x: Any) -> Any:
+    h, image = s.e(tokens), tokens == 0
+    return s.out(h.masked_scatter(image[..., None], (h[image] + s.v(x[:2])).view(-1)))
+
+
+def _image_entries(s: Any, tokens: Any, x: Any) -> Any:
+    h = s.e(tokens)
+    image = (tokens == 0)[..., None].expand_as(h)
+    return s.out(h.masked_scatter(image, h[image] + s.v(x).reshape(-1)[: 2 * h.shape[-1]]))
+
+
+def _image_selected(s: Any, tokens: Any, x: Any) -> Any:
+    h = s.e(tokens)
+    image = (tokens == 0)[..., None]
+    return s.out(h.masked_scatter(image, h.masked_select(image).tanh()) + s.v(x[0]))
+
+
+def _entries_in_order(s: Any, tokens: Any, x: Any) -> Any:
+    h = s.a(x)
+    return s.out(h[h.abs() > -1].view_as(h).tanh())
+
+
+def _positive_in_order(s: Any, tokens: Any, x: Any) -> Any:
+    h = s.a(x)
+    return s.out(h.masked_scatter(h > 0, h[h > 0].tanh()))
+
+
 add(
     "Dataclass",
     "6",
@@ -1264,6 +1291,18 @@ add(
     v=lin(4, 6),
     out=lin(6, 2),
 )
+for name, forward in {"Rows": _image_rows, "Entries": _image_entries, "Selected": _image_selected}.items():
+    add(
+        f"ImageTokens{name}",
+        "6",
+        (torch.tensor([[0, 2], [3, 0]]), x),
+        forward,
+        e=lambda: nn.Embedding(5, 6),
+        v=lin(4, 6),
+        out=lin(6, 2),
+    )
+add("EntriesInOrder", "", (torch.tensor([0]), x), _entries_in_order, a=lin(4, 6), out=lin(6, 2))
+add("PositiveInOrder", "", (torch.tensor([0]), x), _positive_in_order, a=lin(4, 6), out=lin(6, 2), unruled=True)
 # the write goes to a new tensor behind the dispatcher's back: a running sum, so nothing is free
 add(
     "Repointed",

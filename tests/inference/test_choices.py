@@ -172,12 +172,6 @@ def compared_backwards(s, h):
 
 
 @pinned
-def compared_with_one_number(s, h):
-    w, i = s.best(h)
-    return s.some(h, i, w * (i == 1))
-
-
-@pinned
 def compared_with_a_choice_of_others(s, h):
     w, i = s.best(h)
     return s.some(h, i, w) * (1.0 + (i[:, 0] == torch.sort(h[:, :COUNT])[1][:, 0]))[:, None]
@@ -275,6 +269,39 @@ def test_experts_may_be_permuted(name):
 def test_experts_stay(name):
     symmetry = infer(Routed(PINNED[name]), X)
     assert not any(s.param == "up" and s.axis == 0 for g in symmetry.generators() for s in g.slots)
+
+
+# of these a certain expert stays where it is, and the others may be permuted
+ONE_STAYS: dict[str, Route] = {
+    "compared with its number": lambda s, h: s.some(h, s.best(h)[1], s.best(h)[0] * (s.best(h)[1] == 1)),
+    "differs from its number": lambda s, h: s.some(h, s.best(h)[1], s.best(h)[0] * (s.best(h)[1] != torch.tensor(2))),
+    "in the place of others": lambda s, h: s.some(h, s.best(h)[1].masked_fill(s.best(h)[0] < 0.3, 1), s.best(h)[0]),
+}
+
+
+@pytest.mark.parametrize("name", ONE_STAYS)
+def test_one_expert_stays(name):
+    found = sorted(g.size for g in infer(Routed(ONE_STAYS[name]), X).generators())  # verifies, too
+    assert found == sorted([COUNT - 1, WIDTH, *[HIDDEN] * COUNT])
+
+
+class Skipping(Routed):
+    """One more score than there are experts: where it is the best, no expert is asked."""
+
+    def __init__(self) -> None:
+        super().__init__(skip)
+        self.gate = nn.Linear(WIDTH, COUNT + 1)
+
+
+def skip(s: Skipping, h: Tensor) -> Tensor:
+    w, i = s.gate(h).softmax(-1).topk(1, -1)
+    none = i == COUNT
+    return s.some(h, i.masked_fill(none, 0), w.masked_fill(none, 0))
+
+
+def test_the_expert_asked_in_place_of_none_stays():
+    found = sorted(g.size for g in infer(Skipping(), X).generators())
+    assert found == sorted([COUNT - 1, WIDTH, *[HIDDEN] * COUNT])
 
 
 HEADS = 5
