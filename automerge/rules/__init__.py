@@ -36,7 +36,7 @@ from automerge.rules._engine import Engine
 from automerge.rules._exact import Exact, entries, told_apart
 from automerge.rules._movement import all_border
 from automerge.rules._parameters import Splits, parameter, share
-from automerge.rules._reads import liveness, sizing, unread
+from automerge.rules._reads import counted, liveness, sizing, unread
 from automerge.rules._registry import (
     Context,
     carries,
@@ -137,10 +137,11 @@ class _Run:
         info = graph.meta["trace"]
         self.reads = [n for n in graph.graph.nodes if n.name in info.reads]
         self.live, self.used = liveness(graph, self.reads)
-        looked = [n for node in graph.graph.nodes if node not in self.live for n in sizing(node)]
-        if looked:
-            self.reads += looked
-            self.live, self.used = liveness(graph, self.reads)
+        shaped = [(n, counted(node)) for node in graph.graph.nodes if node not in self.live for n in sizing(node)]
+        self.counted = [n for n, alike in shaped if alike]
+        if shaped:
+            self.reads += [n for n, alike in shaped if not alike]
+            self.live, self.used = liveness(graph, self.reads + self.counted)
 
     def run(self) -> None:
         for node in self.graph.graph.nodes:
@@ -156,6 +157,10 @@ class _Run:
             self.engine.axes.where = place(node)
             for value in values_in([self.read(node)]):
                 self.engine.pin_all(value.settle(), "python read its values")
+        for node in self.counted:
+            self.engine.axes.where = place(node)
+            for value in values_in([self.read(node)]):
+                self.engine.reduce(value.settle(), set(value.letters))
         self.out.values.update(self.values)
         axes = self.engine.axes
         for value in self.statistics:
@@ -167,7 +172,9 @@ class _Run:
     def unread(self) -> dict[str, np.ndarray | None]:
         """For every parameter that this graph reads, which of its entries it does not; None if it reads all."""
         mine = {n.meta["name"] for n in self.live if n.op == "placeholder" and n.meta["name"] in self.out.states}
-        return dict.fromkeys(mine) | unread(self.graph, self.live, self.constant, self.reads, self.out.states)
+        return dict.fromkeys(mine) | unread(
+            self.graph, self.live, self.constant, self.reads + self.counted, self.out.states
+        )
 
     # ------------------------------------------------------------ leaves
     def visit(self, node: fx.Node) -> None:

@@ -351,6 +351,24 @@ def liveness(graph: fx.GraphModule, reads: Sequence[fx.Node]) -> tuple[set[fx.No
     return live, used
 
 
+_COUNTED = _aten(
+    "nonzero",
+    "masked_select",
+    "index",
+    "_unsafe_index",
+    "bincount",
+    "_unique",
+    "_unique2",
+    "unique_dim",
+    "repeat_interleave",
+)
+
+
+def counted(node: fx.Node) -> bool:
+    """Whether the shape of what an operator gives is a symmetric function of the numbers that it depends on."""
+    return _name(node) in _COUNTED
+
+
 def sizing(node: fx.Node) -> list[fx.Node]:
     """The operands whose numbers give the shape of what comes out: python may read it, though nothing else does."""
     if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
