@@ -21,6 +21,7 @@ from automerge._search import search
 from automerge._structure import Structure
 from automerge.infer import infer_graph
 from automerge.rules import Analysis, Value
+from automerge.rules._registry import is_pointwise
 from automerge.symmetry import Generator, Symmetry
 
 CONTRACTIONS = frozenset(
@@ -30,6 +31,7 @@ VIEWS = frozenset(
     {"view", "_unsafe_view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "clone", "alias", "detach"}
 )
 _OVERWRITING = frozenset({"masked_fill", "scatter", "index_put", "fill", "index_fill", "full_like"})
+_FILLING = _OVERWRITING | {"add", "where", "full", "scalar_tensor"}
 _LARGEST = 8192
 _HUGE = 1e8
 
@@ -204,15 +206,9 @@ def _struck_out(graph: fx.GraphModule) -> set[fx.Node]:
     out: set[fx.Node] = set()
     for node in graph.graph.nodes:
         if any(n in out for n in node.all_input_nodes):
-            plain = torch.Tag.pointwise in getattr(node.target, "tags", ()) or operator_of(node) in VIEWS
-            if plain or operator_of(node) in _OVERWRITING:
+            if is_pointwise(node.target) or operator_of(node) in VIEWS | _OVERWRITING:
                 out.add(node)
-        elif node.op == "call_function" and operator_of(node) in _OVERWRITING | {
-            "add",
-            "where",
-            "full",
-            "scalar_tensor",
-        }:
+        elif operator_of(node) in _FILLING:
             values = [a.meta["val"] if isinstance(a, fx.Node) and a.op == "get_attr" else a for a in node.args]
             if any(_huge(v) for v in values):
                 out.add(node)

@@ -33,7 +33,7 @@ from automerge.rules._constants import veils
 from automerge.rules._decompose import decomposition
 from automerge.rules._dispatch import without_dispatch
 from automerge.rules._engine import Engine
-from automerge.rules._exact import Exact, entries, told_apart
+from automerge.rules._exact import entries, in_double, told_apart
 from automerge.rules._movement import all_border
 from automerge.rules._parameters import Splits, parameter, share
 from automerge.rules._reads import counted, liveness, sizing, unread
@@ -132,7 +132,6 @@ class _Run:
         self.values: dict[fx.Node, Any] = {}
         self.constant: set[fx.Node] = set()
         self.veiled: set[fx.Node] = set()
-        self.exact = Exact(self.constant)
         self.statistics: list[Value] = []
         info = graph.meta["trace"]
         self.reads = [n for n in graph.graph.nodes if n.name in info.reads]
@@ -236,7 +235,7 @@ class _Run:
             array = entries(tensor)
             low = tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
             if low and node is not None and node.op == "call_function":
-                array = told_apart(array, entries(self.exact.value(node)))
+                array = told_apart(array, lambda: entries(in_double(node, self.constant)))
             return self.engine.constant_structure(array, axes)
 
         return ConstantValue(tensor, structure)

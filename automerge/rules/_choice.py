@@ -156,7 +156,7 @@ def _range(name: str, n: int, *args: Any, **kwargs: Any) -> tuple[float, float]:
     if name == "remainder":
         return 0, args[0] - 1
     if name == "clamp":
-        low, high = (dict(zip(("min", "max"), args, strict=False)) | kwargs).get("min"), None
-        high = (dict(zip(("min", "max"), args, strict=False)) | kwargs).get("max")
+        bounds = dict(zip(("min", "max"), args, strict=False)) | kwargs
+        low, high = bounds.get("min"), bounds.get("max")
         return (0 if low is None else low), (n - 1 if high is None else high)
     return (given[0], n - 1) if name == "clamp_min" else (0, given[0])

@@ -23,8 +23,8 @@ import torch
 from torch import fx
 
 from automerge._double import double_precision
-from automerge.rules._reads import liveness
-from automerge.rules._row_order import GROUPED, Dispatch, Trial, operator_of
+from automerge.rules._reads import liveness, schema_name
+from automerge.rules._row_order import GROUPED, Dispatch, Trial
 
 aten = torch.ops.aten
 _TRIALS, _FEW = 4, 16  # made-up whole numbers may be equal by chance; the more so where there are few rows
@@ -53,7 +53,7 @@ def without_dispatch(graph: fx.GraphModule) -> Unsorted:
 
 
 def _without_dispatch(graph: fx.GraphModule) -> Unsorted:
-    if not any(operator_of(node) == GROUPED for node in graph.graph.nodes):
+    if not any(schema_name(node) == GROUPED for node in graph.graph.nodes):
         return Unsorted(graph)
     constant = _constants(graph)
     read = [node for node in graph.graph.nodes if node.name in graph.meta["trace"].reads]
@@ -67,15 +67,15 @@ def _dispatch(
     live: Sequence[fx.Node], read: Collection[fx.Node], sort: fx.Node, constant: set[fx.Node]
 ) -> Dispatch | None:
     """The dispatch that begins with a node, or None."""
-    if operator_of(sort) not in ("aten::sort", "aten::argsort") or sort in constant:
+    if schema_name(sort) not in ("aten::sort", "aten::argsort") or sort in constant:
         return None
     ids: Any = sort.args[0]
     if ids.meta["val"].dim() != 1 or ids.meta["val"].is_floating_point():
         return None
     outputs: dict[Any, fx.Node] = {u.args[1]: u for u in sort.users if u.target is operator.getitem}
-    order = sort if operator_of(sort) == "aten::argsort" else outputs.get(1)
+    order = sort if schema_name(sort) == "aten::argsort" else outputs.get(1)
     numbers = {outputs[0]} if 0 in outputs and order is not sort else set()
-    products: list[Any] = [node for node in live if operator_of(node) == GROUPED]
+    products: list[Any] = [node for node in live if schema_name(node) == GROUPED]
     for count in {node.args[1].meta["val"].shape[0] for node in products} if order is not None else ():
         assert order is not None
         try:

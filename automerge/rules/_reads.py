@@ -89,14 +89,15 @@ def unread(
     return dict(sorted(out.items()))
 
 
-def _name(node: fx.Node) -> str:
+def schema_name(node: fx.Node) -> str:
+    """An operator's full name (``aten::addmm``); empty for what is none."""
     schema = getattr(node.target, "_schema", None)
     return schema.name if schema is not None else ""
 
 
 def _cuts(node: fx.Node, constant: Collection[fx.Node]) -> bool:
     """Whether an operator takes part of its operand, at places that do not depend on data."""
-    return _name(node) in _CUTTING and all(n in constant for n in node.all_input_nodes[1:])
+    return schema_name(node) in _CUTTING and all(n in constant for n in node.all_input_nodes[1:])
 
 
 def _selects(node: fx.Node, constant: Collection[fx.Node]) -> bool:
@@ -107,16 +108,16 @@ def _selects(node: fx.Node, constant: Collection[fx.Node]) -> bool:
     value, tags = node.meta["val"], getattr(node.target, "tags", ())
     if node.op == "placeholder" or not isinstance(value, torch.Tensor):
         return False
-    if torch.Tag.reduction in tags or torch.Tag.pointwise in tags or _name(node) in _MOVING or _chooses(node):
+    if torch.Tag.reduction in tags or torch.Tag.pointwise in tags or schema_name(node) in _MOVING or _chooses(node):
         return False
     sources = [n.meta["val"] for n in node.all_input_nodes if n not in constant]
     smaller = any(isinstance(v, torch.Tensor) and v.numel() > value.numel() for v in sources)
-    return smaller or (_name(node) in _PRODUCTS and any(n in constant for n in node.all_input_nodes))
+    return smaller or (schema_name(node) in _PRODUCTS and any(n in constant for n in node.all_input_nodes))
 
 
 def _chooses(node: fx.Node) -> bool:
     """Whether an operator picks some of the entries by their values: with other values it picks others."""
-    return _CHOOSING.search(_name(node)) is not None
+    return _CHOOSING.search(schema_name(node)) is not None
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class _Back:
     def pieces(self, node: fx.Node, users: Sequence[fx.Node]) -> None:
         """What is needed of several outputs: of pieces that a tensor is cut in, and of a normalisation beside its mean."""
         read = {u.args[1]: u for u in users if u.target is operator.getitem}
-        unread = _name(node) in _PIECES and len(read) < len(node.meta["val"])
+        unread = schema_name(node) in _PIECES and len(read) < len(node.meta["val"])
         if unread or not self.needed.keys().isdisjoint(read.values()):
             self.needed[node] = [
                 self.all_of(read[i]) if i in read else torch.zeros(v.shape, dtype=torch.bool)
@@ -161,7 +162,7 @@ class _Back:
 
     def asked(self, user: fx.Node, node: fx.Node) -> Any:
         """Which entries of a node its user needs; True for all."""
-        name = _name(user)
+        name = schema_name(user)
         if name in _PIECES and user not in self.needed:
             return True
         needed = self.all_of(user)
@@ -216,7 +217,7 @@ class _Back:
     def _moved(user: fx.Node, node: fx.Node, needed: Any) -> torch.Tensor:
         """Send the numbers of the entries along, and see which ones arrive where something is needed."""
         shape = tuple(node.meta["val"].shape)
-        if _name(user) == "aten::as_strided" and not node.meta["val"].is_contiguous():
+        if schema_name(user) == "aten::as_strided" and not node.meta["val"].is_contiguous():
             return torch.ones(shape, dtype=torch.bool)
         out = torch.zeros(node.meta["val"].numel(), dtype=torch.bool)
 
@@ -226,7 +227,7 @@ class _Back:
             value = n.meta["val"]
             return torch.full(value.shape, -1) if value.is_floating_point() or value.is_complex() else value
 
-        args = user.args if _name(user) != "aten::constant_pad_nd" else (*user.args[:2], -1)
+        args = user.args if schema_name(user) != "aten::constant_pad_nd" else (*user.args[:2], -1)
         moved = user.target(*fx.node.map_arg(args, known), **fx.node.map_arg(user.kwargs, known))  # type: ignore[operator]
         for numbers, mask in zip(*([moved], [needed]) if torch.is_tensor(moved) else (moved, needed), strict=True):
             arrived = numbers[mask]
@@ -245,7 +246,7 @@ def partly_read(node: fx.Node, live: Collection[fx.Node]) -> tuple[torch.Tensor,
     Returns:
         The table, the axis that is cut, and how many axes of the cut take its place; None for anything else.
     """
-    name, args = _name(node), cast(Any, node.args)
+    name, args = schema_name(node), cast(Any, node.args)
     if name not in _TABLES or not isinstance(args[0], fx.Node):
         return None
     source, table = args[0], args[0].meta["val"]
@@ -258,7 +259,7 @@ def partly_read(node: fx.Node, live: Collection[fx.Node]) -> tuple[torch.Tensor,
             return None
         dim, rank = given[0][0], given[0][1].meta["val"].dim()
     users = {u for u in source.users if u in live}
-    if not all(_name(u) in _CUTTING and u.args[0] is source for u in users):
+    if not all(schema_name(u) in _CUTTING and u.args[0] is source for u in users):
         return None
     back = _Back(users, (), {n for u in users for n in u.all_input_nodes}, live, {})
     mask = torch.zeros(table.shape, dtype=torch.bool)
@@ -301,14 +302,14 @@ def _multiplied(user: fx.Node, node: fx.Node, needed: torch.Tensor) -> Any:
     shape = tuple(node.meta["val"].shape)
     if len(places) != 1:
         return True
-    if _name(user) == "aten::convolution":
+    if schema_name(user) == "aten::convolution":
         if (
             places == [0] or user.args[6]
         ):  # pixels are read by their neighbours; a transposed kernel has its inputs first
             return True
         filters = needed.any(0).flatten(1).any(1)
         return filters.reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
-    lacks = _OPERANDS[_name(user)].get(places[0])
+    lacks = _OPERANDS[schema_name(user)].get(places[0])
     if lacks is None:
         return needed.float().sum_to_size(shape) > 0
     return needed.any(lacks, keepdim=True).expand(shape)
@@ -366,16 +367,16 @@ _COUNTED = _aten(
 
 def counted(node: fx.Node) -> bool:
     """Whether the shape of what an operator gives is a symmetric function of the numbers that it depends on."""
-    return _name(node) in _COUNTED
+    return schema_name(node) in _COUNTED
 
 
 def sizing(node: fx.Node) -> list[fx.Node]:
     """The operands whose numbers give the shape of what comes out: python may read it, though nothing else does."""
     if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
         return []
-    if _name(node) in ("aten::index", "aten::_unsafe_index"):
+    if schema_name(node) in ("aten::index", "aten::_unsafe_index"):
         return [n for n in node.all_input_nodes[1:] if n.meta["val"].dtype in (torch.bool, torch.uint8)]
-    if _name(node) == "aten::bincount":
+    if schema_name(node) == "aten::bincount":
         fewest = dict(enumerate(node.args)).get(2, node.kwargs.get("minlength", 0))
         return [] if node.meta["val"].shape[0] == fewest else node.all_input_nodes[:1]
-    return node.all_input_nodes[-1:] if _name(node) == "aten::masked_select" else node.all_input_nodes[:1]
+    return node.all_input_nodes[-1:] if schema_name(node) == "aten::masked_select" else node.all_input_nodes[:1]

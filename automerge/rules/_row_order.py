@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from automerge.rules._reads import schema_name
 from automerge.rules._registry import is_pointwise
 
 GROUPED = "aten::_grouped_mm"
@@ -134,7 +135,7 @@ class Trial:
 
     def visit(self, node: fx.Node) -> None:
         """Find out how a node's value depends on the order."""
-        if operator_of(node) == GROUPED:
+        if schema_name(node) == GROUPED:
             self.grouped(node)
             return
         if self.before is not None and self.settled(node):
@@ -145,7 +146,7 @@ class Trial:
             raise OrderedError("random numbers")
         result = node.meta["val"]
         pure = all(self.exact(n) for n in node.all_input_nodes)
-        copied = operator_of(node) in _COPIES and isinstance(self.kinds.get(node.all_input_nodes[0]), _Rows)
+        copied = schema_name(node) in _COPIES and isinstance(self.kinds.get(node.all_input_nodes[0]), _Rows)
         pointwise = is_pointwise(node.target) or copied
         seen = self.viewed(node) or self.kept(node)
         if seen is not None and not pure and not _whole(result):
@@ -161,7 +162,7 @@ class Trial:
                 self.found.known[node] = values[0]
         if not single:
             self.kinds[node] = _SEVERAL
-        elif operator_of(node) in _LEVEL and all(self.kinds.get(n) is None for n in node.all_input_nodes[1:]):
+        elif schema_name(node) in _LEVEL and all(self.kinds.get(n) is None for n in node.all_input_nodes[1:]):
             self.kinds[node] = None
             self.level.add(node)
         else:
@@ -183,7 +184,7 @@ class Trial:
         """Whether a node is the numbers in the rows' order (``ids[order]``)."""
         source, *where = node.all_input_nodes
         if (
-            operator_of(node) not in _READS
+            schema_name(node) not in _READS
             or source is not self.found.ids
             or any(n not in self.found.known for n in where)
         ):
@@ -206,11 +207,16 @@ class Trial:
         """Whether the offsets are those of the sorted numbers, whatever the numbers are."""
         ids, n, count = self.found.ids, len(self.given), self.count
         draws = [torch.randint(high, (n,), generator=self.rng) for high in (*[count] * 8, max(count // 2, 1), 1)]
-        for numbers in (*draws, count - 1 - draws[-1]):
+        more = torch.randint(
+            count, (32 * count + 8 * n,), generator=self.rng
+        )  # a capacity that the example does not reach
+        for numbers in (*draws, count - 1 - draws[-1], more):
             known: dict[fx.Node, Any] = {ids: numbers.to(ids.meta["val"].dtype)}
             try:
                 made, first = self.of_ids(offsets, known), self.of_ids(self.found.sort, known)
             except Exception:
+                if numbers is more:
+                    continue  # it is written for this many rows
                 return False
             order = first if isinstance(first, torch.Tensor) else first[1]
             whole = torch.bincount(numbers, minlength=count).cumsum(0)
@@ -291,7 +297,7 @@ class Trial:
     # ------------------------------------------------------------ values
     def value(self, node: fx.Node, turn: int) -> Any:
         """A node's value in one of the orders."""
-        if operator_of(node) in _EMPTY:
+        if schema_name(node) in _EMPTY:
             return torch.zeros(node.meta["val"].shape, dtype=node.meta["val"].dtype)
         if node.target is operator.getitem:
             source: Any = node.args[0]
@@ -320,7 +326,7 @@ class Trial:
 
     def by_chance(self, node: fx.Node, value: torch.Tensor) -> bool:
         """Whether a value may be the same in every order only because of the numbers that were made up."""
-        name, source = operator_of(node), node.args[0]
+        name, source = schema_name(node), node.args[0]
         if name in _READS and isinstance(source, fx.Node) and _discrete(source):
             return self.kinds.get(source) is not None and all(
                 self.kinds.get(n) is None for n in node.all_input_nodes[1:]
@@ -336,7 +342,7 @@ class Trial:
         n = len(self.given)
         if all(_equal(v, first) for v in others):
             alike = [k for k, m in enumerate(first.shape) if m == n and _equal(first, first.roll(1, k))]
-            if operator_of(node) in _READS and len(alike) == 1:
+            if schema_name(node) in _READS and len(alike) == 1:
                 return _Rows(alike[0])  # rows that were read at one place each, though there may be one place only
             if self.by_chance(node, first):
                 raise OrderedError("its rows may differ for other numbers")
@@ -378,9 +384,3 @@ def _called(node: fx.Node, value: Any) -> Any:
     """A node's operator on the values of its operands, on the CPU."""
     kwargs = {k: ("cpu" if k == "device" else v) for k, v in node.kwargs.items()}
     return node.target(*fx.node.map_arg(node.args, value), **fx.node.map_arg(kwargs, value))  # type: ignore[operator]
-
-
-def operator_of(node: fx.Node) -> str:
-    """An operator's full name; empty for what is none."""
-    schema = getattr(node.target, "_schema", None)
-    return schema.name if schema is not None else ""

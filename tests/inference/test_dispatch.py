@@ -208,6 +208,7 @@ ORDERED: dict[str, dict[str, Any]] = {
     "put back the wrong way": {"back": lambda y, order: y[order].view(-1, BEST, y.shape[1]).sum(1)},
     "other runs": {"offsets": lambda ends: (ends - 1).clamp(min=0)},
     "runs of the half": {"counts": lambda ids, number: torch.bincount(number[: len(number) // 2], minlength=COUNT)},
+    "a capacity above the example's rows": {"offsets": lambda ends: ends.clamp(max=50)},
     "downwards": {"sort": lambda ids: torch.sort(ids, descending=True)},
     "python reads them": {"inside": lambda y, order, number: y * (1 + order.tolist()[0])},
 }
