@@ -139,7 +139,6 @@ def _average(
     symmetry = matching.symmetry
     out: StateDict = {}
     for name, first in states[0].items():
-        place = symmetry.aliases.get(name, name)
         if not (first.is_floating_point() or first.is_complex()):
             with ranks.together():
                 whole = merge_integers(name, [v for vs in ranks.gather([s[name] for s in states]) for v in vs])
@@ -149,7 +148,7 @@ def _average(
         wide = torch.complex128 if first.is_complex() else torch.float64
         total = torch.zeros(first.shape, dtype=wide)
         for m, state in zip(mine, states, strict=True):
-            total.add_(elements[m].apply_to(place, state[name]).to(wide), alpha=share[m])
+            total.add_(elements[m].take(name, state, symmetry.aliases).to(wide), alpha=share[m])
         dtypes = ranks.gather(str(first.dtype))
         whole = ranks.sum(total).to(getattr(torch, dtypes[0].removeprefix("torch.")))
         if ranks.rank == 0:

@@ -36,14 +36,10 @@ def shared_constants(network: nn.Module, states: Sequence[Mapping[str, torch.Ten
 
 def moved_constants(symmetry: Symmetry, names: Collection[str], state: Mapping[str, torch.Tensor]) -> list[str]:
     """Those of some tensors that the group changes; statistics of a normalisation do not count."""
-    touched = {slot.param for g in symmetry.generators() for slot in g.slots} - symmetry.statistics
+    touched = symmetry.moved - symmetry.statistics
     wanted = [n for n in sorted(names) if symmetry.aliases.get(n, n) in touched]
     elements = list(trial_elements(symmetry, 2, 0)) if wanted else []
-    return [
-        n
-        for n in wanted
-        if any(not torch.equal(e.apply_to(symmetry.aliases.get(n, n), state[n]), state[n]) for e in elements)
-    ]
+    return [n for n in wanted if any(not torch.equal(e.take(n, state, symmetry.aliases), state[n]) for e in elements)]
 
 
 def without_cache(model: nn.Module, kwargs: Mapping[str, Any] | None) -> Mapping[str, Any] | None:

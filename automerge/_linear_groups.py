@@ -10,7 +10,7 @@ permutations only, with the reason.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,6 +157,10 @@ class _Walk:
                     self.barred.setdefault(g, why)
                     self.barred.setdefault(other, why)
             owner[table] = g
+        for g in _moved_by_others(
+            self.symmetry, [g for g in range(len(self.symmetry.sets)) if g not in self.found.tables]
+        ):
+            self.barred.setdefault(g, "its units move with modules, or pieces, that are interchangeable")
         return owner
 
     # ---------------------------------------------------------------- what a node carries
@@ -336,6 +340,25 @@ def _operands(node: fx.Node, name: str) -> tuple[Any, Any, Any]:
     if name in ("convolution", "linear"):
         return args[2] if len(args) > 2 else None, args[0], args[1]
     return None, args[0], args[1]
+
+
+def _moved_by_others(symmetry: Symmetry, unseen: Sequence[int]) -> set[int]:
+    """The generators that do not commute with exchanges of modules, or with generators that the traced graph does not show."""
+    taken: dict[tuple[str, int], list[np.ndarray]] = {}
+    slots = [s for e in symmetry.exchanges for s in e.slots] + [s for g in unseen for s in symmetry.sets[g].slots]
+    for slot in slots:
+        taken.setdefault((slot.param, slot.axis), []).append(slot.index.reshape(-1))
+    columns = [column for e in symmetry.exchanges for column in zip(*e.params, strict=True)]
+    out = set()
+    for g, generator in enumerate(symmetry.sets):
+        own: dict[str, set[tuple[int, bytes]]] = {}
+        for slot in generator.slots:
+            own.setdefault(slot.param, set()).add((slot.axis, slot.index.tobytes()))
+            if any(np.isin(slot.index, at).any() for at in taken.get((slot.param, slot.axis), ())):
+                out.add(g)
+        if any(own.get(n) != own.get(column[0]) for column in columns for n in column):
+            out.add(g)
+    return out - set(unseen)
 
 
 def _inner_axes(node: fx.Node, name: str) -> tuple[int, int]:

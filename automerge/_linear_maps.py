@@ -153,7 +153,7 @@ class LinearElement(Element):
         return tensor
 
     def _with(self, element: Element, matrices: Mapping[int, Matrix]) -> LinearElement:
-        return LinearElement(element.shapes, element.maps, self.symmetry, self.roles, matrices)
+        return LinearElement(element.shapes, element.maps, element.sources, self.symmetry, self.roles, matrices)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, LinearElement) or set(self.matrices) != set(other.matrices):
@@ -190,7 +190,7 @@ def linear_element(symmetry: Symmetry, element: Element, roles: Roles, matrices:
                     f"generator {generator.name or g} is confined to a part of {slot.param}: no matrix fits"
                 )
             maps.setdefault(slot.param, identity_index(tuple(symmetry.shapes[slot.param])))
-    return LinearElement(symmetry.shapes, maps, symmetry, dict(roles), dict(matrices))
+    return LinearElement(symmetry.shapes, maps, element.sources, symmetry, dict(roles), dict(matrices))
 
 
 def _multiply(tensor: torch.Tensor, axis: int, index: np.ndarray, matrix: torch.Tensor) -> torch.Tensor:

@@ -87,7 +87,7 @@ class _Moved(Mapping[str, torch.Tensor]):
         self._symmetry, self._state, self._element = symmetry, state, element
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._element.apply_to(self._symmetry.aliases.get(name, name), self._state[name])
+        return self._element.take(name, self._state, self._symmetry.aliases)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._state)

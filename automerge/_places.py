@@ -19,7 +19,7 @@ from torch import fx
 from automerge._assemble import Assembler
 from automerge._search import search
 from automerge._structure import Structure
-from automerge.infer import infer_graph
+from automerge.infer import infer_recorded
 from automerge.rules import Analysis, Value
 from automerge.rules._registry import is_pointwise
 from automerge.symmetry import Generator, Symmetry
@@ -177,7 +177,7 @@ def survey(graph: fx.GraphModule, symmetry: Symmetry) -> Survey:
         >>> [(p.node, p.slots[0].shape) for p in survey(trace(net, x), infer(net, x)).places]
         [('relu_default', (8, 1))]
     """
-    _, analysis = infer_graph(graph)
+    _, analysis, _ = infer_recorded(graph)
     tables = _tables(analysis, symmetry)
     found: dict[fx.Node, Place] = {}
     data = [node for node in data_nodes(graph) if node not in analysis.sorted]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from automerge.symmetry import Generator, Symmetry
+    from automerge.symmetry import Exchange, Generator, Symmetry
 
 _MEMBERS = 6
 
 
-def _members(generator: Generator) -> str:
+def _members(generator: Generator | Exchange) -> str:
     names = []
     for slot in generator.slots:
         width = slot.index.shape[1]
@@ -24,17 +25,34 @@ def _members(generator: Generator) -> str:
     return ", ".join(unique[:_MEMBERS]) + more
 
 
+def _common(paths: list[list[str]]) -> str:
+    """The module path that some state-dict names begin with."""
+    alike = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return ".".join(parts[0] for parts in alike)
+
+
+def _modules(exchange: Exchange) -> str:
+    """The modules of an exchange, and what moves with them."""
+    whole = [_common([n.split(".") for n in names]) for names in exchange.params]
+    if not all(whole) or any(len(names) < 2 for names in exchange.params):
+        whole = [" with ".join(names[:2]) + (", ..." if len(names) > 2 else "") for names in exchange.params]
+    shown = ", ".join(whole[:_MEMBERS]) + (f", and {len(whole) - _MEMBERS} more" if len(whole) > _MEMBERS else "")
+    return shown + (f"; with them {_members(exchange)}" if exchange.slots else "")
+
+
 def symmetry_report(symmetry: Symmetry, *, limit: int = 40) -> str:
     """The report a person reads: groups with size and members, what is pinned and why, the free share."""
     sets = sorted(symmetry.sets, key=lambda g: (-len(g.slots), g.name))
+    modules = f" and {len(symmetry.exchanges)} of interchangeable modules" if symmetry.exchanges else ""
     lines = [
-        f"Symmetry: {len(sets)} groups over {len(symmetry.shapes)} parameters; "
+        f"Symmetry: {len(sets)} groups{modules} over {len(symmetry.shapes)} parameters; "
         f"{symmetry.free_share:.1%} of the parameter axes' positions are free"
     ]
     for number, generator in enumerate(sets[:limit]):
         lines.append(f"  group {number}: {generator.size} units, {len(generator.slots)} slots: {_members(generator)}")
     if len(sets) > limit:
         lines.append(f"  ... and {len(sets) - limit} more groups")
+    lines += [f"  modules: {e.size} units: {_modules(e)}" for e in symmetry.exchanges[:limit]]
     if symmetry.pins:
         lines.append("Pinned:")
         pins: Counter[tuple[str, str]] = Counter()

@@ -164,9 +164,11 @@ class Move:
     symmetry: Symmetry
     element: Element
 
+    state: Mapping[str, torch.Tensor]
+
     def __call__(self, name: str, value: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """The moved tensor, in memory of its own or in ``out``."""
-        return self.element.apply_to(self.symmetry.aliases.get(name, name), value, out)
+        return self.element.take(name, self.state, self.symmetry.aliases, out)
 
 
 def unchanged(name: str, value: torch.Tensor) -> torch.Tensor:

@@ -107,15 +107,16 @@ class Structure:
 
         Inner generators move first, whatever their order in the symmetry.
         """
-        generators = symmetry.generators()
-        out = symmetry.identity()
+        stacked = symmetry.stacked
+        generators = stacked.generators()
+        out = stacked.identity()
         for depth in sorted({len(self.roles[r].path) for r in perms}, reverse=True):
             flat = [np.arange(g.size) for g in generators]
             for r in perms:
                 if len(self.roles[r].path) == depth:
                     self._fill(flat, r, perms)
-            out = out.then(symmetry.element(flat))
-        return out
+            out = out.then(stacked.element(flat))
+        return symmetry.apart(out)
 
     def _fill(self, flat: list[np.ndarray], r: int, perms: Mapping[int, np.ndarray]) -> None:
         """Write role r's permutations to the generators that stand where the ancestors' permutations come from."""

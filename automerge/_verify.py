@@ -21,7 +21,7 @@ from automerge._random import forked
 from automerge._subject import Change, Move, Subject, fresh_inputs, named_tensors, randomised, runnable
 from automerge._tree_io import map_tensors, tensors_of
 from automerge.groups import Element
-from automerge.symmetry import Symmetry
+from automerge.symmetry import Exchange, Generator, Symmetry
 from automerge.trace import normalise_args, prepared
 
 
@@ -142,7 +142,7 @@ def verify(
     worst, drowned, count = _tried(model, symmetry, setting, elements, seed, tolerance)
     reacted = not count or (not drowned and _reacts(setting, symmetry))
     longer = 0
-    if setting.randomised and symmetry.sets:
+    if setting.randomised and symmetry.moved:
         for error, other in _check_longer(model, setting, symmetry, seed, tolerance):
             worst, longer = max(worst, error), longer + 1
             reacted = reacted or (not drowned and _reacts(other, symmetry))
@@ -188,7 +188,7 @@ def _tried(
     worst, drowned, count = 0.0, False, 0
     for element in trial_elements(symmetry, elements * len(setting.inputs), seed):
         turn, count = count % len(setting.inputs), count + 1
-        before, run, move = setting.before[turn], partial(setting.run, turn), Move(symmetry, element)
+        before, run, move = setting.before[turn], partial(setting.run, turn), Move(symmetry, element, setting.base)
         error = relative_difference(before, run(move))
         if not error <= tolerance:
             if not within_rounding(error, before, run, relative_difference):
@@ -283,7 +283,7 @@ def _jitter(size: float, seed: int, name: str, value: torch.Tensor) -> torch.Ten
 
 def _reacts(setting: Setting, symmetry: Symmetry) -> bool:
     """Whether the outputs depend on what the group moves: a dead output would agree with any claim."""
-    names = {s.param for g in symmetry.sets for s in g.slots}
+    names = symmetry.moved
 
     def perturbed(name: str, value: torch.Tensor) -> torch.Tensor:
         key = symmetry.aliases.get(name, name)
@@ -310,17 +310,17 @@ def trial_elements(symmetry: Symmetry, count: int, seed: int) -> Iterator[Elemen
         seed: of the codes and cycles.
     """
     rng = np.random.default_rng(seed)
-    small = [i for i, g in enumerate(symmetry.sets) if g.size <= 3]
-    bits = max(count, int(np.ceil(np.log2(len(small) + 1)))) if symmetry.sets else 0
+    groups: list[Generator | Exchange] = [*symmetry.sets, *symmetry.exchanges]
+    small = [i for i, g in enumerate(groups) if g.size <= 3]
+    bits = max(count, int(np.ceil(np.log2(len(small) + 1)))) if groups else 0
     drawn: Any = rng.choice(2**bits - 1, size=len(small), replace=False) + 1 if small else ()
     codes = dict(zip(small, map(int, drawn), strict=True))
     for bit in range(bits):
-        yield symmetry.element(
-            [
-                _cycle(g.size, rng) if codes.get(i, -1) >> bit & 1 else np.arange(g.size)
-                for i, g in enumerate(symmetry.sets)
-            ]
-        )
+        moves = [
+            _cycle(g.size, rng) if codes.get(i, -1) >> bit & 1 else np.arange(g.size) for i, g in enumerate(groups)
+        ]
+        count = len(symmetry.sets)
+        yield symmetry.element(moves[:count], moves[count:] or None)
 
 
 def _cycle(n: int, rng: np.random.Generator) -> np.ndarray:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from automerge._cut import OddError, RawBlock, cut
+from automerge._stacks import Stacks
 from automerge._tree import Path, Structure, derive
 from automerge.symmetry import Symmetry, slots_by_parameter
 
@@ -48,7 +49,7 @@ class Block:
     """A dense part of one parameter.
 
     Attributes:
-        param: state-dict name.
+        param: state-dict name, or the name of a stack (`Blocks.stacks`).
         spaces: for each axis the number of its space, or None where the order is pinned.
         shape: the extent of each axis.
         index: one int64 array per axis of the parameter, broadcasting to ``shape``: ``block = parameter[index]``.
@@ -84,6 +85,7 @@ class Blocks:
         structure: the trees of roles.
         spaces: the spaces that occur as block axes.
         blocks: the parts of all parameters (statistics excepted) with at least one moving axis.
+        stacks: the parameters of interchangeable modules, which are blocks of one stack.
 
     Examples:
         >>> from automerge.symmetry import Generator, Slot
@@ -96,6 +98,11 @@ class Blocks:
     structure: Structure
     spaces: tuple[Space, ...]
     blocks: tuple[Block, ...]
+    stacks: Stacks
+
+    def read(self, block: Block, model: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """A block of one model; where modules are interchangeable, of their parameters stacked."""
+        return block.read(self.stacks.read(block.param, model))
 
     def induced(self, perms: Mapping[int, np.ndarray]) -> list[np.ndarray]:
         """The permutation of every space that an element of all trees (role -> array) induces; ``new = old[sigma]``."""
@@ -110,7 +117,8 @@ def decompose(symmetry: Symmetry) -> Blocks:
     Args:
         symmetry: inferred or written by hand.
     """
-    generators = symmetry.generators()
+    whole = symmetry.stacked
+    generators = whole.generators()
     ignore: set[int] = set()
     while True:
         structure = derive(generators, ignore)
@@ -120,18 +128,18 @@ def decompose(symmetry: Symmetry) -> Blocks:
         odd: set[int] = set()
         for param, slots in table.items():
             mine = [(i, slot) for i, slot in slots if i in kept]
-            if param in symmetry.statistics or not mine:
+            if param in whole.statistics or not mine:
                 continue
             try:
-                raw += cut(structure, param, tuple(symmetry.shapes[param]), mine)
+                raw += cut(structure, param, tuple(whole.shapes[param]), mine)
             except OddError as error:
                 odd |= error.generators
         if not odd:
-            return _collect(structure, raw)
+            return _collect(structure, raw, symmetry.stacks)
         ignore |= odd | structure.dropped
 
 
-def _collect(structure: Structure, raw: list[RawBlock]) -> Blocks:
+def _collect(structure: Structure, raw: list[RawBlock], stacks: Stacks) -> Blocks:
     numbers: dict[Path, int] = {}
     spaces: list[Space] = []
     blocks = []
@@ -143,4 +151,4 @@ def _collect(structure: Structure, raw: list[RawBlock]) -> Blocks:
                 spaces.append(Space(structure.root_of(roles[0]), roles, structure.grid(roles)))
             axes.append(None if roles is None else numbers[roles])
         blocks.append(Block(part.param, tuple(axes), part.shape, part.index, part.mask))
-    return Blocks(structure, tuple(spaces), tuple(blocks))
+    return Blocks(structure, tuple(spaces), tuple(blocks), stacks)

@@ -213,7 +213,7 @@ class _Probe:
     def _shuffled(self, state: Mapping[str, torch.Tensor], seed: int) -> StateDict:
         """Weights without the structure of their model; signs and sizes stay what they may be."""
         rng = torch.Generator().manual_seed(seed)
-        moved = {s.param for g in self.symmetry.sets for s in g.slots} - self.symmetry.statistics
+        moved = self.symmetry.moved - self.symmetry.statistics
         return {
             n: v.reshape(-1)[torch.randperm(v.numel(), generator=rng).to(v.device)].reshape(v.shape)
             if n in moved

@@ -166,36 +166,75 @@ class Element:
         maps: for each moved parameter one int64 array per axis (see the module's docstring); parameters that are
             not named stay as they are.
         shapes: the shape of each parameter that may move.
+        sources: for each parameter that gets another one's entries (of an interchangeable module) the name of that one; the
+            maps then say how these are moved.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     maps: Mapping[str, IndexArrays] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
 
     def then(self, other: Element) -> Element:
         """The element that acts like ``self`` first and ``other`` second."""
-        names = set(self.maps) | set(other.maps)
         shapes = {**self.shapes, **other.shapes}
-        return Element(shapes, {n: compose_index(self._of(n), other._of(n)) for n in sorted(names)})
+        # the entries of n come from source(n) before other, and from that one's source before self
+        names = self.touched | other.touched
+        between = {n: other.sources.get(n, n) for n in names}
+        sources = {n: self.sources.get(b, b) for n, b in between.items()}
+        return Element(
+            shapes,
+            {n: compose_index(self._of(between[n]), other._of(n)) for n in sorted(names)},
+            {n: s for n, s in sorted(sources.items()) if s != n},
+        )
 
     def inverse(self) -> Element:
         """The element with ``e.then(e.inverse())`` the identity."""
-        return Element(self.shapes, {n: inverse_index(m) for n, m in self.maps.items()})
+        maps = {self.sources.get(n, n): inverse_index(self._of(n)) for n in sorted(self.touched)}
+        return Element(self.shapes, maps, {s: n for n, s in self.sources.items()})
 
     def is_identity(self) -> bool:
         """Whether nothing moves; exact, no tolerance."""
         return self.moved() == 0
 
     def moved(self) -> int:
-        """The number of axis positions that do not stay where they are."""
-        return sum(
+        """The number of axis positions that do not stay where they are; all of a parameter that gets another one's entries."""
+        inside = sum(
             int(np.count_nonzero(a != axis_index(self.shapes[n], k)))
             for n, m in self.maps.items()
+            if n not in self.sources
             for k, a in enumerate(m)
         )
+        return inside + sum(max(1, sum(self.shapes[n])) for n in self.sources)
 
     def apply_to(self, name: str, tensor: ArrayLike, out: ArrayLike | None = None) -> ArrayLike:
-        """Move one tensor (a parameter's value, its gradient, ...) by its name, see `apply_index`."""
+        """Move one tensor (a parameter's value, its gradient, ...) by its name, see `apply_index`.
+
+        Where modules are exchanged, the tensor is the one of the parameter that the entries come from (``sources``).
+        """
         return apply_index(self.maps[name], tensor, out) if name in self.maps else written(tensor, out)
+
+    def take(
+        self,
+        name: str,
+        tensors: Mapping[str, torch.Tensor],
+        aliases: Mapping[str, str] | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The moved tensor of a name, from a state dict.
+
+        Args:
+            name: a name of the state dict.
+            tensors: the state dict.
+            aliases: further names of tied tensors -> the first name.
+            out: as for `apply_index`.
+        """
+        key = (aliases or {}).get(name, name)
+        return self.apply_to(key, tensors[self.sources.get(key, name)], out)
+
+    @property
+    def touched(self) -> set[str]:
+        """The parameters that change, in part or altogether."""
+        return {*self.maps, *self.sources}
 
     def _of(self, name: str) -> IndexArrays:
         if name in self.maps:
@@ -205,7 +244,9 @@ class Element:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Element):
             return NotImplemented
-        names = set(self.maps) | set(other.maps)
+        if self._proper() != other._proper():
+            return False
+        names = self.touched | other.touched
         return all(
             all(
                 np.array_equal(_shrink(a, k), _shrink(b, k))
@@ -216,8 +257,11 @@ class Element:
             for n in names
         )
 
+    def _proper(self) -> dict[str, str]:
+        return {n: s for n, s in self.sources.items() if n != s}
+
     def __hash__(self) -> int:
         return hash(tuple(sorted(self.maps)))
 
     def __repr__(self) -> str:
-        return f"Element(moves {self.moved()} positions in {len(self.maps)} parameters)"
+        return f"Element(moves {self.moved()} positions in {len(self.touched)} parameters)"

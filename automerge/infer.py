@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,18 @@ from torch import fx, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from automerge._assemble import Assembler, halved
+from automerge._branches import stacked
 from automerge._diagnosis import OtherPathError
 from automerge._errors import InvarianceError, TraceError, UnknownOperatorError
 from automerge._longer import longer_inputs
 from automerge._machine import physical_memory, readable
 from automerge._search import search
+from automerge._stacks import beyond, taken_apart
 from automerge._structure import Structure
 from automerge._verify import Verification, check_replay
 from automerge._verify import verify as check_symmetry
-from automerge.rules import Analysis, analyse, is_state
-from automerge.symmetry import Generator, Symmetry
+from automerge.rules import DEBUG, Analysis, analyse, is_state
+from automerge.symmetry import Exchange, Generator, Symmetry
 from automerge.trace import TraceInfo, normalise_args, trace
 
 _MAX_PASSES = _MAX_PATHS = 8
@@ -215,7 +218,45 @@ def _check_constants(model: nn.Module, constants: Collection[str]) -> None:
 
 
 def infer_graph(*graphs: fx.GraphModule) -> tuple[Symmetry, Analysis]:
-    """The symmetry of a traced graph, unverified, and the analysis it rests on; of several, what holds for all."""
+    """The symmetry of a traced graph, unverified, and the analysis it rests on; of several, what holds for all.
+
+    The analysis knows nothing of what only stacked branches show: exchanges of modules, and of pieces that a loop takes.
+    """
+    symmetry, analysis, assembler = infer_recorded(*graphs)
+    start = time.perf_counter()
+    try:
+        found = _of_branches(symmetry, analysis, assembler, graphs)
+    except Exception:  # what cannot be stacked must not take the model down with it
+        if DEBUG:
+            raise
+        found = None
+    if found is None:
+        return symmetry, analysis
+    return replace(found, stats={**found.stats, "branches_seconds": time.perf_counter() - start}), analysis
+
+
+def _of_branches(
+    symmetry: Symmetry, analysis: Analysis, assembler: Assembler, graphs: Sequence[fx.GraphModule]
+) -> Symmetry | None:
+    """The symmetry with what only stacked branches show; None where nothing is stacked."""
+    branches = stacked(graphs)
+    if branches is None:
+        return None
+    other, _, _ = infer_recorded(*branches.graphs)
+    found = [taken_apart(generator, branches.stacks) for generator in other.sets]
+    exchanges = tuple(e for e in found if isinstance(e, Exchange))
+    sets = (*symmetry.sets, *beyond(symmetry.sets, [g for g in found if isinstance(g, Generator)]))
+    if not exchanges and len(sets) == len(symmetry.sets):
+        return symmetry
+    moved = [*sets, *(Generator(e.size, e.slots) for e in exchanges)]
+    unused = [n for n in symmetry.shapes if n not in analysis.states]
+    pins = tuple(assembler.pins(moved, dict(symmetry.shapes), unused))
+    notes = tuple(dict.fromkeys((*symmetry.notes, *other.notes)))
+    return replace(symmetry, sets=sets, exchanges=exchanges, pins=pins, notes=notes)
+
+
+def infer_recorded(*graphs: fx.GraphModule) -> tuple[Symmetry, Analysis, Assembler]:
+    """The symmetry of some graphs as they are, the analysis it rests on, and what makes its generators."""
     graph = graphs[0]
     clock = time.perf_counter()
     splits: dict[tuple[str, int, int], np.ndarray] = {}
@@ -262,7 +303,7 @@ def infer_graph(*graphs: fx.GraphModule) -> tuple[Symmetry, Analysis]:
             "unrepresentable": dropped,
         },
     )
-    return symmetry, analysis
+    return symmetry, analysis, assembler
 
 
 def _shapes(graph: fx.GraphModule) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,7 @@ products without a copy.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,12 +96,12 @@ class Objective:
         given = {} if isinstance(block_weights, str) else _given(block_weights, models)
         ties = tied_names(models[0]) if given else {}
         groups: dict[tuple[int, ...], list[torch.Tensor]] = {}
-        first = models[0][blocks.blocks[0].param].device if models and blocks.blocks else None
+        first = blocks.stacks.device(blocks.blocks[0].param, models[0]) if models and blocks.blocks else None
         self.device = torch.device("cpu") if first is None else first
         for block in blocks.blocks:
-            spaces, value = _canonical(block, models, dtype, self.device)
+            spaces, value = _canonical(blocks, block, models, dtype, self.device)
             if given:
-                value = value * math.sqrt(given.get(ties.get(block.param, block.param), 1.0))
+                value = value * _canonical(blocks, block, [_Roots(models[0], given, ties)], dtype, self.device)[1]
             elif block_weights == "normalised":
                 scale = math.sqrt(ranks.add(dot(value, value))[0] / self.world)
                 value = value / scale if scale > 0 else value
@@ -196,8 +196,25 @@ def _dims(moving: int) -> tuple[int, ...]:
     return (1, *range(3, 2 + moving))
 
 
+class _Roots(Mapping[str, torch.Tensor]):
+    """For each parameter a tensor of its shape, filled with the square root of its weight."""
+
+    def __init__(self, like: Mapping[str, torch.Tensor], given: Mapping[str, float], ties: Mapping[str, str]) -> None:
+        self._like, self._given, self._ties = like, given, ties
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        root = math.sqrt(self._given.get(self._ties.get(name, name), 1.0))
+        return torch.tensor(root, dtype=torch.float64).expand(self._like[name].shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._like)
+
+    def __len__(self) -> int:
+        return len(self._like)
+
+
 def _canonical(
-    block: Block, models: Sequence[Mapping[str, torch.Tensor]], dtype: torch.dtype, device: torch.device
+    blocks: Blocks, block: Block, models: Sequence[Mapping[str, torch.Tensor]], dtype: torch.dtype, device: torch.device
 ) -> tuple[tuple[int, ...], torch.Tensor]:
     """A block of all models as ``(N, n1, pinned, n2, ...)``, its moving axes sorted by space.
 
@@ -205,7 +222,7 @@ def _canonical(
     """
     moving = sorted((s, k) for k, s in enumerate(block.spaces) if s is not None)
     pinned = [k for k, s in enumerate(block.spaces) if s is None]
-    values = [block.read(model[block.param]).to(device) for model in models]
+    values = [blocks.read(block, model).to(device) for model in models]
     if any(v.is_complex() for v in values):
         wide = torch.complex128 if dtype is torch.float64 else torch.complex64
         values = [torch.view_as_real(v.to(wide).resolve_conj()) for v in values]

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,73 +19,16 @@ import numpy as np
 import torch
 
 from automerge._errors import SymmetryError
-from automerge.groups import Element, IndexArrays, axis_index, compose_index, identity_index
+from automerge._generators import Exchange as Exchange  # public here
+from automerge._generators import Generator as Generator
+from automerge._generators import Pin as Pin
+from automerge._generators import Slot as Slot
+from automerge._generators import check_exchange, check_slot, slot_index
+from automerge._generators import slots_by_parameter as slots_by_parameter
+from automerge._stacks import Stacks, stacks_of
+from automerge.groups import Element, IndexArrays, compose_index, identity_index
 
 _FORMAT = "automerge.symmetry/1"
-
-
-@dataclass(frozen=True, eq=False)
-class Slot:
-    """The positions of one parameter axis that a generator's units own.
-
-    Attributes:
-        param: state-dict name.
-        axis: the axis of that parameter.
-        index: int64, ``(n, k)``: row u lists the k positions of the axis that belong to unit u, in corresponding order.
-        within: ``(axis, start, stop)`` triples that confine the slot to a slice of other axes; empty for most.
-    """
-
-    param: str
-    axis: int
-    index: np.ndarray
-    within: tuple[tuple[int, int, int], ...] = ()
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Slot):
-            return NotImplemented
-        same = (self.param, self.axis, self.within) == (other.param, other.axis, other.within)
-        return same and np.array_equal(self.index, other.index)
-
-    def __hash__(self) -> int:
-        return hash((self.param, self.axis, self.within, self.index.shape))
-
-
-@dataclass(frozen=True)
-class Generator:
-    """A set of ``size`` interchangeable units: permuting them by any p leaves the function unchanged.
-
-    Permuting by p writes ``new[index[u]] = old[index[p[u]]]`` for one slot after the other; where pairs of units own the
-    positions of an axis (an outer square), it has a slot for the first of each pair and one for the second. A wreath
-    product is a generator whose units are the outer units (heads) and one generator for each of them (its dimensions).
-
-    Attributes:
-        size: the number of units.
-        slots: what each unit owns.
-        name: a readable name for the report, after the first parameter axis that produces the units.
-    """
-
-    size: int
-    slots: tuple[Slot, ...]
-    name: str = ""
-
-
-@dataclass(frozen=True)
-class Pin:
-    """Positions of a parameter axis that are not free, and why.
-
-    Attributes:
-        param: state-dict name.
-        axis: the axis.
-        count: how many positions of it are pinned.
-        reason: what gives their order a meaning.
-        where: the operator, module path and source line, as far as known.
-    """
-
-    param: str
-    axis: int
-    count: int
-    reason: str
-    where: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +45,7 @@ class Symmetry:
         notes: what a reader must know (data-dependent control flow, ...).
         stats: seconds and counts of the inference.
         flow: ``(from, to)`` pairs of module paths between which tensors pass, in order of the first use; for pictures.
+        exchanges: sets of interchangeable modules, whose units own whole parameters.
         axis_graph: a networkx MultiGraph with one node per parameter axis (attributes ``param``, ``axis``, ``size``) or joint
             axis that an operator made (``param`` None), and one edge per tie (attribute ``op``); its connected components are
             what may move together. Not part of the JSON form.
@@ -125,11 +70,14 @@ class Symmetry:
     stats: Mapping[str, Any] = field(default_factory=dict)
     flow: tuple[tuple[str, str], ...] = ()
     axis_graph: nx.MultiGraph | None = None
+    exchanges: tuple[Exchange, ...] = ()
 
     def __post_init__(self) -> None:
+        for exchange in self.exchanges:
+            check_exchange(self.shapes, exchange)
         for generator in self.sets:
             for slot in generator.slots:
-                _check_slot(self.shapes, generator, slot)
+                check_slot(self.shapes, generator, slot)
 
     # ---------------------------------------------------------------- elements
     def generators(self) -> list[Generator]:
@@ -140,11 +88,16 @@ class Symmetry:
         """The element that moves nothing."""
         return Element(self.shapes)
 
-    def element(self, permutations: Sequence[Sequence[int] | np.ndarray]) -> Element:
-        """The element that permutes the units of each generator in turn, in the order of `generators`.
+    def element(
+        self,
+        permutations: Sequence[Sequence[int] | np.ndarray],
+        exchanges: Sequence[Sequence[int] | np.ndarray] | None = None,
+    ) -> Element:
+        """The element that permutes the units of each generator in turn, in the order of `generators`, and then modules.
 
         Args:
             permutations: one permutation of ``range(g.size)`` for each generator.
+            exchanges: one permutation of ``range(e.size)`` for each of the ``exchanges``; None leaves all modules in place.
 
         Raises:
             SymmetryError: if the number of permutations is wrong, or one is not a permutation.
@@ -153,21 +106,46 @@ class Symmetry:
             raise SymmetryError(
                 f"expected {len(self.sets)} permutations, one for each generator, got {len(permutations)}"
             )
-        maps: dict[str, IndexArrays] = {}
-        for i, (generator, p) in enumerate(zip(self.sets, permutations, strict=True)):
-            perm = np.asarray(p, dtype=np.int64)
-            if perm.shape != (generator.size,) or not np.array_equal(np.sort(perm), np.arange(generator.size)):
-                raise SymmetryError(f"permutation {i} is not a permutation of range({generator.size})")
-            if np.array_equal(perm, np.arange(generator.size)):
-                continue
-            for slot in generator.slots:
-                shape = self.shapes[slot.param]
-                now = maps.get(slot.param, identity_index(shape))
-                maps[slot.param] = compose_index(now, _slot_index(shape, slot, perm))
-        return Element(self.shapes, maps)
+        if exchanges is None:
+            return _composed(self.shapes, self.sets, permutations)
+        if len(exchanges) != len(self.exchanges):
+            raise SymmetryError(
+                f"expected {len(self.exchanges)} permutations of modules, one for each exchange, got {len(exchanges)}"
+            )
+        perms = [*permutations, *exchanges]
+        return self.apart(_composed(self.stacked.shapes, self.stacked.sets, perms))
+
+    @cached_property
+    def stacked(self) -> Symmetry:
+        """The same group with the parameters of interchangeable modules stacked, so that all of it are generators.
+
+        Elements of it become elements of this symmetry with `apart`; without exchanges, the symmetry itself.
+        """
+        if not self.exchanges:
+            return self
+        place = self.stacks.place
+        return Symmetry(
+            shapes=self.stacks.shapes,
+            sets=self.stacks.sets(self.sets, self.exchanges),
+            statistics=frozenset(place[n][0] if n in place else n for n in self.statistics),
+            aliases=self.aliases,
+        )
+
+    @cached_property
+    def stacks(self) -> Stacks:
+        """Which parameters `stacked` holds in one."""
+        return stacks_of(self.shapes, self.exchanges)
+
+    def apart(self, element: Element) -> Element:
+        """An element of `stacked` as one of this symmetry."""
+        return self.stacks.apart(element) if self.exchanges else element
+
+    def together(self, element: Element) -> Element:
+        """An element of this symmetry as one of `stacked`."""
+        return self.stacks.together(element) if self.exchanges else element
 
     def random_element(self, seed: int | np.random.Generator) -> Element:
-        """A random element: an independent uniform permutation for every generator.
+        """A random element: an independent uniform permutation for every generator and every exchange.
 
         Args:
             seed: an integer of at least 0, or a numpy Generator.
@@ -181,7 +159,8 @@ class Symmetry:
             raise SymmetryError(
                 f"random_element({seed!r}): give an integer of at least 0, or a numpy Generator"
             ) from error
-        return self.element([rng.permutation(g.size) for g in self.sets])
+        exchanges = [rng.permutation(e.size) for e in self.exchanges] or None
+        return self.element([rng.permutation(g.size) for g in self.sets], exchanges)
 
     def apply(self, state_dict: Mapping[str, torch.Tensor], element: Element) -> dict[str, torch.Tensor]:
         """Move a state dict by an element; entries that the group does not touch are passed through.
@@ -197,13 +176,23 @@ class Symmetry:
                     f"{name} has the shape {tuple(value.shape)}, but the symmetry was inferred for {self.shapes[key]}; "
                     "infer again for this architecture"
                 )
-            out[name] = element.apply_to(key, value)
-        missing = [n for n in element.maps if n not in out]
+            out[name] = value
+        missing = [n for n in (*element.maps, *element.sources.values()) if n not in out]
         if missing:
             raise SymmetryError(f"the state dict has no {missing[0]!r}, which the element moves")
-        return out
+        return {name: element.take(name, state_dict, self.aliases) for name in out}
 
     # ---------------------------------------------------------------- summary
+    @property
+    def moved(self) -> set[str]:
+        """The parameters that some element changes."""
+        own = {slot.param for slot in self._slots}
+        return own | {n for e in self.exchanges for names in e.params for n in names}
+
+    @property
+    def _slots(self) -> list[Slot]:
+        return [*(s for g in self.sets for s in g.slots), *(s for e in self.exchanges for s in e.slots)]
+
     @property
     def free_share(self) -> float:
         """The share of positions on parameter axes longer than one that belong to at least one generator."""
@@ -213,10 +202,9 @@ class Symmetry:
 
     def _free_masks(self) -> dict[tuple[str, int], np.ndarray]:
         masks: dict[tuple[str, int], np.ndarray] = {}
-        for generator in self.sets:
-            for slot in generator.slots:
-                mask = masks.setdefault((slot.param, slot.axis), np.zeros(self.shapes[slot.param][slot.axis], bool))
-                mask[slot.index.reshape(-1)] = True
+        for slot in self._slots:
+            mask = masks.setdefault((slot.param, slot.axis), np.zeros(self.shapes[slot.param][slot.axis], bool))
+            mask[slot.index.reshape(-1)] = True
         return masks
 
     def __str__(self) -> str:
@@ -247,21 +235,10 @@ class Symmetry:
         data = {
             "format": _FORMAT,
             "shapes": {n: list(s) for n, s in self.shapes.items()},
-            "generators": [
-                {
-                    "size": g.size,
-                    "name": g.name,
-                    "slots": [
-                        {
-                            "param": s.param,
-                            "axis": s.axis,
-                            "index": s.index.tolist(),
-                            "within": [list(w) for w in s.within],
-                        }
-                        for s in g.slots
-                    ],
-                }
-                for g in self.sets
+            "generators": [{"size": g.size, "name": g.name, "slots": _slots_data(g.slots)} for g in self.sets],
+            "exchanges": [
+                {"size": e.size, "name": e.name, "params": [list(p) for p in e.params], "slots": _slots_data(e.slots)}
+                for e in self.exchanges
             ],
             "statistics": sorted(self.statistics),
             "aliases": dict(self.aliases),
@@ -301,9 +278,45 @@ class Symmetry:
                 notes=tuple(data.get("notes", ())),
                 stats=dict(data.get("stats", {})),
                 flow=tuple((a, b) for a, b in data.get("flow", ())),
+                exchanges=tuple(
+                    Exchange(
+                        e["size"],
+                        tuple(tuple(p) for p in e["params"]),
+                        tuple(_slot_from(s, e["size"]) for s in e["slots"]),
+                        e.get("name", ""),
+                    )
+                    for e in data.get("exchanges", ())
+                ),
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise SymmetryError(f"this is not a symmetry file: {type(error).__name__}: {error}") from error
+
+
+def _composed(
+    shapes: Mapping[str, tuple[int, ...]],
+    sets: Sequence[Generator],
+    permutations: Sequence[Sequence[int] | np.ndarray],
+) -> Element:
+    """The element that permutes the units of some generators in turn."""
+    maps: dict[str, IndexArrays] = {}
+    for i, (generator, p) in enumerate(zip(sets, permutations, strict=True)):
+        perm = np.asarray(p, dtype=np.int64)
+        if perm.shape != (generator.size,) or not np.array_equal(np.sort(perm), np.arange(generator.size)):
+            raise SymmetryError(f"permutation {i} is not a permutation of range({generator.size})")
+        if np.array_equal(perm, np.arange(generator.size)):
+            continue
+        for slot in generator.slots:
+            shape = shapes[slot.param]
+            now = maps.get(slot.param, identity_index(shape))
+            maps[slot.param] = compose_index(now, slot_index(shape, slot, perm))
+    return Element(shapes, maps)
+
+
+def _slots_data(slots: Sequence[Slot]) -> list[dict[str, Any]]:
+    return [
+        {"param": s.param, "axis": s.axis, "index": s.index.tolist(), "within": [list(w) for w in s.within]}
+        for s in slots
+    ]
 
 
 def _slot_from(data: Mapping[str, Any], size: int) -> Slot:
@@ -313,51 +326,3 @@ def _slot_from(data: Mapping[str, Any], size: int) -> Slot:
     index = index.astype(np.int64).reshape(size, -1)
     within = tuple((int(a), int(b), int(c)) for a, b, c in data.get("within", ()))
     return Slot(data["param"], int(data["axis"]), index, within)
-
-
-def _check_slot(shapes: Mapping[str, tuple[int, ...]], generator: Generator, slot: Slot) -> None:
-    where = f"generator {generator.name or '?'} of size {generator.size}, slot {slot.param} axis {slot.axis}"
-    if slot.param not in shapes:
-        raise SymmetryError(f"{where}: no such parameter")
-    shape = shapes[slot.param]
-    if not 0 <= slot.axis < len(shape):
-        raise SymmetryError(f"{where}: the parameter has {len(shape)} axes")
-    if slot.index.ndim != 2 or slot.index.shape[0] != generator.size or not np.issubdtype(slot.index.dtype, np.integer):
-        raise SymmetryError(
-            f"{where}: the index must be an integer table of shape ({generator.size}, k), got {slot.index.shape}"
-        )
-    flat = slot.index.reshape(-1)
-    if flat.size and (flat.min() < 0 or flat.max() >= shape[slot.axis] or np.bincount(flat).max() > 1):
-        raise SymmetryError(f"{where}: the index leaves the axis (length {shape[slot.axis]}) or names a position twice")
-    for axis, start, stop in slot.within:
-        if axis == slot.axis or not 0 <= axis < len(shape) or not 0 <= start < stop <= shape[axis]:
-            raise SymmetryError(f"{where}: within {(axis, start, stop)} is not a slice of another axis")
-
-
-def _slot_index(shape: tuple[int, ...], slot: Slot, perm: np.ndarray) -> IndexArrays:
-    """The index arrays of one slot under a permutation of its generator's units."""
-    out = list(identity_index(shape))
-    line = np.arange(shape[slot.axis], dtype=np.int64)
-    line[slot.index] = line[slot.index[perm]]
-    view = [1] * len(shape)
-    view[slot.axis] = shape[slot.axis]
-    if not slot.within:
-        out[slot.axis] = line.reshape(view)
-        return tuple(out)
-    extent = list(view)
-    inside = np.ones([1] * len(shape), dtype=bool)
-    for axis, start, stop in slot.within:
-        extent[axis] = shape[axis]
-        at = axis_index(shape, axis)
-        inside = inside & (at >= start) & (at < stop)
-    out[slot.axis] = np.where(inside, line.reshape(view), axis_index(shape, slot.axis))
-    return tuple(out)
-
-
-def slots_by_parameter(generators: Iterable[Generator]) -> dict[str, list[tuple[int, Slot]]]:
-    """Parameter name -> its ``(generator number, slot)`` pairs, in order."""
-    table: dict[str, list[tuple[int, Slot]]] = {}
-    for number, generator in enumerate(generators):
-        for slot in generator.slots:
-            table.setdefault(slot.param, []).append((number, slot))
-    return table

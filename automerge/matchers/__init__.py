@@ -103,12 +103,12 @@ def match(
 
 def _apart(found: Matching, states: Sequence[Mapping[str, torch.Tensor]]) -> list[str]:
     """Tensors that are the same in all models, and not after the maps; statistics do not count."""
-    names = {slot.param for g in found.symmetry.generators() for slot in g.slots} - found.symmetry.statistics
+    names = found.symmetry.moved - found.symmetry.statistics
     out = []
     for name in sorted(names):
         first = states[0][name]
         if all(torch.equal(s[name].to(first.device), first) for s in states[1:]):
-            moved = [e.apply_to(name, first) for e in found.to_universe]
+            moved = [e.take(name, s) for e, s in zip(found.to_universe, states, strict=True)]
             if not all(torch.equal(m, moved[0]) for m in moved[1:]):
                 out.append(name)
     return out

@@ -75,6 +75,9 @@ class ActivationMatching(Matcher):
         values = check_models(models, symmetry)
         network, batches = runnable(self, models, data)
         begin = time.perf_counter()
+        # activations of one module are compared with those of the same module, so modules are exchanged by weights before
+        before = self.solver.match(values, symmetry).to_universe if symmetry.exchanges else ()
+        values = [symmetry.apply(v, e) for v, e in zip(values, before, strict=True)] if before else values
         sites, report = observe(network, values, symmetry, batches, self.kind, self.mask)
         if self.kind == "correlation":
             check_samples(self, report)
@@ -82,6 +85,8 @@ class ActivationMatching(Matcher):
         larger, grown = augment(symmetry, values, sites, self.mix)
         found = self.solver.match(grown, larger, progress=progress)
         moved = tuple(restrict(element, symmetry) for element in found.to_universe)
+        if before:
+            moved = tuple(a.then(b) for a, b in zip(before, moved, strict=True))
         seconds = {"activations": observed, **dict(found.stats.get("seconds", {}))}
         seconds["total"] = time.perf_counter() - begin
         return Matching(moved, symmetry, repr(self), {**found.stats, **report, "seconds": seconds})

@@ -97,11 +97,12 @@ def augment(
     sets = tuple(replace(g, slots=(*g.slots, *slots.get(i, ()))) for i, g in enumerate(symmetry.sets))
     shapes = {**symmetry.shapes, **{n: tuple(out[0][n].shape) for n in found}}
     statistics = symmetry.statistics | (frozenset(symmetry.shapes) if mix >= 1 else frozenset())
-    return replace(symmetry, shapes=shapes, sets=sets, statistics=statistics, axis_graph=None), out
+    larger = replace(symmetry, shapes=shapes, sets=sets, statistics=statistics, axis_graph=None, exchanges=())
+    return larger, out
 
 
 def _moving(symmetry: Symmetry) -> list[str]:
-    return sorted({slot.param for g in symmetry.sets for slot in g.slots})
+    return sorted(symmetry.moved)
 
 
 def _wide(value: torch.Tensor) -> torch.Tensor:

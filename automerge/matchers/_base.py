@@ -113,7 +113,7 @@ class Matching:
 
         Exactly 0 for maps through a universe; measured, not assumed. Matrices count where they are off by more than 1e-8.
         """
-        total = max(1, sum(sum(self.symmetry.shapes[n]) for e in self.to_universe for n in e.maps))
+        total = max(1, sum(sum(self.symmetry.shapes[n]) for e in self.to_universe for n in e.touched))
         maps = {(a, b): self.between(a, b) for a, b in itertools.permutations(range(len(self)), 2)}
         worst = 0
         for a, b in itertools.combinations(range(len(self)), 2):
@@ -191,6 +191,7 @@ class Matching:
             for axis, index in enumerate(maps)
         }
         header = {"automerge.matching": _FORMAT, "models": str(len(self)), "matcher": self.matcher}
+        header["sources"] = json.dumps([dict(e.sources) for e in self.to_universe])
         for m, element in enumerate(self.to_universe):
             if isinstance(element, LinearElement):
                 header["roles"] = json.dumps({str(g): roles for g, roles in element.roles.items()})
@@ -221,7 +222,9 @@ class Matching:
             symmetry = Symmetry.from_json(header["symmetry"])
             roles = {int(g): tuple(r) for g, r in json.loads(header.get("roles", "{}")).items()}
             whole = bool(json.loads(header.get("invertible", "true")))
-            elements = tuple(_read_element(tensors, symmetry, m, roles, whole) for m in range(int(header["models"])))
+            count = int(header["models"])
+            sources = json.loads(header.get("sources", "null")) or [{}] * count
+            elements = tuple(_read_element(tensors, symmetry, m, sources[m], roles, whole) for m in range(count))
             return Matching(elements, symmetry, header.get("matcher", ""), json.loads(header["stats"]))
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -251,6 +254,7 @@ def _read_element(
     tensors: Mapping[str, torch.Tensor],
     symmetry: Symmetry,
     model: int,
+    sources: Mapping[str, str],
     roles: Mapping[int, tuple[bool, ...]],
     whole: bool,
 ) -> Element:
@@ -262,7 +266,9 @@ def _read_element(
         if number == str(model) and axis not in ("forward", "inverse"):
             maps.setdefault(name, {})[int(axis)] = tensor.numpy()
     arrays = {n: tuple(i[k] for k in range(len(i))) for n, i in sorted(maps.items())}
-    element = Element(symmetry.shapes, arrays)
+    if not {*sources, *sources.values()} <= set(symmetry.shapes):
+        raise ValueError("its modules are not those of its symmetry")
+    element = Element(symmetry.shapes, arrays, sources)
     if not roles:
         return element
     matrices = {g: Matrix(tensors[f"{model}/forward/{g}"], tensors[f"{model}/inverse/{g}"], whole) for g in roles}
@@ -298,9 +304,7 @@ def check_models(models: Sequence[Model], symmetry: Symmetry | None = None) -> l
             f"expected the Symmetry of the models, got a {type(symmetry).__name__}; automerge.infer(model, inputs) makes it"
         )
     values = [state_dict(m) for m in models]
-    still = set(values[0]) - (
-        {s.param for g in symmetry.sets for s in g.slots} if symmetry is not None else set(values[0])
-    )
+    still = set(values[0]) - (symmetry.moved if symmetry is not None else set(values[0]))
     for i, value in enumerate(values):
         check_state_dict(value, values[0], f"model {i}", still)
     if symmetry is not None:

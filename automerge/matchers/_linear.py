@@ -152,7 +152,7 @@ class LinearMatcher(Matcher):
                     f"precision (inverse off by {turn.error():.1e}); give a larger ridge, or data on which its units vary"
                 )
             matrices[g] = near.then(turn)
-        return linear_element(symmetry, Element(start.shapes, start.maps), start.roles, matrices)
+        return linear_element(symmetry, Element(start.shapes, start.maps, start.sources), start.roles, matrices)
 
 
 def _samples(found: Statistics, g: int) -> int:

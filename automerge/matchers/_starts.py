@@ -82,14 +82,15 @@ def from_element(blocks: Blocks, symmetry: Symmetry, element: Element, label: st
         MatchingError: if the symmetry's trees do not make this element.
     """
     gains: dict[int, dict[Path, np.ndarray]] = {}
+    stacked = symmetry.together(element)
     for number, space in enumerate(blocks.spaces):
         block = min((b for b in blocks.blocks if number in b.spaces), key=lambda b: math.prod(b.shape))
         axis = block.spaces.index(number)
         view = [1] * len(block.shape)
         view[axis] = space.size
-        tensor = torch.zeros(symmetry.shapes[block.param], dtype=torch.int64)
+        tensor = torch.zeros(symmetry.stacked.shapes[block.param], dtype=torch.int64)
         block.write(tensor, torch.arange(1, space.size + 1).view(view).expand(block.shape))
-        old = block.read(element.apply_to(block.param, tensor)).movedim(axis, 0).reshape(space.size, -1)
+        old = block.read(stacked.apply_to(block.param, tensor)).movedim(axis, 0).reshape(space.size, -1)
         gain = np.zeros((space.size, space.size))
         gain[np.arange(space.size), np.maximum(old.max(dim=1).values.numpy() - 1, 0)] = 1.0
         gains.setdefault(space.root, {})[space.roles] = gain

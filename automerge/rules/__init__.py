@@ -48,9 +48,20 @@ from automerge.rules._registry import (
 )
 from automerge.rules._value import ConstantValue, Factor, Value, plain
 
-__all__ = ["Analysis", "Context", "Engine", "Factor", "Unruled", "Value", "analyse", "is_state", "register_rule"]
+__all__ = [
+    "DEBUG",
+    "Analysis",
+    "Context",
+    "Engine",
+    "Factor",
+    "Unruled",
+    "Value",
+    "analyse",
+    "is_state",
+    "register_rule",
+]
 
-_DEBUG = bool(os.environ.get("AUTOMERGE_DEBUG"))
+DEBUG = bool(os.environ.get("AUTOMERGEDEBUG"))
 
 
 @dataclass
@@ -253,7 +264,7 @@ class _Run:
             except Unruled as error:
                 reason = str(error)
             except Exception as error:  # a rule that fails must not take the model down with it
-                if _DEBUG:
+                if DEBUG:
                     raise
                 reason = f"its rule failed: {type(error).__name__}: {error}"
         inner = decomposition(node)

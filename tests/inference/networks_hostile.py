@@ -1372,7 +1372,7 @@ for _name, _sizes, _outputs, _change in (
     ("PiecesSummedThrice", "2 4x2", 2, lambda h: torch.tanh(sum(h.relu().chunk(4, 1)))),
     # a tensor and a function of it are two
     ("PiecesOfTwoTensorsJoined", "4x2", 8, lambda h: torch.cat([h[:, :4], h.relu()[:, 4:]], 1)),
-    ("PiecesOfTwoTensorsStacked", "", 8, lambda h: torch.stack([*h.unbind(1)[:4], *h.relu().unbind(1)[4:]], 1)),
+    ("PiecesOfTwoTensorsStacked", "4x2", 8, lambda h: torch.stack([*h.unbind(1)[:4], *h.relu().unbind(1)[4:]], 1)),
     ("PiecesOfTwoTensorsMultiplied", "4", 4, lambda h: h[:, :4] * h.tanh()[:, 4:]),
     ("PiecesSummedAfterAFunction", "2x5", 2, lambda h: (h[:, :2] + h[:, 2:4]).relu() + (h[:, 4:6] + h[:, 6:])),
 ):

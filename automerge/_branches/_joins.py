@@ -1,0 +1,174 @@
+"""Where branches are joined, which of the joined values may be alike, and what a node cuts out of another."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+NUMBERED: dict[Any, Any] = {aten.eq.Scalar: aten.eq.Tensor, aten.ne.Scalar: aten.ne.Tensor}
+
+Same = tuple[fx.Node, ...]  # the nodes that correspond to each other, one for each branch
+
+
+class MismatchError(Exception):
+    """Two operands are different branches."""
+
+
+def alike(join: fx.Node, operands: list[Any], hashes: dict[fx.Node, int]) -> list[Same]:
+    """The sets of operands that may be the same branch."""
+    kinds: dict[int, list[fx.Node]] = {}
+    for operand in operands:
+        if isinstance(operand, fx.Node):
+            kinds.setdefault(hashes[operand], []).append(operand)
+    return [
+        tuple(nodes)
+        for nodes in kinds.values()
+        if 1 < len(nodes) == len(set(nodes)) and _together(join, operands, nodes)
+    ]
+
+
+def operands_of(node: fx.Node) -> list[Any]:
+    """The operands of a join, in order; empty for another node, or where the join goes on."""
+    if node.target in (aten.cat.default, aten.stack.default):
+        return list(node.args[0])  # type: ignore[arg-type]
+    if not adds(node) or (len(node.users) == 1 and adds(user := next(iter(node.users))) and _like(node, user)):
+        return []
+    out: list[Any] = []
+    todo: list[Any] = [node]
+    while todo:
+        one = todo.pop()
+        if one is node or (adds(one) and len(one.users) == 1 and _like(one, node)):
+            todo += [a for a in reversed(one.args) if type(a) is not int or a != 0]
+        else:
+            out.append(one)
+    return out if len(out) > 1 else []
+
+
+def adds(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target is aten.add.Tensor and not node.kwargs and len(node.args) == 2
+
+
+def _like(a: fx.Node, b: fx.Node) -> bool:
+    return bool(a.meta["val"].shape == b.meta["val"].shape and a.meta["val"].dtype == b.meta["val"].dtype)
+
+
+def _together(join: fx.Node, operands: list[Any], nodes: list[fx.Node]) -> bool:
+    """Whether like operands are side by side where their order matters."""
+    if adds(join):
+        return True
+    places = [operands.index(n) for n in nodes]
+    return places == list(range(places[0], places[0] + len(places)))
+
+
+def promising(graph: fx.GraphModule) -> bool:
+    """Whether some join of a graph may have like operands."""
+    hashes: dict[fx.Node, int] = {}
+    for node in graph.graph.nodes:
+        hashes[node] = likeness(node, hashes)
+        if alike(node, operands_of(node), hashes):
+            return True
+    return False
+
+
+def likeness(node: fx.Node, hashes: dict[fx.Node, int]) -> int:
+    """A number that is the same for like branches, from those of the nodes before."""
+    value: Any = node.meta.get("val")
+    if node.op == "placeholder":
+        free = node.meta["kind"] == "state" and value.is_floating_point()
+        return hash(("state", tuple(value.shape), value.dtype) if free else node.name)
+    if node.op == "get_attr":
+        return hash(("constant", tuple(value.shape), value.dtype))
+    if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        return hash(node.name)
+    cut = piece(node)
+    if cut is not None:
+        return hash(("piece", hashes[cut.source], cut.dim, cut.length, cut.keeps))
+    parts: list[Any] = [node.target]
+
+    def visit(arg: Any) -> None:
+        if isinstance(arg, fx.Node):
+            parts.append(hashes[arg])
+        elif isinstance(arg, list | tuple):
+            parts.append(len(arg))
+            for one in arg:
+                visit(one)
+        else:
+            parts.append((type(arg), arg if isinstance(arg, int | float) else str(arg)))
+
+    for arg in node.args[:1] if node.target in NUMBERED else node.args:
+        visit(arg)
+    parts += sorted((k, str(v)) for k, v in node.kwargs.items() if not isinstance(v, fx.Node))
+    return hash(tuple(parts))
+
+
+# -------------------------------------------------------------------- pieces of a value
+@dataclass(frozen=True)
+class _Piece:
+    """Positions ``start`` to ``start + length`` of one axis of a value; the axis stays where ``keeps``."""
+
+    source: fx.Node
+    dim: int
+    start: int
+    length: int
+    keeps: bool
+
+
+def piece(node: fx.Node) -> _Piece | None:
+    """What a node cuts out of another; None if it does something else."""
+    args: Any = node.args
+    if node.target is operator.getitem and isinstance(args[0], fx.Node):
+        return _split(args[0], args[1])
+    if node.target is aten.select.int:
+        value = args[0].meta["val"]
+        return _Piece(args[0], args[1] % value.dim(), args[2] % value.shape[args[1]], 1, False)
+    if node.target is not aten.slice.Tensor:
+        return None
+    given: list[Any] = [*args, *(0, None, None, 1)[len(args) - 1 :]]
+    source, dim, start, end, step = given
+    size = source.meta["val"].shape[dim]
+    start, end, step = slice(start, end, step).indices(size)
+    length = end - start
+    return (
+        _Piece(source, dim % source.meta["val"].dim(), start, length, True) if step == 1 and 0 < length < size else None
+    )
+
+
+def _split(node: fx.Node, number: int) -> _Piece | None:
+    args: Any = node.args
+    if node.target is aten.unbind.int:
+        dim = (args[1] if len(args) > 1 else 0) % args[0].meta["val"].dim()
+        return _Piece(args[0], dim, number, 1, False)
+    if node.target not in (aten.split.Tensor, aten.split_with_sizes.default):
+        return None
+    dim = (args[2] if len(args) > 2 else 0) % args[0].meta["val"].dim()
+    sizes = [v.shape[dim] for v in node.meta["val"]]
+    return _Piece(args[0], dim, sum(sizes[:number]), sizes[number], True)
+
+
+def whole(tensor: torch.Tensor) -> tuple[torch.Tensor, None]:
+    return tensor, None
+
+
+def along(dim: int) -> Callable[[torch.Tensor], tuple[torch.Tensor, int]]:
+    return lambda tensor: (tensor, dim)
+
+
+def cutting(pieces: Sequence[_Piece]) -> Callable[[torch.Tensor], tuple[torch.Tensor, int]]:
+    """Pieces of one value side by side along an axis of their own."""
+    dim, length, keeps = pieces[0].dim, pieces[0].length, pieces[0].keeps
+    if any((p.dim, p.length, p.keeps) != (dim, length, keeps) for p in pieces):
+        raise MismatchError
+    places = [p.start + i for p in pieces for i in range(length)]
+
+    def take(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+        if places != list(range(tensor.shape[dim])):
+            tensor = tensor.index_select(dim, torch.tensor(places))
+        return (tensor.unflatten(dim, (len(pieces), length)) if keeps else tensor), dim
+
+    return take

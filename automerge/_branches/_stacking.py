@@ -1,0 +1,301 @@
+"""Branches that do the same with other weights, read as one branch over stacked weights.
+
+Experts in an `nn.ModuleList`, one module per attention head, a loop of python over the matrices of a stacked parameter:
+the program runs the branches one after the other and joins what they give::
+
+    out = sum(g[:, e : e + 1] * expert(x) for e, expert in enumerate(experts))
+
+The same comes out of one branch that is mapped over the stack of the branches' parameters (`torch.vmap`)::
+
+    out = vmap(lambda w, g: g * expert(x, w), in_dims=(0, 1))(stack(weights), g[..., None]).sum(0)
+
+Read in this way, which branches may be exchanged is a matter of one axis, and the rules need to know nothing new.
+Operands of a join (``cat``, ``stack``, sums) are the same branch if their operators and numbers agree down to values that
+they share; they may differ in the parameters, in which piece of a shared value they take, and in a number that positions
+are compared with.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from automerge._aliases import shadow
+from automerge._branches._joins import (
+    MismatchError,
+    Same,
+    alike,
+    along,
+    cutting,
+    likeness,
+    operands_of,
+    piece,
+    promising,
+    whole,
+)
+from automerge._branches._mapping import Branch, Leaf, joined, mapped, sources_of
+from automerge._errors import TraceError
+from automerge._stacks import stack_name
+from automerge.rules import is_state
+from automerge.trace import record
+
+aten = torch.ops.aten
+_MOST = 20_000  # nodes of all branches of a join
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Graphs that compute the same as recorded ones, with stacks of parameters in the place of some parameters.
+
+    Attributes:
+        graphs: the graphs; the recorded ones stay as they are.
+        stacks: name of a stack -> the state-dict names along its leading axes.
+    """
+
+    graphs: tuple[fx.GraphModule, ...]
+    stacks: dict[str, np.ndarray]
+
+
+def stacked(graphs: Sequence[fx.GraphModule]) -> Stacked | None:
+    """Graphs with their like branches stacked; None where there are none.
+
+    Args:
+        graphs: traced graphs of one model, from `automerge.trace`.
+    """
+    if not any(map(promising, graphs)):
+        return None
+    works = [_Work(graph) for graph in graphs]
+    if not sum(work.run() for work in works):
+        return None
+    stacks = {name: names for work in works for name, names in work.stacks.items()}
+    if any(not work.adopt(stacks) for work in works):
+        return None
+    return Stacked(tuple(work.finished() for work in works), stacks)
+
+
+class _Work:
+    """One graph while its branches are being stacked."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        self.recorded = graph
+        self.graph = fx.Graph()
+        made: dict[fx.Node, fx.Node] = {}
+        for node in graph.graph.nodes:
+            made[node] = self.graph.node_copy(node, made.__getitem__)
+        self.constants = {n.target: getattr(graph, n.target) for n in self.graph.nodes if n.op == "get_attr"}
+        self.states = {
+            n.meta["name"]: n for n in self.graph.nodes if n.op == "placeholder" and n.meta["kind"] == "state"
+        }
+        shared = {name for a, b, _ in graph.meta["trace"].overlaps for name in (a, b)}
+        self.fixed = shared | set(graph.meta["trace"].rewritten)
+        self.stacks: dict[str, np.ndarray] = {}
+        self.hashes: dict[fx.Node, int] = {}
+        self.constant: set[fx.Node] = set()  # what depends neither on inputs nor on parameters keeps its values
+
+    def finished(self) -> fx.GraphModule:
+        """The graph as a module."""
+        self.graph.lint()
+        root = nn.Module()
+        for name, value in self.constants.items():
+            root.register_buffer(name, value)
+        out = fx.GraphModule(root, self.graph)
+        out.meta.update({k: v for k, v in self.recorded.meta.items() if k == "trace"})
+        return out
+
+    def run(self) -> bool:
+        """Stack what can be; whether anything was."""
+        found = False
+        for node in list(self.graph.nodes):
+            self._know(node)
+            operands = operands_of(node)
+            kinds = alike(node, operands, self.hashes)
+            if kinds and node not in self.constant:
+                found = self._stack(node, operands, kinds) or found
+        return found
+
+    # ---------------------------------------------------------------- branches
+    def _know(self, node: fx.Node) -> None:
+        """Note what a node is like, after those before it."""
+        self.hashes[node] = likeness(node, self.hashes)
+        if node.op == "placeholder":
+            fixed = node.meta["kind"] == "state" and not is_state(node.meta["val"])
+        else:
+            fixed = node.op != "output" and all(n in self.constant for n in node.all_input_nodes)
+        if fixed and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+            self.constant.add(node)
+
+    def _stack(self, join: fx.Node, operands: list[Any], kinds: list[Same]) -> bool:
+        """Stack the like operands of a join."""
+        branches = []
+        for nodes in kinds:
+            try:
+                branches.append(self._branch(nodes))
+            except MismatchError:
+                continue
+        for same in [s for b in branches for s in b.parameters]:
+            if all(n.meta["name"] in self.states for n in same):
+                self._introduce([n.meta["name"] for n in same])
+        try:
+            branches = [self._branch(b.nodes) for b in branches]
+        except MismatchError:
+            return False
+        return bool(branches) and not any(b.parameters for b in branches) and self._replace(join, operands, branches)
+
+    def _branch(self, nodes: Same) -> Branch:
+        """What corresponds in some operands.
+
+        Raises:
+            MismatchError: if they are not the same branch.
+        """
+        out = Branch(nodes)
+        seen: set[Same] = set()
+        todo: list[tuple[Same, bool]] = [(nodes, False)]
+        while todo:
+            same, expanded = todo.pop()
+            if expanded:
+                out.steps.append(same)
+            elif same not in seen:
+                seen.add(same)
+                if all(n.op == "placeholder" for n in same) and len(set(same)) > 1:
+                    out.parameters.append(self._parameters(same))
+                    continue
+                leaf = self._leaf(same)
+                if leaf is not None:
+                    out.leaves[same] = leaf
+                    continue
+                todo.append((same, True))
+                todo += [(s, False) for s in sources_of(same)]
+            if len(seen) * len(nodes) > _MOST:
+                raise MismatchError
+        if not out.parameters and all(len(set(same)) == 1 for same in out.leaves):
+            raise MismatchError  # one value, computed several times
+        return out
+
+    def _leaf(self, same: Same) -> Leaf | None:
+        """How corresponding nodes are made from one value; None if their operators are followed further."""
+        first = same[0]
+        if len(set(same)) == 1:
+            return Leaf(first, whole)
+        if all(n.op == "get_attr" for n in same):
+            values = [n.meta["val"] for n in same]
+            return Leaf(torch.stack(values), along(0))
+        if any(n.op != "call_function" for n in same):
+            raise MismatchError
+        pieces = [p for p in map(piece, same) if p is not None]
+        if len(pieces) == len(same) and len({p.source for p in pieces}) == 1:
+            if len({p.start for p in pieces}) == 1:
+                return Leaf(first, whole)
+            return Leaf(pieces[0].source, cutting(pieces))
+        return None
+
+    def _parameters(self, same: Same) -> Same:
+        names = [n.meta["name"] for n in same]
+        if (
+            len(set(same)) < len(same)
+            or any(n.meta["kind"] != "state" for n in same)
+            or not self.fixed.isdisjoint(names)
+        ):
+            raise MismatchError
+        return same
+
+    def _introduce(self, names: list[str]) -> None:
+        """The placeholder of a stack of parameters, of which these are pieces from now on."""
+        parts = [self.states.pop(name) for name in names]
+        inner = [self.stacks.pop(name, np.array(name, dtype=object)) for name in names]
+        name = stack_name(names, {*self.states, *self.stacks})
+        value = parts[0].meta["val"]
+        with self.graph.inserting_before(next(iter(self.graph.nodes))):
+            stack = self.graph.placeholder(f"stack_{parts[0].name}")
+        shape = (len(parts), *value.shape)
+        stack.meta = {**parts[0].meta, "name": name, "val": torch.empty(shape, dtype=value.dtype, device="meta")}
+        stack.target = stack.name
+        self.hashes[stack] = hash(("state", shape, str(value.dtype)))
+        with self.graph.inserting_before(next(n for n in self.graph.nodes if n.op != "placeholder")):
+            for e, part in enumerate(parts):
+                one = self.graph.call_function(aten.select.int, (stack, 0, e))
+                one.meta = {**part.meta, "val": shadow(value)}
+                self.hashes[one] = self.hashes[part]
+                part.replace_all_uses_with(one)
+                self.graph.erase_node(part)
+        self.states[name], self.stacks[name] = stack, np.stack(inner)
+
+    def adopt(self, stacks: dict[str, np.ndarray]) -> bool:
+        """Take the stacks of other graphs over; whether they fit this one's."""
+        for name, names in stacks.items():
+            if name in self.stacks:
+                if not np.array_equal(self.stacks[name], names):
+                    return False
+                continue
+            mine = list(names.reshape(-1))
+            if names.ndim > 1 or any(n not in self.states for n in mine):
+                return False
+            self._introduce(mine)
+        return set(self.stacks) == set(stacks)
+
+    # ---------------------------------------------------------------- the other graph
+    def _replace(self, join: fx.Node, operands: list[Any], branches: list[Branch]) -> bool:
+        """Put one mapped branch in the place of each kind of like operands."""
+        leaves = list(dict.fromkeys(leaf.source for b in branches for leaf in b.leaves.values()))
+        inside = {n for b in branches for n in b.nodes}
+        others = [o for o in operands if isinstance(o, fx.Node) and o not in inside]
+        sources = list(dict.fromkeys(s for s in (*leaves, *others) if isinstance(s, fx.Node)))
+
+        def compute(*tensors: torch.Tensor) -> torch.Tensor:
+            known: dict[Any, Any] = dict(zip(sources, tensors, strict=True))
+            return joined(join, operands, [(b, mapped(b, known)) for b in branches], known)
+
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = record(compute, [n.meta["val"] for n in sources], **_origin(join))
+        except (TraceError, NotImplementedError, RuntimeError, TypeError, ValueError, IndexError):
+            return False  # an operator that cannot be mapped
+        (result,) = next(n for n in found.graph.nodes if n.op == "output").args[0]
+        was, now = join.meta["val"], result.meta["val"]
+        if was.shape != now.shape or was.dtype != now.dtype or found.meta["trace"].reads:
+            return False
+        self._inline(join, found, sources, result)
+        return True
+
+    def _inline(self, join: fx.Node, mapped_once: fx.GraphModule, sources: list[fx.Node], result: fx.Node) -> None:
+        made: dict[fx.Node, fx.Node] = {}
+        given = iter(sources)
+        with self.graph.inserting_before(join):
+            for node in mapped_once.graph.nodes:
+                if node.op == "output":
+                    continue
+                if node.op == "placeholder":
+                    made[node] = next(given)
+                    continue
+                if node.op == "get_attr":
+                    made[node] = self._constant(node)
+                else:
+                    made[node] = self.graph.node_copy(node, made.__getitem__)
+                self._know(made[node])
+                if made[node] not in self.constant:
+                    made[node].meta["val"] = _shadows(node.meta["val"])
+        join.replace_all_uses_with(made[result])
+        self.hashes[join] = self.hashes[made[result]]
+
+    def _constant(self, node: fx.Node) -> fx.Node:
+        name = f"_branches_{len(self.constants)}"
+        self.constants[name] = node.meta["val"]
+        out = self.graph.create_node("get_attr", name)
+        out.meta = dict(node.meta)
+        return out
+
+
+def _origin(node: fx.Node) -> dict[str, str]:
+    return {"module": node.meta.get("module", ""), "source": node.meta.get("source", "")}
+
+
+def _shadows(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return shadow(value)
+    return type(value)(_shadows(v) for v in value) if isinstance(value, list | tuple) else value

@@ -1,0 +1,215 @@
+"""Interchangeable modules as positions of one axis: their parameters stacked.
+
+An exchange of modules permutes whole parameters. Where those that it permutes are stacked along a new first axis, it is a
+generator like any other, on that axis; units inside a module are confined to its position by ``within``. What works on
+generators (blocks, trees of nested groups, matchers) sees this form; state dicts keep their own names.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import networkx as nx
+import numpy as np
+import torch
+
+from automerge._errors import SymmetryError
+from automerge._generators import Exchange, Generator, Slot
+from automerge.groups import Element, IndexArrays, axis_index, identity_index
+
+
+@dataclass(frozen=True)
+class Stacks:
+    """Which parameters are stacked.
+
+    Attributes:
+        names: name of a stack -> the state-dict names along its first axis.
+        shapes: of the stacks, and of the parameters that are in none.
+        parts: the shapes of all parameters.
+    """
+
+    names: Mapping[str, tuple[str, ...]]
+    shapes: Mapping[str, tuple[int, ...]]
+    parts: Mapping[str, tuple[int, ...]]
+
+    @property
+    def place(self) -> dict[str, tuple[str, int]]:
+        """State-dict name -> its stack, and where it is along the first axis."""
+        return {n: (stack, i) for stack, names in self.names.items() for i, n in enumerate(names)}
+
+    # ---------------------------------------------------------------- generators
+    def sets(self, sets: Iterable[Generator], exchanges: Iterable[Exchange]) -> tuple[Generator, ...]:
+        """All generators on the stacks: those of parameters first, then the exchanges."""
+        place = self.place
+        out = [Generator(g.size, tuple(_inside(s, place) for s in g.slots), g.name) for g in sets]
+        for e in exchanges:
+            found: dict[str, list[list[int]]] = {}
+            for column in zip(*e.params, strict=True):
+                rows = found.setdefault(place[column[0]][0], [[] for _ in column])
+                for row, name in zip(rows, column, strict=True):
+                    row.append(place[name][1])
+            whole = [Slot(stack, 0, np.array(rows, np.int64)) for stack, rows in found.items()]
+            out.append(Generator(e.size, (*whole, *(_inside(s, place) for s in e.slots)), e.name))
+        return tuple(out)
+
+    # ---------------------------------------------------------------- elements
+    def apart(self, element: Element) -> Element:
+        """An element on the stacks as one on the parameters.
+
+        Raises:
+            SymmetryError: if it moves parts of a parameter to another one.
+        """
+        maps: dict[str, IndexArrays] = {}
+        sources: dict[str, str] = {}
+        for name, index in element.maps.items():
+            if name not in self.names:
+                maps[name] = index
+                continue
+            first = index[0].reshape(index[0].shape[0], -1)
+            if (first != first[:, :1]).any():
+                raise SymmetryError(f"an element moves parts of the parameters {', '.join(self.names[name][:3])}, ...")
+            for i, part in enumerate(self.names[name]):
+                source = self.names[name][int(first[i, 0])]
+                own = tuple(np.ascontiguousarray(a[i if a.shape[0] > 1 else 0]) for a in index[1:])
+                if source != part:
+                    sources[part] = source
+                if source != part or any((a != axis_index(self.parts[part], k)).any() for k, a in enumerate(own)):
+                    maps[part] = own
+        return Element(self.parts, maps, sources)
+
+    def together(self, element: Element) -> Element:
+        """An element on the parameters as one on the stacks."""
+        maps: dict[str, IndexArrays] = {n: m for n, m in element.maps.items() if n not in self.place}
+        for stack, names in self.names.items():
+            if not any(n in element.maps or n in element.sources for n in names):
+                continue
+            shape = self.shapes[stack]
+            first = np.array([names.index(element.sources.get(n, n)) for n in names]).reshape(
+                (-1,) + (1,) * (len(shape) - 1)
+            )
+            own = [element.maps.get(n) or identity_index(shape[1:]) for n in names]
+            rest = (np.stack(np.broadcast_arrays(*column)) for column in zip(*own, strict=True))
+            maps[stack] = (first, *rest)
+        return Element(self.shapes, maps)
+
+    def device(self, name: str, state: Mapping[str, torch.Tensor]) -> torch.device:
+        """Where a stack, or a parameter that is in none, is in a state dict."""
+        return state[self.names[name][0] if name in self.names else name].device
+
+    def read(self, name: str, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """A stack, or a parameter that is in none, from a state dict."""
+        if name not in self.names:
+            return state[name]
+        return torch.stack([state[n] for n in self.names[name]])
+
+
+def stacks_of(shapes: Mapping[str, tuple[int, ...]], exchanges: Sequence[Exchange]) -> Stacks:
+    """The stacks that some exchanges need: parameters that are permuted with each other are in one."""
+    graph = nx.Graph()
+    for e in exchanges:
+        for column in zip(*e.params, strict=True):
+            nx.add_path(graph, column)
+    order = {name: i for i, name in enumerate(shapes)}
+    found = sorted(
+        (sorted(c, key=order.__getitem__) for c in nx.connected_components(graph)), key=lambda c: order[c[0]]
+    )
+    names: dict[str, tuple[str, ...]] = {}
+    for parts in found:
+        names[stack_name(parts, {*shapes, *names})] = tuple(parts)
+    inside = {n for parts in names.values() for n in parts}
+    whole = {stack: (len(parts), *shapes[parts[0]]) for stack, parts in names.items()}
+    return Stacks(names, {**{n: s for n, s in shapes.items() if n not in inside}, **whole}, shapes)
+
+
+def stack_name(names: Sequence[str], taken: Iterable[str]) -> str:
+    """A name for a stack: what its parameters' names have in common."""
+    split = [n.split(".") for n in names]
+    if len({len(s) for s in split}) == 1:
+        name = ".".join(c[0] if len(set(c)) == 1 else "*" for c in zip(*split, strict=True))
+    else:
+        name = "|".join(names)
+    return "|".join(names) if name in taken else name
+
+
+def _inside(slot: Slot, place: Mapping[str, tuple[str, int]]) -> Slot:
+    """A slot of a parameter as one of its stack."""
+    if slot.param not in place:
+        return slot
+    stack, at = place[slot.param]
+    return Slot(stack, slot.axis + 1, slot.index, ((0, at, at + 1), *((a + 1, b, c) for a, b, c in slot.within)))
+
+
+# -------------------------------------------------------------------- from inference
+def taken_apart(generator: Generator, names: Mapping[str, np.ndarray]) -> Generator | Exchange | None:
+    """A generator on stacked parameters as one on the parameters, or as an exchange of modules.
+
+    Args:
+        generator: inferred from a graph in which parameters are stacked.
+        names: stack -> the state-dict names along its leading axes.
+
+    Returns:
+        None if it exchanges parts of parameters with those of others.
+    """
+    whole: list[list[str]] = [[] for _ in range(generator.size)]
+    slots: list[Slot] = []
+    for slot in generator.slots:
+        if slot.param not in names:
+            slots.append(slot)
+            continue
+        lead = names[slot.param].ndim
+        here = [slice(None)] * lead
+        for axis, start, stop in slot.within:
+            if axis < lead:
+                here[axis] = slice(start, stop)
+        inner = tuple((a - lead, b, c) for a, b, c in slot.within if a >= lead)
+        if slot.axis >= lead:
+            slots += [Slot(n, slot.axis - lead, slot.index, inner) for n in names[slot.param][tuple(here)].reshape(-1)]
+            continue
+        if inner:
+            return None
+        along = np.moveaxis(names[slot.param][tuple(here)], slot.axis, 0)
+        for row, index in zip(whole, slot.index, strict=True):
+            row += along[index].reshape(-1).tolist()
+    if not any(whole):
+        return Generator(generator.size, tuple(slots), generator.name)
+    if len({n for row in whole for n in row}) < sum(map(len, whole)):
+        return None
+    return Exchange(generator.size, tuple(tuple(row) for row in whole), tuple(slots), generator.name)
+
+
+def beyond(sets: Sequence[Generator], found: Sequence[Generator]) -> list[Generator]:
+    """Those of some generators that exchange positions which other generators do not reach from each other."""
+    joined: dict[tuple[str, int, tuple[tuple[int, int, int], ...]], nx.Graph] = {}
+    for generator in sets:
+        for slot in _merged(generator.slots):
+            graph = joined.setdefault((slot.param, slot.axis, slot.within), nx.Graph())
+            for column in slot.index.T:
+                nx.add_path(graph, column.tolist())
+    orbit = {key: {p: i for i, c in enumerate(nx.connected_components(g)) for p in c} for key, g in joined.items()}
+
+    def reached(slot: Slot) -> bool:
+        known = orbit.get((slot.param, slot.axis, slot.within)) or orbit.get((slot.param, slot.axis, ())) or {}
+        return all(len({known.get(p, ("alone", p)) for p in column.tolist()}) == 1 for column in slot.index.T)
+
+    return [g for g in found if g.size > 1 and not all(reached(s) for s in _merged(g.slots))]
+
+
+def _merged(slots: Sequence[Slot]) -> list[Slot]:
+    """Slots that act alike on slices that follow each other, as one."""
+    out: list[Slot] = []
+    kept: dict[tuple[str, int, bytes, int], list[Slot]] = {}
+    for slot in slots:
+        if len(slot.within) == 1:
+            key = (slot.param, slot.axis, slot.index.tobytes(), slot.within[0][0])
+            kept.setdefault(key, []).append(slot)
+        else:
+            out.append(slot)
+    for same in kept.values():
+        spans = sorted(s.within[0] for s in same)
+        if spans[0][1] == 0 and all(a[2] == b[1] for a, b in itertools.pairwise(spans)) and len(spans) > 1:
+            out.append(Slot(same[0].param, same[0].axis, same[0].index))
+        else:
+            out += same
+    return out
