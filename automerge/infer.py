@@ -244,7 +244,9 @@ def _of_branches(
         return None
     other, _, _ = infer_recorded(*branches.graphs)
     found = [taken_apart(generator, branches.stacks) for generator in other.sets]
-    exchanges = tuple(e for e in found if isinstance(e, Exchange))
+    # of a table that is read in part, nothing says whether the rest may be exchanged
+    whole = {n for n in analysis.states if n not in analysis.unread}
+    exchanges = tuple(e for e in found if isinstance(e, Exchange) and whole.issuperset(n for p in e.params for n in p))
     sets = (*symmetry.sets, *beyond(symmetry.sets, [g for g in found if isinstance(g, Generator)]))
     if not exchanges and len(sets) == len(symmetry.sets):
         return symmetry

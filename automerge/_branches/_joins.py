@@ -13,6 +13,8 @@ from torch import fx
 aten = torch.ops.aten
 NUMBERED: dict[Any, Any] = {aten.eq.Scalar: aten.eq.Tensor, aten.ne.Scalar: aten.ne.Tensor}
 
+ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu.default
+
 Same = tuple[fx.Node, ...]  # the nodes that correspond to each other, one for each branch
 
 
@@ -76,6 +78,13 @@ def promising(graph: fx.GraphModule) -> bool:
     return False
 
 
+def draws(node: fx.Node) -> bool:
+    """Whether an operator draws random numbers; attention does for its dropout."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    return node.target is not ATTENTION or (len(node.args) > 3 and node.args[3] != 0)
+
+
 def likeness(node: fx.Node, hashes: dict[fx.Node, int]) -> int:
     """A number that is the same for like branches, from those of the nodes before."""
     value: Any = node.meta.get("val")
@@ -84,7 +93,7 @@ def likeness(node: fx.Node, hashes: dict[fx.Node, int]) -> int:
         return hash(("state", tuple(value.shape), value.dtype) if free else node.name)
     if node.op == "get_attr":
         return hash(("constant", tuple(value.shape), value.dtype))
-    if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+    if node.op != "call_function" or draws(node):
         return hash(node.name)
     cut = piece(node)
     if cut is not None:

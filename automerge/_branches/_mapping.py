@@ -10,10 +10,9 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from automerge._branches._joins import NUMBERED, MismatchError, Same, adds
+from automerge._branches._joins import ATTENTION, NUMBERED, MismatchError, Same, adds
 
 aten = torch.ops.aten
-_FIXED_ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,8 @@ def mapped(branch: Branch, known: dict[Any, Any]) -> torch.Tensor:
             keys.append(same)
             values.append(value)
             dims.append(dim)
-    numbers = {same: _numbers(same) for same in branch.steps if same[0].target in NUMBERED}
-    for same, number in numbers.items():
+    for same in branch.steps:
+        number = numbers(same)
         if number is not None:
             keys.append((same,))  # type: ignore[arg-type]
             values.append(number)
@@ -106,7 +105,7 @@ def _step(same: Same, env: dict[Any, Any]) -> Any:
     others = [tree_flatten((n.args, n.kwargs))[0] for n in same]
     values = [env[tuple(o[i] for o in others)] if isinstance(a, fx.Node) else a for i, a in enumerate(flat)]
     args, kwargs = tree_unflatten(values, spec)
-    if node.target is _FIXED_ATTENTION:
+    if node.target is ATTENTION:
         return _attention(*args, **kwargs)
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
@@ -125,8 +124,10 @@ def _attention(
     return aten._scaled_dot_product_attention_math.default(q, k, v, attn_mask, dropout, causal, scale=scale)[:1]
 
 
-def _numbers(same: Same) -> torch.Tensor | None:
-    """The numbers that branches compare with, if they differ."""
+def numbers(same: Same) -> torch.Tensor | None:
+    """The numbers that branches compare with, if they do and these differ."""
+    if same[0].target not in NUMBERED:
+        return None
     found = [n.args[1] for n in same]
     return torch.tensor(found) if len(set(found)) > 1 else None
 

@@ -18,8 +18,8 @@ are compared with.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,19 +27,21 @@ import torch
 from torch import fx, nn
 
 from automerge._aliases import shadow
+from automerge._branches._chosen import choices, chooses
 from automerge._branches._joins import (
     MismatchError,
     Same,
     alike,
     along,
     cutting,
+    draws,
     likeness,
     operands_of,
     piece,
     promising,
     whole,
 )
-from automerge._branches._mapping import Branch, Leaf, joined, mapped, sources_of
+from automerge._branches._mapping import Branch, Leaf, joined, mapped, numbers, sources_of
 from automerge._errors import TraceError
 from automerge._stacks import stack_name
 from automerge.rules import is_state
@@ -68,15 +70,14 @@ def stacked(graphs: Sequence[fx.GraphModule]) -> Stacked | None:
     Args:
         graphs: traced graphs of one model, from `automerge.trace`.
     """
-    if not any(map(promising, graphs)):
+    if not any(promising(graph) or chooses(graph) for graph in graphs):
         return None
     works = [_Work(graph) for graph in graphs]
     if not sum(work.run() for work in works):
         return None
-    stacks = {name: names for work in works for name, names in work.stacks.items()}
-    if any(not work.adopt(stacks) for work in works):
-        return None
-    return Stacked(tuple(work.finished() for work in works), stacks)
+    most = max(works, key=lambda work: sum(names.size for names in work.stacks.values()))
+    fitting = [work for work in works if work.adopt(most.stacks)]  # others did not reach all branches
+    return Stacked(tuple(work.finished() for work in fitting), most.stacks)
 
 
 class _Work:
@@ -96,6 +97,7 @@ class _Work:
         self.fixed = shared | set(graph.meta["trace"].rewritten)
         self.stacks: dict[str, np.ndarray] = {}
         self.hashes: dict[fx.Node, int] = {}
+        self.reads = set(graph.meta["trace"].reads)
         self.constant: set[fx.Node] = set()  # what depends neither on inputs nor on parameters keeps its values
 
     def finished(self) -> fx.GraphModule:
@@ -105,11 +107,17 @@ class _Work:
         for name, value in self.constants.items():
             root.register_buffer(name, value)
         out = fx.GraphModule(root, self.graph)
-        out.meta.update({k: v for k, v in self.recorded.meta.items() if k == "trace"})
+        info = self.recorded.meta["trace"]
+        names = {n.name for n in self.graph.nodes}
+        out.meta["trace"] = replace(info, reads=sorted(self.reads & names))
         return out
 
     def run(self) -> bool:
         """Stack what can be; whether anything was."""
+        for node in self.graph.nodes:
+            self._know(node)
+        self._take_all_rows()
+        looks = self._looks()
         found = False
         for node in list(self.graph.nodes):
             self._know(node)
@@ -117,7 +125,30 @@ class _Work:
             kinds = alike(node, operands, self.hashes)
             if kinds and node not in self.constant:
                 found = self._stack(node, operands, kinds) or found
+        for total, (stack, names) in looks.items():
+            if total.args[0] is not stack:
+                self.reads = {*self.reads - names, total.name}
         return found
+
+    def _looks(self) -> dict[fx.Node, tuple[fx.Node, set[str]]]:
+        """Where python looks at a value of every branch, their number: what the branches do is the same for all.
+
+        (``if mask.any():`` before each expert.) Number -> the stack that it counts, and the names of the values.
+        """
+        out: dict[fx.Node, tuple[fx.Node, set[str]]] = {}
+        looked: dict[int, list[fx.Node]] = {}
+        for node in self.graph.nodes:
+            if node.name in self.reads and node.meta["val"].numel() == 1:
+                looked.setdefault(self.hashes[node], []).append(node)
+        with self.graph.inserting_before(next(n for n in self.graph.nodes if n.op == "output")):
+            for nodes in (nodes for nodes in looked.values() if len(nodes) > 1):
+                value = nodes[0].meta["val"]
+                stack = self.graph.call_function(aten.stack.default, (list(nodes), 0))
+                stack.meta = {**nodes[0].meta, "val": value.new_empty((len(nodes), *value.shape), device="meta")}
+                total = self.graph.call_function(aten.sum.default, (stack,))
+                total.meta = {**nodes[0].meta, "val": torch.empty((), dtype=torch.int64, device="meta")}
+                out[total] = stack, {n.name for n in nodes}
+        return out
 
     # ---------------------------------------------------------------- branches
     def _know(self, node: fx.Node) -> None:
@@ -127,7 +158,7 @@ class _Work:
             fixed = node.meta["kind"] == "state" and not is_state(node.meta["val"])
         else:
             fixed = node.op != "output" and all(n in self.constant for n in node.all_input_nodes)
-        if fixed and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        if fixed and not draws(node):
             self.constant.add(node)
 
     def _stack(self, join: fx.Node, operands: list[Any], kinds: list[Same]) -> bool:
@@ -173,7 +204,8 @@ class _Work:
                 todo += [(s, False) for s in sources_of(same)]
             if len(seen) * len(nodes) > _MOST:
                 raise MismatchError
-        if not out.parameters and all(len(set(same)) == 1 for same in out.leaves):
+        differs = out.parameters or any(numbers(same) is not None for same in out.steps)
+        if not differs and all(len(set(same)) == 1 for same in out.leaves):
             raise MismatchError  # one value, computed several times
         return out
 
@@ -184,6 +216,8 @@ class _Work:
             return Leaf(first, whole)
         if all(n.op == "get_attr" for n in same):
             values = [n.meta["val"] for n in same]
+            if all(torch.equal(v, values[0]) for v in values):
+                return Leaf(first, whole)
             return Leaf(torch.stack(values), along(0))
         if any(n.op != "call_function" for n in same):
             raise MismatchError
@@ -225,6 +259,35 @@ class _Work:
                 self.graph.erase_node(part)
         self.states[name], self.stacks[name] = stack, np.stack(inner)
 
+    def _take_all_rows(self) -> None:
+        """Read rows that a mask chooses as all rows."""
+        put: dict[fx.Node, list[fx.Node]] = {}
+        tried: set[fx.Node] = set()
+        while True:
+            found = [c for c in choices(list(self.graph.nodes), self.constant, put) if c.write not in tried]
+            if not found:
+                return
+            choice = found[0]
+            tried.add(choice.write)
+            try:
+                if not choice.alike(self.constant):
+                    continue
+            except Exception:  # a shape that is fixed in the program, or no numbers that it runs on
+                continue
+            made = self._recorded_in_place(choice.write, choice.compute, choice.outside)
+            if made is not None:
+                put[made] = [*put.get(choice.base, []), choice.mask]
+                self._erase(choice.write)
+
+    def _erase(self, node: fx.Node) -> None:
+        """Remove a node that nothing uses, and what only it used."""
+        if node.users or node.op == "placeholder" or node.name in self.reads:
+            return
+        sources = node.all_input_nodes
+        self.graph.erase_node(node)
+        for source in sources:
+            self._erase(source)
+
     def adopt(self, stacks: dict[str, np.ndarray]) -> bool:
         """Take the stacks of other graphs over; whether they fit this one's."""
         for name, names in stacks.items():
@@ -250,20 +313,25 @@ class _Work:
             known: dict[Any, Any] = dict(zip(sources, tensors, strict=True))
             return joined(join, operands, [(b, mapped(b, known)) for b in branches], known)
 
+        return self._recorded_in_place(join, compute, sources) is not None
+
+    def _recorded_in_place(
+        self, node: fx.Node, compute: Callable[..., torch.Tensor], sources: list[fx.Node]
+    ) -> fx.Node | None:
+        """Record a function of the values of some nodes, in the place of a node; None if it does not run."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                found = record(compute, [n.meta["val"] for n in sources], **_origin(join))
+                found = record(compute, [n.meta["val"] for n in sources], **_origin(node))
         except (TraceError, NotImplementedError, RuntimeError, TypeError, ValueError, IndexError):
-            return False  # an operator that cannot be mapped
+            return None  # an operator that cannot be mapped
         (result,) = next(n for n in found.graph.nodes if n.op == "output").args[0]
-        was, now = join.meta["val"], result.meta["val"]
+        was, now = node.meta["val"], result.meta["val"]
         if was.shape != now.shape or was.dtype != now.dtype or found.meta["trace"].reads:
-            return False
-        self._inline(join, found, sources, result)
-        return True
+            return None
+        return self._inline(node, found, sources, result)
 
-    def _inline(self, join: fx.Node, mapped_once: fx.GraphModule, sources: list[fx.Node], result: fx.Node) -> None:
+    def _inline(self, join: fx.Node, mapped_once: fx.GraphModule, sources: list[fx.Node], result: fx.Node) -> fx.Node:
         made: dict[fx.Node, fx.Node] = {}
         given = iter(sources)
         with self.graph.inserting_before(join):
@@ -282,6 +350,7 @@ class _Work:
                     made[node].meta["val"] = _shadows(node.meta["val"])
         join.replace_all_uses_with(made[result])
         self.hashes[join] = self.hashes[made[result]]
+        return made[result]
 
     def _constant(self, node: fx.Node) -> fx.Node:
         name = f"_branches_{len(self.constants)}"

@@ -1,0 +1,247 @@
+"""Rows that a mask chooses, read as all rows of which the others count nothing.
+
+A mixture of experts that sends each token to few of them works on the tokens of one expert at a time::
+
+    token, slot = torch.where(chosen == e)
+    out.index_add_(0, token, expert(x[token]) * weight[token, slot, None])
+
+If every row is treated alike, the same comes out where the expert works on all rows and the others are multiplied by zero:
+then nothing depends on the data but numbers. Whether rows are treated alike is tried on made-up numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_map
+
+from automerge._branches._joins import aten
+from automerge._double import double_precision
+
+_WRITES = (aten.index_add.default, aten.index_put.default)
+_ZEROS = (aten.zeros_like.default, aten.zeros.default, aten.new_zeros.default)
+
+
+@dataclass
+class Choice:
+    """What works on the rows that a mask chooses.
+
+    Attributes:
+        mask: the mask.
+        rows: the nodes whose values have one row for every chosen position, in order.
+        write: where the rows are put back.
+        base: what they are put into.
+        added: the node that holds what each row adds to the base.
+        puts: whether the rows replace what was there, which is zero.
+        at: along which axes of the mask the base lies.
+        outside: the nodes that the rows are made from, the base and the mask first.
+    """
+
+    mask: fx.Node
+    rows: list[fx.Node]
+    write: fx.Node
+    base: fx.Node
+    added: fx.Node
+    at: tuple[int, ...]
+    outside: list[fx.Node]
+
+    def compute(self, *tensors: torch.Tensor) -> torch.Tensor:
+        """The base with what all rows add to it; of those that the mask does not choose nothing."""
+        known = dict(zip(self.outside, tensors, strict=True))
+        shape = known[self.mask].shape
+        every = torch.arange(math.prod(shape))
+        added = self.values(known, every)[self.added]
+        chosen = (known[self.mask] != 0).reshape(-1, *(1 for _ in added.shape[1:]))
+        grid = (added * chosen).reshape(*shape, *added.shape[1:])
+        rest = [k for k in range(len(shape)) if k not in self.at]
+        if rest:
+            grid = grid.sum(rest)
+        left = [k for k in range(len(shape)) if k in self.at]
+        order = [left.index(k) for k in self.at]
+        if order != sorted(order):
+            grid = grid.permute(*order, *range(len(order), grid.dim()))
+        return known[self.base] + grid
+
+    def values(self, known: Mapping[fx.Node, Any], places: torch.Tensor) -> dict[fx.Node, Any]:
+        """The values of the rows at some positions of the mask, numbered row after row."""
+        env: dict[fx.Node, Any] = dict(known)
+        shape = known[self.mask].shape
+        columns = list(torch.unravel_index(places, tuple(shape)))
+        for node in self.rows:
+            if node.target is aten.nonzero.default:
+                env[node] = torch.stack(columns, 1)
+                continue
+            args, kwargs = tree_map(lambda a: env[a] if isinstance(a, fx.Node) else a, (node.args, node.kwargs))
+            if node.target is aten.index.Tensor:
+                args = (args[0], _spread(node.args[1], args[1], self.mask, columns))
+            env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return env
+
+    def alike(self, constant: set[fx.Node]) -> bool:
+        """Whether every row is treated as it would be among others."""
+        rng = torch.Generator().manual_seed(0)
+        known = {n: _made_up(n, n in constant, rng) for n in self.outside}
+        size = known[self.mask].numel()
+        some = self.rows[0].meta["val"].shape[0] or min(2, size)
+        with torch.no_grad(), double_precision():
+            whole = self.values(known, torch.arange(size))[self.added]
+            places = torch.randperm(size, generator=rng)[:some].sort().values
+            part = self.values(known, places)[self.added]
+        return bool(torch.allclose(whole[places], part, rtol=1e-9, atol=1e-12)) and whole.shape[0] == size
+
+
+def chooses(graph: fx.GraphModule) -> bool:
+    """Whether a graph may put rows back that a mask chose."""
+    nodes = list(graph.graph.nodes)
+    writes = any(n.target in _WRITES for n in nodes)
+    return writes and any(n.target is aten.nonzero.default or _masks(n) for n in nodes)
+
+
+def choices(nodes: Sequence[fx.Node], constant: set[fx.Node], known: dict[fx.Node, list[fx.Node]]) -> list[Choice]:
+    """What can be read as all rows, in order.
+
+    Args:
+        nodes: of the graph.
+        constant: those that depend neither on inputs nor on parameters.
+        known: for each base so far the masks under which rows were put into zeros.
+    """
+    masks = dict.fromkeys(
+        n.args[0] if n.target is aten.nonzero.default else m
+        for n in nodes
+        for m in ([n.args[0]] if n.target is aten.nonzero.default else _masks(n))
+        if isinstance(m, fx.Node) and m not in constant
+    )
+    return [c for mask in masks for c in [_choice(nodes, mask, known)] if c is not None]  # type: ignore[arg-type]
+
+
+def _masks(node: fx.Node) -> list[fx.Node]:
+    """The masks that a node reads rows by."""
+    if node.target is not aten.index.Tensor:
+        return []
+    return [i for i in node.args[1] if isinstance(i, fx.Node) and i.meta["val"].dtype is torch.bool]  # type: ignore[union-attr]
+
+
+def _choice(nodes: Sequence[fx.Node], mask: fx.Node, known: dict[fx.Node, list[fx.Node]]) -> Choice | None:
+    rows: dict[fx.Node, None] = {}
+    writes: list[fx.Node] = []
+    for node in nodes:
+        inputs = node.all_input_nodes
+        if node.target is aten.nonzero.default and node.args[0] is mask:
+            rows[node] = None
+        elif node.target is aten.index.Tensor and mask in _masks(node):
+            rows[node] = None
+        elif node.target in _WRITES and node.args[0] not in rows and any(n in rows for n in inputs):
+            writes.append(node)
+        elif any(n in rows for n in inputs):
+            rows[node] = None
+    if len(writes) != 1 or any(u not in rows and u is not writes[0] for n in rows for u in n.users):
+        return None
+    return _written(mask, list(rows), writes[0], known)
+
+
+def _written(mask: fx.Node, rows: list[fx.Node], write: fx.Node, known: dict[fx.Node, list[fx.Node]]) -> Choice | None:
+    """The choice that ends in a write, if that adds."""
+    args: Any = write.args
+    base, value = args[0], args[3] if write.target is aten.index_add.default else args[2]
+    if write.target is aten.index_add.default:
+        index, adds = [args[2]], args[1] == 0 and not write.kwargs
+    else:
+        index, adds = list(args[1]), len(args) > 3 and bool(args[3])
+    if not adds and write.target is aten.index_put.default:
+        own = [a for a in value.args if _reads(a, base, index)] if value.target is aten.add.Tensor else []
+        if own and not value.kwargs:
+            value = next((a for a in value.args if a is not own[0]), None)
+        elif not _fresh(base, mask, known):
+            return None
+    if not isinstance(value, fx.Node) or value not in rows or any(i is None for i in index):
+        return None
+    at = _axes(index, mask, rows)
+    shape = mask.meta["val"].shape
+    if at is None or len(set(at)) < len(at) or [shape[k] for k in at] != list(base.meta["val"].shape[: len(at)]):
+        return None
+    if value.meta["val"].dim() - 1 != base.meta["val"].dim() - len(at):
+        return None
+    needed = [r for r in rows if r is value or _leads(r, value)]
+    outside = dict.fromkeys([base, mask, *(n for r in needed for n in r.all_input_nodes if n not in rows)])
+    return Choice(mask, needed, write, base, value, at, list(outside))
+
+
+def _leads(node: fx.Node, to: fx.Node) -> bool:
+    """Whether a value is made from another."""
+    seen, todo = set(), [to]
+    while todo:
+        one = todo.pop()
+        if one is node:
+            return True
+        todo += [n for n in one.all_input_nodes if n not in seen]
+        seen.update(one.all_input_nodes)
+    return False
+
+
+def _reads(node: Any, base: fx.Node, index: list[Any]) -> bool:
+    """Whether a node is what stood at the written places."""
+    return (
+        isinstance(node, fx.Node)
+        and node.target is aten.index.Tensor
+        and node.args[0] is base
+        and list(node.args[1]) == index  # type: ignore[arg-type]
+    )
+
+
+def _fresh(base: fx.Node, mask: fx.Node, known: dict[fx.Node, list[fx.Node]]) -> bool:
+    """Whether a base is zero wherever a mask chooses: made of zeros, and written to under masks that exclude this one."""
+    before = known.get(base)
+    if before is None and base.target in _ZEROS:
+        before = []
+    return before is not None and all(_exclusive(mask, other) for other in before)
+
+
+def _exclusive(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two masks choose different positions: those where one tensor is equal to different numbers."""
+    same = a.target is b.target is aten.eq.Scalar
+    return same and a.args[0] is b.args[0] and a.args[1] != b.args[1]
+
+
+def _axes(index: list[Any], mask: fx.Node, rows: list[fx.Node]) -> tuple[int, ...] | None:
+    """The axes of the mask that the indices of a write run along."""
+    if index == [mask]:
+        return tuple(range(mask.meta["val"].dim()))
+    place = torch.zeros(mask.meta["val"].shape, dtype=torch.bool)
+    place.fill_(True)
+    env: dict[fx.Node, Any] = {}
+    for node in rows:
+        if node.target is aten.nonzero.default:
+            env[node] = place.nonzero()
+        elif all(n in env for n in node.all_input_nodes):
+            args, kwargs = tree_map(lambda a: env[a] if isinstance(a, fx.Node) else a, (node.args, node.kwargs))
+            env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    columns = place.nonzero().T
+    out = []
+    for i in index:
+        found = [k for k, c in enumerate(columns) if i in env and torch.equal(env[i], c)]
+        if not found:
+            return None
+        out.append(found[0] if len(found) == 1 else next((k for k in found if k not in out), found[0]))
+    return tuple(out)
+
+
+def _spread(index: Any, values: Sequence[Any], mask: fx.Node, columns: list[torch.Tensor]) -> list[Any]:
+    """Indices in which the mask is given by the positions that it chooses."""
+    out: list[Any] = []
+    for node, value in zip(index, values, strict=True):
+        out += columns if node is mask else [value]
+    return out
+
+
+def _made_up(node: fx.Node, constant: bool, rng: torch.Generator) -> torch.Tensor:
+    value = node.meta["val"]
+    if constant:
+        return value
+    if value.is_floating_point() or value.is_complex():
+        return torch.rand(value.shape, generator=rng, dtype=torch.float64) + 0.1
+    return torch.zeros(value.shape, dtype=value.dtype)

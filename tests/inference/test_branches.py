@@ -1,0 +1,365 @@
+"""Branches that do the same with other weights: interchangeable in every spelling, and not where they differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from automerge import Symmetry, infer, trace
+from automerge._branches import stacked
+from automerge._double import double_precision
+
+WIDTH, HIDDEN, COUNT = 6, 5, 3
+X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)) * 2
+
+
+def _expert() -> nn.Module:
+    return nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH))
+
+
+class Mixture(nn.Module):
+    """A layer of experts between two linear ones."""
+
+    def __init__(self, mix: Callable[..., torch.Tensor], expert: Callable[[], nn.Module] = _expert) -> None:
+        super().__init__()
+        self.inp, self.gate, self.out = nn.Linear(4, WIDTH), nn.Linear(WIDTH, COUNT), nn.Linear(WIDTH, 3)
+        self.experts = nn.ModuleList(expert() for _ in range(COUNT))
+        self.mix = mix
+        torch.manual_seed(1)
+        with torch.no_grad():
+            self.gate.weight.normal_(0, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.inp(x)
+        return self.out(self.mix(h, self.gate(h), self.experts))
+
+
+def _summed(h: Any, scores: Any, experts: Any) -> Any:
+    g = scores.softmax(-1)
+    return sum(g[:, e : e + 1] * expert(h) for e, expert in enumerate(experts))
+
+
+def _written(h: Any, scores: Any, experts: Any) -> Any:
+    out, g = torch.zeros_like(h), scores.softmax(-1)
+    for e, expert in enumerate(experts):
+        out += g[:, e, None] * expert(h)
+    return out
+
+
+def _stacked(h: Any, scores: Any, experts: Any) -> Any:
+    return (torch.stack([expert(h) for expert in experts], 1) * scores.sigmoid()[..., None]).sum(1)
+
+
+def _joined(h: Any, scores: Any, experts: Any) -> Any:
+    pieces = torch.cat([expert(h) for expert in experts], 1).view(len(h), COUNT, WIDTH)
+    return torch.einsum("bed,be->bd", pieces, scores.softmax(-1))
+
+
+def _residual(h: Any, scores: Any, experts: Any) -> Any:
+    g = scores.softmax(-1).unbind(1)
+    return h + g[0][:, None] * experts[0](h) + g[1][:, None] * experts[1](h) + g[2][:, None] * experts[2](h)
+
+
+def _best(h: Any, scores: Any, experts: Any) -> Any:
+    weight, chosen = scores.softmax(-1).topk(2, -1)
+    return sum(((chosen == e) * weight).sum(-1, keepdim=True) * m(h) for e, m in enumerate(experts))
+
+
+def _sent(h: Any, scores: Any, experts: Any) -> Any:
+    weight, chosen = scores.softmax(-1).topk(2, -1)
+    out = torch.zeros_like(h)
+    for e, expert in enumerate(experts):
+        token, slot = torch.where(chosen == e)
+        out.index_add_(0, token, expert(h[token]) * weight[token, slot, None])
+    return out
+
+
+def _sent_one_hot(h: Any, scores: Any, experts: Any) -> Any:
+    weight, chosen = scores.softmax(-1).topk(2, -1)
+    weight, mask = weight / weight.sum(-1, keepdim=True), F.one_hot(chosen, COUNT).permute(2, 1, 0)
+    out = torch.zeros_like(h)
+    for e, expert in enumerate(experts):
+        slot, token = torch.where(mask[e])
+        rows = h[None, token].reshape(-1, WIDTH)
+        out.index_add_(0, token, expert(rows) * weight[token, slot, None])
+    return out
+
+
+def _sent_added(h: Any, scores: Any, experts: Any) -> Any:
+    weight, chosen = scores.softmax(-1).topk(2, -1)
+    out = torch.zeros_like(h)
+    for e, expert in enumerate(experts):
+        token, slot = torch.where(chosen == e)
+        out[token] += weight[token, slot, None] * expert(h[token])
+    return out
+
+
+def _sent_to_one(h: Any, scores: Any, experts: Any) -> Any:
+    weight, chosen = scores.softmax(-1).max(-1)
+    out = torch.zeros_like(h)
+    for e, expert in enumerate(experts):
+        mask = chosen == e
+        if mask.any():
+            out[mask] = expert(h[mask]) * weight[mask][:, None]
+    return out
+
+
+def _sent_if_any(h: Any, scores: Any, experts: Any) -> Any:
+    weight, chosen = scores.softmax(-1).topk(2, -1)
+    out = torch.zeros_like(h)
+    for e, expert in enumerate(experts):
+        mask = (chosen == e).any(-1)
+        if mask.any():
+            share = (weight * (chosen == e)).sum(-1)[mask]
+            out[mask] += share[:, None] * expert(h[mask])
+    return out
+
+
+SPELLINGS = (
+    *(_summed, _written, _stacked, _joined, _residual, _best),
+    *(_sent, _sent_one_hot, _sent_added, _sent_to_one, _sent_if_any),
+)
+
+
+def _modules(symmetry: Symmetry) -> list[tuple[int, int]]:
+    return [(e.size, len(e.params[0])) for e in symmetry.exchanges]
+
+
+@pytest.mark.parametrize("mix", SPELLINGS, ids=lambda f: f.__name__)
+def test_experts_kept_as_modules_are_interchangeable(mix: Callable[..., Any]) -> None:
+    symmetry = infer(Mixture(mix), X)
+    assert _modules(symmetry) == [(COUNT, 4)]
+    (exchange,) = symmetry.exchanges
+    assert {(s.param, s.axis) for s in exchange.slots} == {("gate.weight", 0), ("gate.bias", 0)}
+    assert set(exchange.params[1]) == {f"experts.1.{n}" for n in ("0.weight", "0.bias", "2.weight", "2.bias")}
+    assert sorted(g.size for g in symmetry.generators()) == [HIDDEN] * COUNT + [WIDTH] * (1 if mix is _residual else 2)
+    assert not any(p.param.startswith("gate") for p in symmetry.pins)
+
+
+@pytest.mark.parametrize("mix", SPELLINGS, ids=lambda f: f.__name__)
+def test_the_graph_with_stacks_computes_the_same(mix: Callable[..., Any]) -> None:
+    graph = trace(Mixture(mix), X)
+    found = stacked([graph])
+    assert found is not None
+    (other,) = found.graphs
+    state = {n.meta["name"]: n.meta["val"] for n in graph.graph.nodes if n.op == "placeholder"}
+    with torch.no_grad(), double_precision():
+        given = [_read(n.meta["name"], state, found.stacks) for n in other.graph.nodes if n.op == "placeholder"]
+        (mine,) = graph(*(n.meta["val"].double() for n in graph.graph.nodes if n.op == "placeholder"))
+        (its,) = other(*given)
+    torch.testing.assert_close(its, mine, rtol=1e-9, atol=1e-9)
+
+
+def _read(name: str, state: dict[str, torch.Tensor], stacks: Any) -> torch.Tensor:
+    parts = stacks[name].tolist() if name in stacks else None
+    return torch.stack([state[p] for p in parts]).double() if parts else state[name].double()
+
+
+class Head(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, 4, bias=False) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = self.q(x) @ self.k(x).transpose(1, 2) / 2
+        mask = torch.tril(torch.ones(x.shape[1], x.shape[1]))
+        return scores.masked_fill(mask == 0, -torch.inf).softmax(-1) @ self.v(x)
+
+
+class FusedHead(Head):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (f(x)[:, None] for f in (self.q, self.k, self.v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0]
+
+
+class Heads(nn.Module):
+    """One module for every attention head."""
+
+    def __init__(self, head: type[Head], positions: bool = False) -> None:
+        super().__init__()
+        self.embed, self.heads = nn.Embedding(11, WIDTH), nn.ModuleList(head() for _ in range(COUNT))
+        self.proj, self.out = nn.Linear(COUNT * 4, WIDTH), nn.Linear(WIDTH, 11)
+        self.shift = torch.arange(COUNT * 4) if positions else torch.zeros(COUNT * 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        return self.out(x + self.proj(torch.cat([h(x) for h in self.heads], -1) + self.shift))
+
+
+IDS = torch.arange(10).reshape(2, 5)
+
+
+@pytest.mark.parametrize("head", [Head, FusedHead])
+def test_heads_kept_as_modules(head: type[Head]) -> None:
+    symmetry = infer(Heads(head), IDS)
+    assert _modules(symmetry) == [(COUNT, 3)]
+    (slot,) = symmetry.exchanges[0].slots
+    assert (slot.param, slot.axis, slot.index.tolist()) == (
+        "proj.weight",
+        1,
+        [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]],
+    )
+
+
+def test_a_loop_over_the_matrices_of_a_parameter_leaves_their_order_free() -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inp, self.gate, self.out = nn.Linear(4, WIDTH), nn.Linear(WIDTH, COUNT), nn.Linear(WIDTH, 3)
+            self.up = nn.Parameter(torch.randn(COUNT, WIDTH, HIDDEN))
+            self.down = nn.Parameter(torch.randn(COUNT, HIDDEN, WIDTH))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.inp(x)
+            g = self.gate(h).softmax(-1)
+            return self.out(sum(g[:, e : e + 1] * ((h @ self.up[e]).relu() @ self.down[e]) for e in range(COUNT)))
+
+    symmetry = infer(Loop(), X)
+    assert not symmetry.exchanges
+    outer = next(g for g in symmetry.generators() if any((s.param, s.axis) == ("up", 0) for s in g.slots))
+    assert {(s.param, s.axis) for s in outer.slots} == {("up", 0), ("down", 0), ("gate.weight", 0), ("gate.bias", 0)}
+    assert sorted(g.size for g in symmetry.generators()) == [COUNT, *[HIDDEN] * COUNT, WIDTH, WIDTH]
+
+
+class Nested(nn.Module):
+    """Towers of parallel layers: whole towers may be exchanged, and the layers of all of them together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.out = nn.Linear(4, WIDTH), nn.Linear(WIDTH, 2)
+        self.towers = nn.ModuleList(nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2)) for _ in range(COUNT))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.inp(x)
+        return self.out(sum(sum(layer(h).relu() for layer in tower).tanh() for tower in self.towers))
+
+
+def test_modules_within_modules() -> None:
+    symmetry = infer(Nested(), X)
+    assert sorted(_modules(symmetry)) == [(2, 2 * COUNT), (COUNT, 4)]
+    stacks = symmetry.stacks.names
+    assert sorted(map(len, stacks.values())) == [2 * COUNT, 2 * COUNT]
+
+
+def test_members_of_an_ensemble() -> None:
+    class Ensemble(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.members = nn.ModuleList(
+                nn.Sequential(nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(80, 3))
+                for _ in range(4)
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.stack([m(x) for m in self.members]).mean(0)
+
+    symmetry = infer(Ensemble(), torch.randn(3, 2, 6, 6))
+    assert _modules(symmetry) == [(4, 8)]
+    moved = symmetry.exchanges[0].params[0]
+    assert {"members.0.1.running_mean", "members.0.1.running_var"} <= set(moved) <= set(symmetry.shapes)
+    assert symmetry.stacked.statistics == {"members.*.1.running_mean", "members.*.1.running_var"}
+
+
+# ---------------------------------------------------------------- what is no exchange
+def _weighed(h: Any, scores: Any, experts: Any) -> Any:
+    return sum((e + 1) * expert(h) for e, expert in enumerate(experts))
+
+
+def _in_turn(h: Any, scores: Any, experts: Any) -> Any:
+    for expert in experts:
+        h = h + expert(h)
+    return h
+
+
+def _differently(h: Any, scores: Any, experts: Any) -> Any:
+    g = scores.softmax(-1)
+    return g[:, :1] * experts[0](h).relu() + g[:, 1:2] * experts[1](h).tanh() + g[:, 2:] * experts[2](h).sigmoid()
+
+
+def _moved_on(h: Any, scores: Any, experts: Any) -> Any:
+    return sum(expert(h.roll(e, 0)) for e, expert in enumerate(experts))
+
+
+def _mean_of_rows(h: Any, scores: Any, experts: Any) -> Any:
+    """Rows of one expert meet: those that it is not given must not count."""
+    chosen = scores.argmax(-1)
+    out = torch.zeros_like(h)
+    for e, expert in enumerate(experts):
+        mask = chosen == e
+        rows = expert(h[mask])
+        out[mask] = rows - rows.mean(0)
+    return out
+
+
+def _overwritten(h: Any, scores: Any, experts: Any) -> Any:
+    """The last expert wins."""
+    out = torch.zeros_like(h)
+    for e, expert in enumerate(experts):
+        mask = scores[:, e] > 0
+        out[mask] = expert(h[mask])
+    return out
+
+
+@pytest.mark.parametrize("mix", [_weighed, _in_turn, _differently, _moved_on, _mean_of_rows, _overwritten])
+def test_branches_that_differ_stay(mix: Callable[..., Any]) -> None:
+    assert not infer(Mixture(mix), X).exchanges
+    assert not infer(Mixture(mix), X, verify=False).exchanges
+
+
+def test_two_like_branches_among_three() -> None:
+    def mix(h: Any, scores: Any, experts: Any) -> Any:
+        return experts[0](h) + experts[1](h) + experts[2](h).relu()
+
+    (exchange,) = infer(Mixture(mix), X).exchanges
+    assert {n.split(".")[1] for names in exchange.params for n in names} == {"0", "1"}
+
+
+def test_a_position_of_its_own_for_every_head_pins_the_heads() -> None:
+    assert not infer(Heads(Head, positions=True), IDS).exchanges
+
+
+def test_a_module_that_is_used_elsewhere_too_stays() -> None:
+    class Twice(Mixture):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.inp(x)
+            return self.out(self.mix(h, self.gate(h), self.experts) + self.experts[0](h).tanh())
+
+    (exchange,) = infer(Twice(_summed), X, verify=False).exchanges
+    assert {n.split(".")[1] for names in exchange.params for n in names} == {"1", "2"}
+    infer(Twice(_summed), X)
+
+
+def test_an_output_for_every_branch_pins_them() -> None:
+    class Apart(Mixture):
+        def forward(self, x: torch.Tensor) -> Any:
+            h = self.inp(x)
+            return [expert(h) for expert in self.experts], torch.stack([expert(h) for expert in self.experts]).sum(0)
+
+    assert not infer(Apart(_summed), X).exchanges
+
+
+def test_tied_experts_are_one() -> None:
+    net = Mixture(_summed)
+    net.experts[1] = net.experts[0]
+    assert not any(len(set(e.params)) < e.size for e in infer(net, X).exchanges)
+    infer(net, X)  # verified
+
+
+def test_tables_that_are_read_in_part_stay() -> None:
+    """Two tables of which these inputs read one row each may differ in the rows that others read."""
+
+    class Tables(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.out = nn.Embedding(5, WIDTH), nn.Embedding(5, WIDTH), nn.Linear(WIDTH, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            zero = torch.zeros(x.shape[0], dtype=torch.long)
+            return self.out(self.a(zero) + self.b(zero) + x)
+
+    assert not infer(Tables(), torch.randn(3, WIDTH)).exchanges
