@@ -179,19 +179,42 @@ def taken_apart(generator: Generator, names: Mapping[str, np.ndarray]) -> Genera
     return Exchange(generator.size, tuple(tuple(row) for row in whole), tuple(slots), generator.name)
 
 
-def beyond(sets: Sequence[Generator], found: Sequence[Generator]) -> list[Generator]:
+def joined(sets: Sequence[Generator], found: Sequence[Generator]) -> tuple[Generator, ...]:
+    """Some generators, with those of others that say more than they do, and without those that say less than these."""
+    more = _beyond(sets, found)
+    return (*(g for g in sets if not any(_inside_of(g, m) for m in more)), *more)
+
+
+def _inside_of(small: Generator, large: Generator) -> bool:
+    """Whether the units of a generator are some of those of another."""
+    units: np.ndarray | None = None
+    slots = {(s.param, s.axis, s.within): s.index for s in large.slots}
+    if not len(small.slots) == len(large.slots) == len(slots):
+        return False
+    for slot in small.slots:
+        rows = slots.get((slot.param, slot.axis, slot.within))
+        if rows is None or rows.shape[1] != slot.index.shape[1]:
+            return False
+        same = (slot.index[:, None] == rows[None]).all(2)
+        if not same.any(1).all() or (units is not None and not np.array_equal(same.argmax(1), units)):
+            return False
+        units = same.argmax(1)
+    return units is not None
+
+
+def _beyond(sets: Sequence[Generator], found: Sequence[Generator]) -> list[Generator]:
     """Those of some generators that exchange positions which other generators do not reach from each other."""
-    joined: dict[tuple[str, int, tuple[tuple[int, int, int], ...]], nx.Graph] = {}
+    known: dict[tuple[str, int, tuple[tuple[int, int, int], ...]], nx.Graph] = {}
     for generator in sets:
         for slot in _merged(generator.slots):
-            graph = joined.setdefault((slot.param, slot.axis, slot.within), nx.Graph())
+            graph = known.setdefault((slot.param, slot.axis, slot.within), nx.Graph())
             for column in slot.index.T:
                 nx.add_path(graph, column.tolist())
-    orbit = {key: {p: i for i, c in enumerate(nx.connected_components(g)) for p in c} for key, g in joined.items()}
+    orbit = {key: {p: i for i, c in enumerate(nx.connected_components(g)) for p in c} for key, g in known.items()}
 
     def reached(slot: Slot) -> bool:
-        known = orbit.get((slot.param, slot.axis, slot.within)) or orbit.get((slot.param, slot.axis, ())) or {}
-        return all(len({known.get(p, ("alone", p)) for p in column.tolist()}) == 1 for column in slot.index.T)
+        own = orbit.get((slot.param, slot.axis, slot.within)) or orbit.get((slot.param, slot.axis, ())) or {}
+        return all(len({own.get(p, ("alone", p)) for p in column.tolist()}) == 1 for column in slot.index.T)
 
     return [g for g in found if g.size > 1 and not all(reached(s) for s in _merged(g.slots))]
 

@@ -20,7 +20,7 @@ from automerge._errors import InvarianceError, TraceError, UnknownOperatorError
 from automerge._longer import longer_inputs
 from automerge._machine import physical_memory, readable
 from automerge._search import search
-from automerge._stacks import beyond, taken_apart
+from automerge._stacks import joined, taken_apart
 from automerge._structure import Structure
 from automerge._verify import Verification, check_replay
 from automerge._verify import verify as check_symmetry
@@ -247,8 +247,8 @@ def _of_branches(
     # of a table that is read in part, nothing says whether the rest may be exchanged
     whole = {n for n in analysis.states if n not in analysis.unread}
     exchanges = tuple(e for e in found if isinstance(e, Exchange) and whole.issuperset(n for p in e.params for n in p))
-    sets = (*symmetry.sets, *beyond(symmetry.sets, [g for g in found if isinstance(g, Generator)]))
-    if not exchanges and len(sets) == len(symmetry.sets):
+    sets = joined(symmetry.sets, [g for g in found if isinstance(g, Generator)])
+    if not exchanges and sets == symmetry.sets:
         return symmetry
     moved = [*sets, *(Generator(e.size, e.slots) for e in exchanges)]
     unused = [n for n in symmetry.shapes if n not in analysis.states]

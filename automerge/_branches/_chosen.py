@@ -131,9 +131,8 @@ def _choice(nodes: Sequence[fx.Node], mask: fx.Node, known: dict[fx.Node, list[f
     writes: list[fx.Node] = []
     for node in nodes:
         inputs = node.all_input_nodes
-        if node.target is aten.nonzero.default and node.args[0] is mask:
-            rows[node] = None
-        elif node.target is aten.index.Tensor and mask in _masks(node):
+        positions = node.target is aten.nonzero.default and node.args[0] is mask
+        if positions or mask in _masks(node):
             rows[node] = None
         elif node.target in _WRITES and node.args[0] not in rows and any(n in rows for n in inputs):
             writes.append(node)

@@ -82,7 +82,8 @@ def draws(node: fx.Node) -> bool:
     """Whether an operator draws random numbers; attention does for its dropout."""
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
-    return node.target is not ATTENTION or (len(node.args) > 3 and node.args[3] != 0)
+    dropout: Any = node.args[3] if len(node.args) > 3 else 0.0
+    return node.target is not ATTENTION or dropout != 0
 
 
 def likeness(node: fx.Node, hashes: dict[fx.Node, int]) -> int:
