@@ -48,7 +48,7 @@ from automerge.matchers import (
 from automerge.merge import MergeResult, average, merge
 from automerge.renormalise import Repair, reset_batchnorm
 from automerge.rules import register_rule
-from automerge.symmetry import Generator, Pin, Slot, Symmetry
+from automerge.symmetry import Exchange, Generator, Pin, Slot, Symmetry
 from automerge.trace import TraceInfo, trace
 
 __all__ = [
@@ -62,6 +62,7 @@ __all__ = [
     "CycleError",
     "Element",
     "Evaluation",
+    "Exchange",
     "FrankWolfe",
     "GaugeReport",
     "GaussianRepair",

@@ -60,7 +60,7 @@ def inspect(options: argparse.Namespace) -> None:
         symmetry = infer(model, args, kwargs, verify=not options.no_verify, strict=options.strict)
     console.show(str(symmetry))
     unseen = any(note.startswith("not verified") for note in symmetry.notes)
-    if symmetry.sets and not options.no_verify and not unseen:
+    if symmetry.moved and not options.no_verify and not unseen:
         console.show("verified: random group elements leave the float64 output unchanged")
     if options.json is not None:
         write_text(options.json, symmetry.to_json(), options.force)
@@ -85,7 +85,7 @@ def verify(options: argparse.Namespace) -> None:
     if not outcome.reacted:
         raise UsageError(f"{options.factory}: {outcome}; try another --input or --seed")
     console.show(
-        f"the symmetry holds: {len(symmetry.sets)} groups, {symmetry.free_share:.1%} of the parameter axes' positions "
+        f"the symmetry holds: {symmetry.counted}, {symmetry.free_share:.1%} of the parameter axes' positions "
         f"are free\n{outcome}"
     )
 

@@ -43,9 +43,8 @@ def _modules(exchange: Exchange) -> str:
 def symmetry_report(symmetry: Symmetry, *, limit: int = 40) -> str:
     """The report a person reads: groups with size and members, what is pinned and why, the free share."""
     sets = sorted(symmetry.sets, key=lambda g: (-len(g.slots), g.name))
-    modules = f" and {len(symmetry.exchanges)} of interchangeable modules" if symmetry.exchanges else ""
     lines = [
-        f"Symmetry: {len(sets)} groups{modules} over {len(symmetry.shapes)} parameters; "
+        f"Symmetry: {symmetry.counted} over {len(symmetry.shapes)} parameters; "
         f"{symmetry.free_share:.1%} of the parameter axes' positions are free"
     ]
     for number, generator in enumerate(sets[:limit]):

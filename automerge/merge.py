@@ -114,8 +114,8 @@ class MergeResult:
             lines.append(f"  model {number}: weight {weight:.4g}, sha256 {item['sha256'][:16]}")
         lines.append(f"Matcher: {self.provenance['matcher']}")
         lines += [f"  {remark}" for remark in self.matching.remarks()]
-        groups, share = len(self.symmetry.sets), self.symmetry.free_share
-        lines.append(f"Symmetry: {groups} groups, {share:.1%} of the axes' positions free")
+        share = self.symmetry.free_share
+        lines.append(f"Symmetry: {self.symmetry.counted}, {share:.1%} of the axes' positions free")
         lines.append(str(self.repair))
         lines.append("Seconds: " + ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in self.stats.items()))
         return "\n".join(lines + [f"Note: {note}" for note in self.notes])

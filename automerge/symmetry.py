@@ -184,6 +184,12 @@ class Symmetry:
 
     # ---------------------------------------------------------------- summary
     @property
+    def counted(self) -> str:
+        """How many groups there are, for a report."""
+        modules = f" and {len(self.exchanges)} of interchangeable modules" if self.exchanges else ""
+        return f"{len(self.sets)} groups{modules}"
+
+    @property
     def moved(self) -> set[str]:
         """The parameters that some element changes."""
         own = {slot.param for slot in self._slots}

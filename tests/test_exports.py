@@ -22,7 +22,18 @@ def test_every_name_has_a_docstring(name: str) -> None:
 
 def test_the_names_of_the_design_are_there() -> None:
     wanted = {"trace", "infer", "verify", "register_rule", "match", "merge", "evaluate", "barrier", "reset_batchnorm"}
-    wanted |= {"Symmetry", "Generator", "Slot", "Pin", "Element", "Matching", "Matcher", "FrankWolfe", "Identity"}
+    wanted |= {
+        "Symmetry",
+        "Generator",
+        "Exchange",
+        "Slot",
+        "Pin",
+        "Element",
+        "Matching",
+        "Matcher",
+        "FrankWolfe",
+        "Identity",
+    }
     wanted |= {"WeightMatching", "MergeMany", "Pairwise", "PairwiseFrankWolfe", "Synchronised"}
     wanted |= {"ActivationMatching"}
     wanted |= {"MergeResult", "Repair", "AutomergeError", "canonicalise", "GaugeReport"}

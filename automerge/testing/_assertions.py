@@ -25,7 +25,7 @@ from automerge._tree_io import tensors_of
 from automerge._verify import within_rounding
 from automerge.groups import Element
 from automerge.infer import infer
-from automerge.symmetry import Generator, Symmetry
+from automerge.symmetry import Exchange, Generator, Symmetry
 from automerge.testing._networks import Network, canonical
 from automerge.trace import normalise_args, prepared
 
@@ -133,6 +133,7 @@ def assert_same_symmetry(found: Symmetry, expected: Symmetry | Network) -> None:
     """Two symmetries have the same generators: nothing wrong, nothing missing.
 
     The order of generators and of units, and the choice of corresponding positions inside wreathed units, do not count.
+    Exchanges of modules are compared where the expected symmetry names some.
 
     Raises:
         AssertionError: listing the generators that only one of them has, or has more often.
@@ -146,9 +147,12 @@ def assert_same_symmetry(found: Symmetry, expected: Symmetry | Network) -> None:
     for symmetry in (found, truth):
         _check_symmetry(symmetry)
     mine, theirs = canonical(found), canonical(truth)
-    if mine == theirs:
-        return
+    modules = [{frozenset(map(frozenset, e.params)) for e in s.exchanges} for s in (found, truth)]
     lines = []
+    if modules[1] and modules[0] != modules[1]:
+        lines = [f"  found {len(modules[0])} exchanges of modules, expected {len(modules[1])} others"]
+    if mine == theirs and not lines:
+        return
     for title, symmetry, other in (("found, not expected", found, theirs), ("expected, not found", truth, mine)):
         left = Counter(other)
         for number, generator in enumerate(symmetry.generators()):
@@ -250,8 +254,7 @@ def _outputs_before(
     subject: _Subject, state: State, inputs: Sequence[Given], symmetry: Symmetry
 ) -> list[list[torch.Tensor]]:
     """The outputs for each input; the symmetry must be of this architecture, and numbers that are none agree with any claim."""
-    moved = {slot.param for g in symmetry.generators() for slot in g.slots}
-    for name in sorted(moved):
+    for name in sorted(symmetry.moved):
         if name not in state:
             raise AssertionError(f"the model has no parameter {name!r}, which the symmetry moves")
         if tuple(state[name].shape) != tuple(symmetry.shapes[name]):
@@ -272,7 +275,6 @@ def _lively(subject: _Subject, inputs: Sequence[Given], symmetry: Symmetry, seed
     Where all units are dead, any claim would pass; so later draws have other signs.
     """
     free = {n: subject.own[n] for n in symmetry.shapes if n in subject.own}
-    moved = {slot.param for g in symmetry.generators() for slot in g.slots}
     found: State | None = None
     for draw in range(_DRAWS):
         rng = torch.Generator().manual_seed(seed + draw)
@@ -282,13 +284,13 @@ def _lively(subject: _Subject, inputs: Sequence[Given], symmetry: Symmetry, seed
                 state[name] = state[name] * (torch.rand(state[name].shape, generator=rng) < 0.5).to(state[name]).mul(
                     2
                 ).sub(1)
-        other = state | randomised({n: state[n] for n in moved & set(state)}, symmetry.statistics, seed)
+        other = state | randomised({n: state[n] for n in symmetry.moved & set(state)}, symmetry.statistics, seed)
         try:
             before = [subject.run(state, given) for given in inputs]
             if not all(bool(torch.isfinite(t).all()) for outputs in before for t in outputs):
                 continue
             found = found or state
-            if not moved or any(
+            if not symmetry.moved or any(
                 difference(o, subject.run(other, g)) > _REACTION for o, g in zip(before, inputs, strict=True)
             ):
                 return state
@@ -301,9 +303,12 @@ def _double(value: Any) -> Any:
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-def permuted(state: State, generator: Generator, p: np.ndarray) -> State:
-    """The definition: for every slot, ``new[index[u]] = old[index[p[u]]]``, inside its window."""
+def permuted(state: State, generator: Generator | Exchange, p: np.ndarray) -> State:
+    """The definition: for every slot, ``new[index[u]] = old[index[p[u]]]``, inside its window; whole parameters before."""
     out = dict(state)
+    if isinstance(generator, Exchange):
+        for names, sources in zip(generator.params, [generator.params[u] for u in p], strict=True):
+            out.update(zip(names, [state[n] for n in sources], strict=True))
     for slot in generator.slots:
         old = out[slot.param]
         new = old.clone()
@@ -344,7 +349,7 @@ def _check(
     tolerance: float,
     alone: bool = False,
 ) -> None:
-    generators = symmetry.generators()
+    generators: list[Generator | Exchange] = [*symmetry.generators(), *symmetry.exchanges]
     before = _outputs_before(subject, state, inputs, symmetry)
     rng = np.random.default_rng(seed)
 
@@ -378,7 +383,9 @@ def _check(
         )
 
 
-def _describe(number: int, generator: Generator) -> str:
+def _describe(number: int, generator: Generator | Exchange) -> str:
     shown = [f"{s.param}[{s.axis}]" + (f" within {s.within}" if s.within else "") for s in generator.slots[:4]]
+    if isinstance(generator, Exchange):
+        shown = [*(names[0] for names in generator.params), *shown][:4]
     more = f" and {len(generator.slots) - 4} more" if len(generator.slots) > 4 else ""
     return f"{number} ({generator.size} units: {', '.join(shown)}{more})"

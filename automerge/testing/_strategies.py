@@ -69,7 +69,11 @@ def elements(symmetry: Symmetry) -> st.SearchStrategy[Element]:
     """
     if not isinstance(symmetry, Symmetry):
         raise AutomergeError(f"expected a Symmetry, as infer gives it, got a {type(symmetry).__name__}")
-    return st.tuples(*(st.permutations(range(g.size)) for g in symmetry.generators())).map(symmetry.element)
+    units, modules = (
+        st.tuples(*(st.permutations(range(g.size)) for g in groups))
+        for groups in (symmetry.generators(), symmetry.exchanges)
+    )
+    return st.builds(symmetry.element, units, modules)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

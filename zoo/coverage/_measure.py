@@ -44,6 +44,7 @@ class Row:
         memory: bytes that trace and inference held at their peak, beside the model; None where that cannot be measured.
         model: bytes of parameters and buffers.
         groups: the number of generators.
+        modules: the number of exchanges of modules.
         free: the share of parameter axes' positions that are free.
         pins: (reason, positions), the most frequent first.
         unruled: operators without a rule, with their place.
@@ -66,6 +67,7 @@ class Row:
     memory: int | None = None
     model: int = 0
     groups: int = 0
+    modules: int = 0
     free: float = 0.0
     pins: list[tuple[str, int]] = field(default_factory=list)
     unruled: list[str] = field(default_factory=list)
@@ -174,7 +176,7 @@ def _infer(row: Row, case: Case, paths: Sequence[fx.GraphModule]) -> Symmetry:
         symmetry, _ = infer_graph(trace(case.model, case.args, case.kwargs, values=False), *paths)
         row.cpu_seconds, row.wall_seconds = time.process_time() - cpu, time.perf_counter() - wall
     row.memory = peak.bytes
-    row.groups, row.free = len(symmetry.sets), symmetry.free_share
+    row.groups, row.modules, row.free = len(symmetry.sets), len(symmetry.exchanges), symmetry.free_share
     counts: Counter[str] = Counter()
     for pin in symmetry.pins:
         counts[pin.reason] += pin.count
@@ -216,7 +218,7 @@ def _blind(case: Case, args: Any, symmetry: Symmetry) -> bool | None:
     tried.sort(key=lambda g: min(order[s.param] for s in g.slots))
     for generator in tried[:3]:
         slot = min(generator.slots, key=lambda s: order[s.param])
-        wrong = replace(symmetry, sets=(Generator(generator.size, (slot,)),))
+        wrong = replace(symmetry, sets=(Generator(generator.size, (slot,)),), exchanges=())
         outcome = verify(case.model, args, wrong, case.kwargs, elements=2, tolerance=float("inf"))
         if not outcome.error <= TOLERANCE:
             return False
