@@ -110,11 +110,12 @@ What inference answers on the models of torchvision, timm and transformers, with
 `python -m zoo.coverage`; the same rows, with every operator and note, are in `coverage.json` beside this page.
 
 "Seconds" are processor seconds of one thread for tracing and inference together, "MiB" what they hold at their peak beside
-the model; verification is apart. "Groups" such as "4 + 21" are 4 of units and 21 of interchangeable modules. "Free" is the share of
-positions on parameter axes (longer than one) that belong to at least one group. "What pinned the rest" names the two most frequent
-reasons, with how many positions each holds. "Verified" is the largest relative change of the float64 output under a random element of
-the whole group, on the example input and on a fresh one, with randomised weights and normalisation statistics; the same pass must hold
-at 1e-9. The base models of transformers return their residual stream, which pins it; the rows with a head leave it free.
+the model; verification is apart. "Groups" such as "4 + 21" are 4 of units and 21 of interchangeable modules. "Free" is the
+share of positions on parameter axes (longer than one) that belong to at least one group. "What pinned the rest" names the
+two most frequent reasons, with how many positions each holds. "Verified" is the largest relative change of the float64
+output under a random element of the whole group, on the example input and on a fresh one, with randomised weights and
+normalisation statistics; the same pass must hold at 1e-9. The base models of transformers return their residual stream,
+which pins it; the rows with a head leave it free.
 
 In a fresh network the signal may vanish on the way to the output, so that verification sees nothing. Each row therefore
 verifies a wrong group as well (one that moves a parameter of an early layer and leaves its partners); where that passes,
