@@ -14,6 +14,7 @@ import networkx as nx
 
 from automerge._canvas import check_picture, new_figure, save_figure
 from automerge._fold import Folded, Key, Shade, fold
+from automerge._report import module_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,6 +37,7 @@ _INK, _MUTED, _PINNED, _FRAME = "#22272e", "#8b939c", "#d5d9de", "#f4f6f8"
 _HEIGHT, _BAND, _JOIN, _GAP, _LANE = 0.36, 0.11, 0.115, 0.27, 0.35
 _HEAD, _FOOT = 0.25, 0.1
 _LEGEND_ROWS, _LABEL = 40, 30
+_MODULES = 6
 
 
 def draw_symmetry(symmetry: Symmetry, path: str | os.PathLike[str], force: bool = False) -> Path:
@@ -196,16 +198,16 @@ class _Picture:
         rows = self.legend_rows()
         legend_x = self.right + 0.25
         width = legend_x + max(3.1, 0.072 * max((len(t) for _, _, t in rows), default=0) + 0.9)
-        height = max(self.bottom + 0.1, 0.95 + 0.24 * (len(rows) + 5))
+        below = 5 + min(len(self.symmetry.exchanges), _MODULES + 1)
+        height = max(self.bottom + 0.1, 0.95 + 0.24 * (len(rows) + below))
         figure = new_figure(width, height)
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set_xlim(0, width)
         axes.set_ylim(height, 0)
         axes.set_axis_off()
-        count = len(self.symmetry.sets)
-        title = f"{count} group{'s' * (count != 1)}" if count else "no groups: nothing may be permuted"
+        title = self.symmetry.counted if self.symmetry.moved else "no groups: nothing may be permuted"
         axes.text(0.25, 0.26, title, fontsize=12, weight="bold", color=_INK, va="center")
-        if count:
+        if self.symmetry.moved:
             share = f"{self.symmetry.free_share:.1%} of the parameter axes' positions are free"
             axes.text(0.25, 0.47, share, fontsize=8, color=_MUTED, va="center")
         self._draw_frames(axes)
@@ -364,6 +366,8 @@ class _Picture:
             notes.append("grey band: nothing of it is free")
         if self.folded.streams:
             notes.append("thick line: carries a residual stream; circle with +: added to it")
+        modules = [f"interchangeable: {module_names(e, 4)}" for e in self.symmetry.exchanges]
+        notes += modules[:_MODULES] + ([f"and {len(modules) - _MODULES} more"] if len(modules) > _MODULES else [])
         for note in notes:
             axes.text(x, y, note, fontsize=7.5, color=_MUTED, va="center")
             y += 0.2

@@ -31,13 +31,17 @@ def _common(paths: list[list[str]]) -> str:
     return ".".join(parts[0] for parts in alike)
 
 
-def _modules(exchange: Exchange) -> str:
-    """The modules of an exchange, and what moves with them."""
+def module_names(exchange: Exchange, most: int = _MEMBERS) -> str:
+    """The modules of an exchange; the parameters where these are no modules."""
     whole = [_common([n.split(".") for n in names]) for names in exchange.params]
     if not all(whole) or any(len(names) < 2 for names in exchange.params):
         whole = [" with ".join(names[:2]) + (", ..." if len(names) > 2 else "") for names in exchange.params]
-    shown = ", ".join(whole[:_MEMBERS]) + (f", and {len(whole) - _MEMBERS} more" if len(whole) > _MEMBERS else "")
-    return shown + (f"; with them {_members(exchange)}" if exchange.slots else "")
+    return ", ".join(whole[:most]) + (f", and {len(whole) - most} more" if len(whole) > most else "")
+
+
+def _modules(exchange: Exchange) -> str:
+    """The modules of an exchange, and what moves with them."""
+    return module_names(exchange) + (f"; with them {_members(exchange)}" if exchange.slots else "")
 
 
 def symmetry_report(symmetry: Symmetry, *, limit: int = 40) -> str:

@@ -187,7 +187,7 @@ class Symmetry:
     def counted(self) -> str:
         """How many groups there are, for a report."""
         modules = f" and {len(self.exchanges)} of interchangeable modules" if self.exchanges else ""
-        return f"{len(self.sets)} groups{modules}"
+        return f"{len(self.sets)} group{'s' * (len(self.sets) != 1)}{modules}"
 
     @property
     def moved(self) -> set[str]:
