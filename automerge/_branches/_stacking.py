@@ -75,8 +75,9 @@ def stacked(graphs: Sequence[fx.GraphModule]) -> Stacked | None:
     works = [_Work(graph) for graph in graphs]
     if not sum(work.run() for work in works):
         return None
-    most = max(works, key=lambda work: sum(names.size for names in work.stacks.values()))
-    fitting = [work for work in works if work.adopt(most.stacks)]  # others did not reach all branches
+    most = max(works, key=lambda work: work.stacked)
+    # others did not reach all branches: an expert that no row was sent to
+    fitting = [work for work in works if work.stacked == most.stacked and work.adopt(most.stacks)]
     return Stacked(tuple(work.finished() for work in fitting), most.stacks)
 
 
@@ -97,6 +98,7 @@ class _Work:
         self.fixed = shared | set(graph.meta["trace"].rewritten)
         self.stacks: dict[str, np.ndarray] = {}
         self.hashes: dict[fx.Node, int] = {}
+        self.stacked = 0  # how many branches
         self.reads = set(graph.meta["trace"].reads)
         self.constant: set[fx.Node] = set()  # what depends neither on inputs nor on parameters keeps its values
 
@@ -108,7 +110,7 @@ class _Work:
             root.register_buffer(name, value)
         out = fx.GraphModule(root, self.graph)
         info = self.recorded.meta["trace"]
-        names = {n.name for n in self.graph.nodes}
+        names = {n.name for n in self.graph.nodes if n not in self.constant}
         out.meta["trace"] = replace(info, reads=sorted(self.reads & names))
         return out
 
@@ -116,6 +118,7 @@ class _Work:
         """Stack what can be; whether anything was."""
         for node in self.graph.nodes:
             self._know(node)
+        self._take_all_places()
         self._take_all_rows()
         looks = self._looks()
         found = False
@@ -176,7 +179,10 @@ class _Work:
             branches = [self._branch(b.nodes) for b in branches]
         except MismatchError:
             return False
-        return bool(branches) and not any(b.parameters for b in branches) and self._replace(join, operands, branches)
+        if not branches or any(b.parameters for b in branches) or not self._replace(join, operands, branches):
+            return False
+        self.stacked += sum(len(b.nodes) for b in branches)
+        return True
 
     def _branch(self, nodes: Same) -> Branch:
         """What corresponds in some operands.
@@ -258,6 +264,29 @@ class _Work:
                 part.replace_all_uses_with(one)
                 self.graph.erase_node(part)
         self.states[name], self.stacks[name] = stack, np.stack(inner)
+
+    def _take_all_places(self) -> None:
+        """The positions of a mask that chose all of a row are known; what python asked is whether it does.
+
+        (``for e in counts.nonzero():`` over the experts that got a token, where all did.)
+        """
+        for node in list(self.graph.nodes):
+            if node.target is not aten.nonzero.default or node in self.constant:
+                continue
+            mask: Any = node.args[0]
+            if mask.meta["val"].dim() != 1 or node.meta["val"].shape[0] != mask.meta["val"].shape[0]:
+                continue
+            with self.graph.inserting_before(node):
+                name = self._named(torch.arange(len(mask.meta["val"]))[:, None])
+                places = self.graph.create_node("get_attr", name)
+                places.meta = {**node.meta, "val": self.constants[name]}
+                asked = self.graph.call_function(aten.all.default, (mask,))
+                asked.meta = {**node.meta, "val": torch.empty((), dtype=torch.bool, device="meta")}
+            self.reads.add(asked.name)
+            node.replace_all_uses_with(places)
+            self.graph.erase_node(node)
+        for node in self.graph.nodes:
+            self._know(node)
 
     def _take_all_rows(self) -> None:
         """Read rows that a mask chooses as all rows."""
@@ -352,10 +381,13 @@ class _Work:
         self.hashes[join] = self.hashes[made[result]]
         return made[result]
 
-    def _constant(self, node: fx.Node) -> fx.Node:
+    def _named(self, value: torch.Tensor) -> str:
         name = f"_branches_{len(self.constants)}"
-        self.constants[name] = node.meta["val"]
-        out = self.graph.create_node("get_attr", name)
+        self.constants[name] = value
+        return name
+
+    def _constant(self, node: fx.Node) -> fx.Node:
+        out = self.graph.create_node("get_attr", self._named(node.meta["val"]))
         out.meta = dict(node.meta)
         return out
 

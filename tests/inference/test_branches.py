@@ -120,9 +120,20 @@ def _sent_if_any(h: Any, scores: Any, experts: Any) -> Any:
     return out
 
 
+def _sent_to_those_hit(h: Any, scores: Any, experts: Any) -> Any:
+    weight, chosen = scores.softmax(-1).topk(2, -1)
+    mask = F.one_hot(chosen, COUNT).permute(2, 1, 0)
+    out = torch.zeros_like(h)
+    for e in torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero():
+        slot, token = torch.where(mask[e].squeeze(0))
+        rows = h[None, token].reshape(-1, WIDTH)
+        out.index_add_(0, token, experts[e](rows) * weight[token, slot, None])
+    return out
+
+
 SPELLINGS = (
     *(_summed, _written, _stacked, _joined, _residual, _best),
-    *(_sent, _sent_one_hot, _sent_added, _sent_to_one, _sent_if_any),
+    *(_sent, _sent_one_hot, _sent_added, _sent_to_one, _sent_if_any, _sent_to_those_hit),
 )
 
 
