@@ -20,6 +20,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_map
 
+from automerge._branches._graph import Workbench
 from automerge._branches._joins import aten
 from automerge._double import double_precision
 
@@ -95,28 +96,60 @@ class Choice:
         return bool(torch.allclose(whole[places], part, rtol=1e-9, atol=1e-12)) and whole.shape[0] == size
 
 
-def chooses(graph: fx.GraphModule) -> bool:
+def chooses(graph: fx.Graph) -> bool:
     """Whether a graph may put rows back that a mask chose."""
-    nodes = list(graph.graph.nodes)
+    nodes = list(graph.nodes)
     writes = any(n.target in _WRITES for n in nodes)
     return writes and any(n.target is aten.nonzero.default or _masks(n) for n in nodes)
 
 
-def choices(nodes: Sequence[fx.Node], constant: set[fx.Node], known: dict[fx.Node, list[fx.Node]]) -> list[Choice]:
-    """What can be read as all rows, in order.
+def take_all_places(bench: Workbench) -> None:
+    """The positions of a mask that chose all of a row are known; what python asked is whether it does.
 
-    Args:
-        nodes: of the graph.
-        constant: those that depend neither on inputs nor on parameters.
-        known: for each base so far the masks under which rows were put into zeros.
+    (``for e in counts.nonzero():`` over the experts that got a token, where all did.)
     """
+    for node in list(bench.graph.nodes):
+        if node.target is not aten.nonzero.default or node in bench.constant:
+            continue
+        mask: Any = node.args[0]
+        if mask.meta["val"].dim() != 1 or node.meta["val"].shape[0] != mask.meta["val"].shape[0]:
+            continue
+        with bench.graph.inserting_before(node):
+            places = bench.fixed(torch.arange(len(mask.meta["val"]))[:, None], node)
+            asked = bench.graph.call_function(aten.all.default, (mask,))
+            asked.meta = {**node.meta, "val": torch.empty((), dtype=torch.bool, device="meta")}
+        bench.reads.add(asked.name)
+        node.replace_all_uses_with(places)
+        bench.graph.erase_node(node)
+    for node in bench.graph.nodes:
+        bench.know(node)
+
+
+def take_all_rows(bench: Workbench) -> None:
+    """Read rows that a mask chooses as all rows, and multiply those that it does not choose by zero."""
+    if not chooses(bench.graph):
+        return
+    order = {node: i for i, node in enumerate(bench.graph.nodes)}
     masks = dict.fromkeys(
-        n.args[0] if n.target is aten.nonzero.default else m
-        for n in nodes
-        for m in ([n.args[0]] if n.target is aten.nonzero.default else _masks(n))
-        if isinstance(m, fx.Node) and m not in constant
+        mask
+        for node in order
+        for mask in ([node.args[0]] if node.target is aten.nonzero.default else _masks(node))
+        if mask not in bench.constant
     )
-    return [c for mask in masks for c in [_choice(nodes, mask, known)] if c is not None]  # type: ignore[arg-type]
+    put: dict[fx.Node, list[fx.Node]] = {}  # base -> the masks under which rows were put into zeros
+    for mask in masks:
+        choice = _choice(bench, mask, order, put)
+        if choice is None:
+            continue
+        try:
+            if not choice.alike(bench.constant):
+                continue
+        except Exception:  # a shape that is fixed in the program, or no numbers that it runs on
+            continue
+        made = bench.put(choice.write, choice.compute, choice.outside)
+        if made is not None:
+            put[made] = [*put.get(choice.base, []), choice.mask]
+            bench.erase(choice.write)
 
 
 def _masks(node: fx.Node) -> list[fx.Node]:
@@ -126,21 +159,30 @@ def _masks(node: fx.Node) -> list[fx.Node]:
     return [i for i in node.args[1] if isinstance(i, fx.Node) and i.meta["val"].dtype is torch.bool]  # type: ignore[union-attr]
 
 
-def _choice(nodes: Sequence[fx.Node], mask: fx.Node, known: dict[fx.Node, list[fx.Node]]) -> Choice | None:
-    rows: dict[fx.Node, None] = {}
-    writes: list[fx.Node] = []
-    for node in nodes:
-        inputs = node.all_input_nodes
-        positions = node.target is aten.nonzero.default and node.args[0] is mask
-        if positions or mask in _masks(node):
-            rows[node] = None
-        elif node.target in _WRITES and node.args[0] not in rows and any(n in rows for n in inputs):
-            writes.append(node)
-        elif any(n in rows for n in inputs):
-            rows[node] = None
-    if len(writes) != 1 or any(u not in rows and u is not writes[0] for n in rows for u in n.users):
+def _choice(
+    bench: Workbench, mask: fx.Node, order: dict[fx.Node, int], known: dict[fx.Node, list[fx.Node]]
+) -> Choice | None:
+    """What works on the rows that a mask chooses, if it ends in one write and is used for nothing else."""
+    rows: set[fx.Node] = set()
+    writes: set[fx.Node] = set()
+    todo = [u for u in mask.users if u.target is aten.nonzero.default or mask in _masks(u)]
+    while todo:
+        node = todo.pop()
+        if node in rows or node in writes:
+            continue
+        if node not in order or node.op == "output" or node.name in bench.reads:
+            return None
+        if node.target in _WRITES:
+            writes.add(node)
+        else:
+            rows.add(node)
+            todo += node.users
+    if len(writes) != 1:
         return None
-    return _written(mask, list(rows), writes[0], known)
+    (write,) = writes
+    if write.args[0] in rows:
+        return None
+    return _written(mask, sorted(rows, key=order.__getitem__), write, known)
 
 
 def _written(mask: fx.Node, rows: list[fx.Node], write: fx.Node, known: dict[fx.Node, list[fx.Node]]) -> Choice | None:

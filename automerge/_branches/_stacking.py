@@ -17,35 +17,30 @@ are compared with.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import fx
 
 from automerge._aliases import shadow
-from automerge._branches._chosen import choices, chooses
+from automerge._branches._chosen import chooses, take_all_places, take_all_rows
+from automerge._branches._graph import Workbench
 from automerge._branches._joins import (
     MismatchError,
     Same,
     alike,
     along,
     cutting,
-    draws,
-    likeness,
     operands_of,
     piece,
     promising,
     whole,
 )
 from automerge._branches._mapping import Branch, Leaf, joined, mapped, numbers, sources_of
-from automerge._errors import TraceError
 from automerge._stacks import stack_name
-from automerge.rules import is_state
-from automerge.trace import record
 
 aten = torch.ops.aten
 _MOST = 20_000  # nodes of all branches of a join
@@ -70,7 +65,7 @@ def stacked(graphs: Sequence[fx.GraphModule]) -> Stacked | None:
     Args:
         graphs: traced graphs of one model, from `automerge.trace`.
     """
-    if not any(promising(graph) or chooses(graph) for graph in graphs):
+    if not any(promising(graph) or chooses(graph.graph) for graph in graphs):
         return None
     works = [_Work(graph) for graph in graphs]
     if not sum(work.run() for work in works):
@@ -81,49 +76,27 @@ def stacked(graphs: Sequence[fx.GraphModule]) -> Stacked | None:
     return Stacked(tuple(work.finished() for work in fitting), most.stacks)
 
 
-class _Work:
+class _Work(Workbench):
     """One graph while its branches are being stacked."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
-        self.recorded = graph
-        self.graph = fx.Graph()
-        made: dict[fx.Node, fx.Node] = {}
-        for node in graph.graph.nodes:
-            made[node] = self.graph.node_copy(node, made.__getitem__)
-        self.constants = {n.target: getattr(graph, n.target) for n in self.graph.nodes if n.op == "get_attr"}
+        super().__init__(graph)
         self.states = {
             n.meta["name"]: n for n in self.graph.nodes if n.op == "placeholder" and n.meta["kind"] == "state"
         }
         shared = {name for a, b, _ in graph.meta["trace"].overlaps for name in (a, b)}
-        self.fixed = shared | set(graph.meta["trace"].rewritten)
+        self.pinned = shared | set(graph.meta["trace"].rewritten)
         self.stacks: dict[str, np.ndarray] = {}
-        self.hashes: dict[fx.Node, int] = {}
         self.stacked = 0  # how many branches
-        self.reads = set(graph.meta["trace"].reads)
-        self.constant: set[fx.Node] = set()  # what depends neither on inputs nor on parameters keeps its values
-
-    def finished(self) -> fx.GraphModule:
-        """The graph as a module."""
-        self.graph.lint()
-        root = nn.Module()
-        for name, value in self.constants.items():
-            root.register_buffer(name, value)
-        out = fx.GraphModule(root, self.graph)
-        info = self.recorded.meta["trace"]
-        names = {n.name for n in self.graph.nodes if n not in self.constant}
-        out.meta["trace"] = replace(info, reads=sorted(self.reads & names))
-        return out
 
     def run(self) -> bool:
         """Stack what can be; whether anything was."""
-        for node in self.graph.nodes:
-            self._know(node)
-        self._take_all_places()
-        self._take_all_rows()
+        take_all_places(self)
+        take_all_rows(self)
         looks = self._looks()
         found = False
         for node in list(self.graph.nodes):
-            self._know(node)
+            self.know(node)
             operands = operands_of(node)
             kinds = alike(node, operands, self.hashes)
             if kinds and node not in self.constant:
@@ -154,16 +127,6 @@ class _Work:
         return out
 
     # ---------------------------------------------------------------- branches
-    def _know(self, node: fx.Node) -> None:
-        """Note what a node is like, after those before it."""
-        self.hashes[node] = likeness(node, self.hashes)
-        if node.op == "placeholder":
-            fixed = node.meta["kind"] == "state" and not is_state(node.meta["val"])
-        else:
-            fixed = node.op != "output" and all(n in self.constant for n in node.all_input_nodes)
-        if fixed and not draws(node):
-            self.constant.add(node)
-
     def _stack(self, join: fx.Node, operands: list[Any], kinds: list[Same]) -> bool:
         """Stack the like operands of a join."""
         branches = []
@@ -239,7 +202,7 @@ class _Work:
         if (
             len(set(same)) < len(same)
             or any(n.meta["kind"] != "state" for n in same)
-            or not self.fixed.isdisjoint(names)
+            or not self.pinned.isdisjoint(names)
         ):
             raise MismatchError
         return same
@@ -264,58 +227,6 @@ class _Work:
                 part.replace_all_uses_with(one)
                 self.graph.erase_node(part)
         self.states[name], self.stacks[name] = stack, np.stack(inner)
-
-    def _take_all_places(self) -> None:
-        """The positions of a mask that chose all of a row are known; what python asked is whether it does.
-
-        (``for e in counts.nonzero():`` over the experts that got a token, where all did.)
-        """
-        for node in list(self.graph.nodes):
-            if node.target is not aten.nonzero.default or node in self.constant:
-                continue
-            mask: Any = node.args[0]
-            if mask.meta["val"].dim() != 1 or node.meta["val"].shape[0] != mask.meta["val"].shape[0]:
-                continue
-            with self.graph.inserting_before(node):
-                name = self._named(torch.arange(len(mask.meta["val"]))[:, None])
-                places = self.graph.create_node("get_attr", name)
-                places.meta = {**node.meta, "val": self.constants[name]}
-                asked = self.graph.call_function(aten.all.default, (mask,))
-                asked.meta = {**node.meta, "val": torch.empty((), dtype=torch.bool, device="meta")}
-            self.reads.add(asked.name)
-            node.replace_all_uses_with(places)
-            self.graph.erase_node(node)
-        for node in self.graph.nodes:
-            self._know(node)
-
-    def _take_all_rows(self) -> None:
-        """Read rows that a mask chooses as all rows."""
-        put: dict[fx.Node, list[fx.Node]] = {}
-        tried: set[fx.Node] = set()
-        while True:
-            found = [c for c in choices(list(self.graph.nodes), self.constant, put) if c.write not in tried]
-            if not found:
-                return
-            choice = found[0]
-            tried.add(choice.write)
-            try:
-                if not choice.alike(self.constant):
-                    continue
-            except Exception:  # a shape that is fixed in the program, or no numbers that it runs on
-                continue
-            made = self._recorded_in_place(choice.write, choice.compute, choice.outside)
-            if made is not None:
-                put[made] = [*put.get(choice.base, []), choice.mask]
-                self._erase(choice.write)
-
-    def _erase(self, node: fx.Node) -> None:
-        """Remove a node that nothing uses, and what only it used."""
-        if node.users or node.op == "placeholder" or node.name in self.reads:
-            return
-        sources = node.all_input_nodes
-        self.graph.erase_node(node)
-        for source in sources:
-            self._erase(source)
 
     def adopt(self, stacks: dict[str, np.ndarray]) -> bool:
         """Take the stacks of other graphs over; whether they fit this one's."""
@@ -342,61 +253,4 @@ class _Work:
             known: dict[Any, Any] = dict(zip(sources, tensors, strict=True))
             return joined(join, operands, [(b, mapped(b, known)) for b in branches], known)
 
-        return self._recorded_in_place(join, compute, sources) is not None
-
-    def _recorded_in_place(
-        self, node: fx.Node, compute: Callable[..., torch.Tensor], sources: list[fx.Node]
-    ) -> fx.Node | None:
-        """Record a function of the values of some nodes, in the place of a node; None if it does not run."""
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                found = record(compute, [n.meta["val"] for n in sources], **_origin(node))
-        except (TraceError, NotImplementedError, RuntimeError, TypeError, ValueError, IndexError):
-            return None  # an operator that cannot be mapped
-        (result,) = next(n for n in found.graph.nodes if n.op == "output").args[0]
-        was, now = node.meta["val"], result.meta["val"]
-        if was.shape != now.shape or was.dtype != now.dtype or found.meta["trace"].reads:
-            return None
-        return self._inline(node, found, sources, result)
-
-    def _inline(self, join: fx.Node, mapped_once: fx.GraphModule, sources: list[fx.Node], result: fx.Node) -> fx.Node:
-        made: dict[fx.Node, fx.Node] = {}
-        given = iter(sources)
-        with self.graph.inserting_before(join):
-            for node in mapped_once.graph.nodes:
-                if node.op == "output":
-                    continue
-                if node.op == "placeholder":
-                    made[node] = next(given)
-                    continue
-                if node.op == "get_attr":
-                    made[node] = self._constant(node)
-                else:
-                    made[node] = self.graph.node_copy(node, made.__getitem__)
-                self._know(made[node])
-                if made[node] not in self.constant:
-                    made[node].meta["val"] = _shadows(node.meta["val"])
-        join.replace_all_uses_with(made[result])
-        self.hashes[join] = self.hashes[made[result]]
-        return made[result]
-
-    def _named(self, value: torch.Tensor) -> str:
-        name = f"_branches_{len(self.constants)}"
-        self.constants[name] = value
-        return name
-
-    def _constant(self, node: fx.Node) -> fx.Node:
-        out = self.graph.create_node("get_attr", self._named(node.meta["val"]))
-        out.meta = dict(node.meta)
-        return out
-
-
-def _origin(node: fx.Node) -> dict[str, str]:
-    return {"module": node.meta.get("module", ""), "source": node.meta.get("source", "")}
-
-
-def _shadows(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return shadow(value)
-    return type(value)(_shadows(v) for v in value) if isinstance(value, list | tuple) else value
+        return self.put(join, compute, sources) is not None

@@ -528,7 +528,7 @@ def _routed_in_one(s: Any, x: torch.Tensor) -> torch.Tensor:
 
 add(  # and so where the experts are parts of one tensor
     "StackedExpertsOfOneToken",
-    "5x3 6",
+    "3 5x3 6",
     (draw(1, 4),),
     [(draw(40, 4),)],
     _routed_in_one,

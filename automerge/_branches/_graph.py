@@ -1,0 +1,125 @@
+"""A recorded graph while parts of it are replaced by others that compute the same."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from automerge._aliases import shadow
+from automerge._branches._joins import draws, likeness
+from automerge._errors import TraceError
+from automerge.rules import is_state
+from automerge.trace import record
+
+
+class Workbench:
+    """A copy of a recorded graph, whose parts may be replaced.
+
+    Attributes:
+        graph: the copy.
+        reads: the names of the nodes whose values python looks at.
+        hashes: node -> a number that is the same for like branches.
+        constant: the nodes that depend neither on inputs nor on parameters; they keep their values.
+    """
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        self.recorded = graph
+        self.graph = fx.Graph()
+        made: dict[fx.Node, fx.Node] = {}
+        for node in graph.graph.nodes:
+            made[node] = self.graph.node_copy(node, made.__getitem__)
+        self._values = {n.target: getattr(graph, n.target) for n in self.graph.nodes if n.op == "get_attr"}
+        self.hashes: dict[fx.Node, int] = {}
+        self.reads = set(graph.meta["trace"].reads)
+        self.constant: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            self.know(node)
+
+    def finished(self) -> fx.GraphModule:
+        """The graph as a module."""
+        self.graph.lint()
+        root = nn.Module()
+        for name, value in self._values.items():
+            root.register_buffer(name, value)
+        out = fx.GraphModule(root, self.graph)
+        info = self.recorded.meta["trace"]
+        names = {n.name for n in self.graph.nodes if n not in self.constant}
+        out.meta["trace"] = replace(info, reads=sorted(self.reads & names))
+        return out
+
+    def know(self, node: fx.Node) -> None:
+        """Note what a node is like, after those before it."""
+        self.hashes[node] = likeness(node, self.hashes)
+        if node.op == "placeholder":
+            fixed = node.meta["kind"] == "state" and not is_state(node.meta["val"])
+        else:
+            fixed = node.op != "output" and all(n in self.constant for n in node.all_input_nodes)
+        if fixed and not draws(node):
+            self.constant.add(node)
+
+    def put(self, node: fx.Node, compute: Callable[..., torch.Tensor], sources: list[fx.Node]) -> fx.Node | None:
+        """Record a function of the values of some nodes, in the place of a node; None if it does not run."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = record(compute, [n.meta["val"] for n in sources], **_origin(node))
+        except (TraceError, NotImplementedError, RuntimeError, TypeError, ValueError, IndexError):
+            return None  # an operator that cannot be mapped
+        (result,) = next(n for n in found.graph.nodes if n.op == "output").args[0]
+        was, now = node.meta["val"], result.meta["val"]
+        if was.shape != now.shape or was.dtype != now.dtype or found.meta["trace"].reads:
+            return None
+        return self._inline(node, found, sources, result)
+
+    def _inline(self, join: fx.Node, mapped_once: fx.GraphModule, sources: list[fx.Node], result: fx.Node) -> fx.Node:
+        made: dict[fx.Node, fx.Node] = {}
+        given = iter(sources)
+        with self.graph.inserting_before(join):
+            for node in mapped_once.graph.nodes:
+                if node.op == "output":
+                    continue
+                if node.op == "placeholder":
+                    made[node] = next(given)
+                    continue
+                if node.op == "get_attr":
+                    made[node] = self.fixed(node.meta["val"], node)
+                else:
+                    made[node] = self.graph.node_copy(node, made.__getitem__)
+                self.know(made[node])
+                if made[node] not in self.constant:
+                    made[node].meta["val"] = _shadows(node.meta["val"])
+        join.replace_all_uses_with(made[result])
+        self.hashes[join] = self.hashes[made[result]]
+        return made[result]
+
+    def fixed(self, value: torch.Tensor, like: fx.Node) -> fx.Node:
+        """A node for a constant, where nodes are inserted now."""
+        name = f"_branches_{len(self._values)}"
+        self._values[name] = value
+        out = self.graph.create_node("get_attr", name)
+        out.meta = {**like.meta, "val": value}
+        return out
+
+    def erase(self, node: fx.Node) -> None:
+        """Remove a node that nothing uses, and what only it used."""
+        if node.users or node.op == "placeholder" or node.name in self.reads:
+            return
+        sources = node.all_input_nodes
+        self.graph.erase_node(node)
+        for source in sources:
+            self.erase(source)
+
+
+def _origin(node: fx.Node) -> dict[str, str]:
+    return {"module": node.meta.get("module", ""), "source": node.meta.get("source", "")}
+
+
+def _shadows(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return shadow(value)
+    return type(value)(_shadows(v) for v in value) if isinstance(value, list | tuple) else value
