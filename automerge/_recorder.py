@@ -252,7 +252,10 @@ class Recorder(TorchDispatchMode):
         node_args, node_kwargs = map_tensors(to_node, tuple(args)), map_tensors(to_node, dict(kwargs))
         if _tells(func):
             fx.node.map_arg((node_args, node_kwargs), self.note_read)
-            return func(*args, **kwargs)
+            seen = func(*args, **kwargs)
+            if len(node_args) == 1 and isinstance(node_args[0], fx.Node):
+                node_args[0].meta["seen"] = seen
+            return seen
         if self.blank and looks(func, args, node_args, self.blank):
             self.give_up()
         if writes(func, args):
@@ -360,7 +363,7 @@ class Recorder(TorchDispatchMode):
             nodes = tuple(self.node_of(t) for t in outputs)
         self.graph.output(nodes)
         self.info.outputs = len(nodes)
-        module = (fx.GraphModule if self.values else LazyModule)(self.root, self.graph)
+        module = (fx.GraphModule if self.values and self.compute else LazyModule)(self.root, self.graph)
         module.meta["trace"] = self.info
         return module
 

@@ -242,11 +242,11 @@ def _of_branches(
     branches = stacked(graphs)
     if branches is None:
         return None
-    other, _, _ = infer_recorded(*branches.graphs)
+    other, seen, _ = infer_recorded(*branches.graphs)
     found = [taken_apart(generator, branches.stacks) for generator in other.sets]
     # of a table that is read in part, nothing says whether the rest may be exchanged
-    whole = {n for n in analysis.states if n not in analysis.unread}
-    exchanges = tuple(e for e in found if isinstance(e, Exchange) and whole.issuperset(n for p in e.params for n in p))
+    partly = {*analysis.unread, *(n for stack in seen.unread for n in branches.stacks.get(stack, np.array([])).flat)}
+    exchanges = tuple(e for e in found if isinstance(e, Exchange) and partly.isdisjoint(n for p in e.params for n in p))
     sets = joined(symmetry.sets, [g for g in found if isinstance(g, Generator)])
     if not exchanges and sets == symmetry.sets:
         return symmetry

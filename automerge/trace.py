@@ -161,16 +161,30 @@ def _check_traceable(model: nn.Module, inputs: Any) -> None:
 
 
 def record(
-    function: Callable[..., Any], tensors: Sequence[torch.Tensor], *, module: str = "", source: str = ""
+    function: Callable[..., Any],
+    tensors: Sequence[torch.Tensor],
+    *,
+    module: str = "",
+    source: str = "",
+    compute: bool = True,
 ) -> fx.GraphModule:
     """Record a function of tensors; its nodes all carry the given module path and source line.
 
-    A tensor on the meta device stands for any values: zeros take its place.
+    A tensor on the meta device stands for any values: zeros take its place. Without ``compute`` so do they for products of
+    tensors, as far as nothing looks at them.
 
     Raises:
         TraceError: if no tensor comes out.
     """
-    recorder = Recorder(nn.Module(), values=True)
+    if not compute:
+        with contextlib.suppress(NeedsValues):
+            return _record(function, tensors, Recorder(nn.Module(), values=True, compute=False), module, source)
+    return _record(function, tensors, Recorder(nn.Module(), values=True), module, source)
+
+
+def _record(
+    function: Callable[..., Any], tensors: Sequence[torch.Tensor], recorder: Recorder, module: str, source: str
+) -> fx.GraphModule:
     copies = []
     for i, tensor in enumerate(tensors):
         copies.append(_materialised(tensor))

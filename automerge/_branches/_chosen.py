@@ -25,6 +25,7 @@ from automerge._branches._joins import aten
 from automerge._double import double_precision
 
 _WRITES = (aten.index_add.default, aten.index_put.default)
+_SAME = (aten.squeeze.default, aten.squeeze.dim, aten.view.default, aten.reshape.default, aten.select.int)
 _ZEROS = (aten.zeros_like.default, aten.zeros.default, aten.new_zeros.default)
 
 
@@ -106,10 +107,11 @@ def chooses(graph: fx.Graph) -> bool:
 def take_all_places(bench: Workbench) -> None:
     """The positions of a mask that chose all of a row are known; what python asked is whether it does.
 
-    (``for e in counts.nonzero():`` over the experts that got a token, where all did.)
+    (``for e in counts.nonzero():`` over the experts that got a token, where all did.) Only where python asked for the positions:
+    what an index chooses by data may be another number of them on other inputs.
     """
     for node in list(bench.graph.nodes):
-        if node.target is not aten.nonzero.default or node in bench.constant:
+        if node.target is not aten.nonzero.default or node in bench.constant or not _asked(node, bench.reads):
             continue
         mask: Any = node.args[0]
         if mask.meta["val"].dim() != 1 or node.meta["val"].shape[0] != mask.meta["val"].shape[0]:
@@ -125,6 +127,18 @@ def take_all_places(bench: Workbench) -> None:
         bench.know(node)
 
 
+def _asked(node: fx.Node, reads: set[str]) -> bool:
+    """Whether python looked at all entries of a value."""
+    if node.name in reads:
+        return True
+    for user in node.users:
+        if user.target is aten.unbind.int and all(_asked(one, reads) for one in user.users):
+            return True
+        if user.target in _SAME and _asked(user, reads):
+            return True
+    return False
+
+
 def take_all_rows(bench: Workbench) -> None:
     """Read rows that a mask chooses as all rows, and multiply those that it does not choose by zero."""
     if not chooses(bench.graph):
@@ -136,15 +150,16 @@ def take_all_rows(bench: Workbench) -> None:
         for mask in ([node.args[0]] if node.target is aten.nonzero.default else _masks(node))
         if mask not in bench.constant
     )
+    tried: dict[int, bool] = {}  # what is alike in its operators treats rows in the same way
     put: dict[fx.Node, list[fx.Node]] = {}  # base -> the masks under which rows were put into zeros
     for mask in masks:
         choice = _choice(bench, mask, order, put)
         if choice is None:
             continue
-        try:
-            if not choice.alike(bench.constant):
-                continue
-        except Exception:  # a shape that is fixed in the program, or no numbers that it runs on
+        kind = bench.hashes[choice.added]
+        if kind not in tried:
+            tried[kind] = _tried(choice, bench.constant)
+        if not tried[kind]:
             continue
         made = bench.put(choice.write, choice.compute, choice.outside)
         if made is not None:
@@ -157,6 +172,13 @@ def _masks(node: fx.Node) -> list[fx.Node]:
     if node.target is not aten.index.Tensor:
         return []
     return [i for i in node.args[1] if isinstance(i, fx.Node) and i.meta["val"].dtype is torch.bool]  # type: ignore[union-attr]
+
+
+def _tried(choice: Choice, constant: set[fx.Node]) -> bool:
+    try:
+        return choice.alike(constant)
+    except Exception:  # a shape that is fixed in the program, or no numbers that it runs on
+        return False
 
 
 def _choice(
@@ -207,21 +229,20 @@ def _written(mask: fx.Node, rows: list[fx.Node], write: fx.Node, known: dict[fx.
         return None
     if value.meta["val"].dim() - 1 != base.meta["val"].dim() - len(at):
         return None
-    needed = [r for r in rows if r is value or _leads(r, value)]
+    needed = _made_from(value, rows)
     outside = dict.fromkeys([base, mask, *(n for r in needed for n in r.all_input_nodes if n not in rows)])
     return Choice(mask, needed, write, base, value, at, list(outside))
 
 
-def _leads(node: fx.Node, to: fx.Node) -> bool:
-    """Whether a value is made from another."""
-    seen, todo = set(), [to]
+def _made_from(value: fx.Node, rows: list[fx.Node]) -> list[fx.Node]:
+    """Those rows that a value is made from, and itself, in order."""
+    inside, seen = set(rows), {value}
+    todo = [value]
     while todo:
-        one = todo.pop()
-        if one is node:
-            return True
-        todo += [n for n in one.all_input_nodes if n not in seen]
-        seen.update(one.all_input_nodes)
-    return False
+        more = [n for n in todo.pop().all_input_nodes if n in inside and n not in seen]
+        seen.update(more)
+        todo += more
+    return [row for row in rows if row in seen]
 
 
 def _reads(node: Any, base: fx.Node, index: list[Any]) -> bool:

@@ -13,6 +13,7 @@ from torch import fx, nn
 from automerge._aliases import shadow
 from automerge._branches._joins import draws, likeness
 from automerge._errors import TraceError
+from automerge._lazy_module import LazyModule
 from automerge.rules import is_state
 from automerge.trace import record
 
@@ -46,7 +47,7 @@ class Workbench:
         root = nn.Module()
         for name, value in self._values.items():
             root.register_buffer(name, value)
-        out = fx.GraphModule(root, self.graph)
+        out = LazyModule(root, self.graph)
         info = self.recorded.meta["trace"]
         names = {n.name for n in self.graph.nodes if n not in self.constant}
         out.meta["trace"] = replace(info, reads=sorted(self.reads & names))
@@ -67,7 +68,7 @@ class Workbench:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                found = record(compute, [n.meta["val"] for n in sources], **_origin(node))
+                found = record(compute, [n.meta["val"] for n in sources], **_origin(node), compute=False)
         except (TraceError, NotImplementedError, RuntimeError, TypeError, ValueError, IndexError):
             return None  # an operator that cannot be mapped
         (result,) = next(n for n in found.graph.nodes if n.op == "output").args[0]

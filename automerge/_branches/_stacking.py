@@ -88,12 +88,12 @@ class _Work(Workbench):
         self.pinned = shared | set(graph.meta["trace"].rewritten)
         self.stacks: dict[str, np.ndarray] = {}
         self.stacked = 0  # how many branches
+        self.telling: set[Same] = set()  # what told them apart
 
     def run(self) -> bool:
         """Stack what can be; whether anything was."""
         take_all_places(self)
         take_all_rows(self)
-        looks = self._looks()
         found = False
         for node in list(self.graph.nodes):
             self.know(node)
@@ -101,30 +101,39 @@ class _Work(Workbench):
             kinds = alike(node, operands, self.hashes)
             if kinds and node not in self.constant:
                 found = self._stack(node, operands, kinds) or found
-        for total, (stack, names) in looks.items():
-            if total.args[0] is not stack:
-                self.reads = {*self.reads - names, total.name}
+        if found:
+            self._count_looks()
         return found
 
-    def _looks(self) -> dict[fx.Node, tuple[fx.Node, set[str]]]:
-        """Where python looks at a value of every branch, their number: what the branches do is the same for all.
+    def _count_looks(self) -> None:
+        """Where python looks at a value of every branch and sees the same, only their number counts.
 
-        (``if mask.any():`` before each expert.) Number -> the stack that it counts, and the names of the values.
+        (``if mask.any():`` before each expert.) The values must be made from something that tells the branches of a join
+        apart (``chosen == e``): that they are alike is no reason why the program should go on alike for each.
         """
-        out: dict[fx.Node, tuple[fx.Node, set[str]]] = {}
-        looked: dict[int, list[fx.Node]] = {}
+        looked: dict[Any, list[fx.Node]] = {}
         for node in self.graph.nodes:
-            if node.name in self.reads and node.meta["val"].numel() == 1:
-                looked.setdefault(self.hashes[node], []).append(node)
+            if node.name in self.reads and "seen" in node.meta and isinstance(node.meta["val"], torch.Tensor):
+                looked.setdefault((self.hashes[node], node.meta["seen"]), []).append(node)
+        for nodes in (tuple(nodes) for nodes in looked.values() if len(nodes) > 1):
+            try:
+                known = _telling(self._branch(nodes)) <= self.telling
+            except MismatchError:
+                continue
+            if known:
+                self._count(nodes)
+
+    def _count(self, nodes: Same) -> None:
+        value = nodes[0].meta["val"]
         with self.graph.inserting_before(next(n for n in self.graph.nodes if n.op == "output")):
-            for nodes in (nodes for nodes in looked.values() if len(nodes) > 1):
-                value = nodes[0].meta["val"]
-                stack = self.graph.call_function(aten.stack.default, (list(nodes), 0))
-                stack.meta = {**nodes[0].meta, "val": value.new_empty((len(nodes), *value.shape), device="meta")}
-                total = self.graph.call_function(aten.sum.default, (stack,))
-                total.meta = {**nodes[0].meta, "val": torch.empty((), dtype=torch.int64, device="meta")}
-                out[total] = stack, {n.name for n in nodes}
-        return out
+            stack = self.graph.call_function(aten.stack.default, (list(nodes), 0))
+            stack.meta = {**nodes[0].meta, "val": value.new_empty((len(nodes), *value.shape), device="meta")}
+            total = self.graph.call_function(aten.sum.default, (stack,))
+            total.meta = {**nodes[0].meta, "val": torch.empty((), dtype=torch.int64, device="meta")}
+        for node in (stack, total):
+            self.know(node)
+        if self._stack(stack, list(nodes), [nodes]):
+            self.reads = {*self.reads.difference(n.name for n in nodes), total.name}
 
     # ---------------------------------------------------------------- branches
     def _stack(self, join: fx.Node, operands: list[Any], kinds: list[Same]) -> bool:
@@ -145,6 +154,7 @@ class _Work(Workbench):
         if not branches or any(b.parameters for b in branches) or not self._replace(join, operands, branches):
             return False
         self.stacked += sum(len(b.nodes) for b in branches)
+        self.telling |= set().union(*map(_telling, branches))
         return True
 
     def _branch(self, nodes: Same) -> Branch:
@@ -254,3 +264,9 @@ class _Work(Workbench):
             return joined(join, operands, [(b, mapped(b, known)) for b in branches], known)
 
         return self.put(join, compute, sources) is not None
+
+
+def _telling(branch: Branch) -> set[Same]:
+    """What tells branches apart."""
+    leaves = {same for same in branch.leaves if len(set(same)) > 1}
+    return leaves | {same for same in branch.steps if numbers(same) is not None}

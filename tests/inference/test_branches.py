@@ -322,6 +322,45 @@ def test_branches_that_differ_stay(mix: Callable[..., Any]) -> None:
     assert not infer(Mixture(mix), X, verify=False).exchanges
 
 
+def test_what_python_asks_of_every_unit_pins_them() -> None:
+    """All are positive here; where they are not, the program may go on differently for each."""
+
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inp, self.out = nn.Linear(4, 3), nn.Linear(3, 2)
+            self.parts = nn.ModuleList(nn.Linear(4, 2) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.inp(x).sigmoid() + 1
+            y = self.out(h)
+            for i in range(3):
+                if h[0, i] > 0:
+                    y = y * (i + 2)
+            return y + sum(part(x) for part in self.parts)
+
+    found = infer(Asks(), X, verify=False)
+    assert not [g for g in found.generators() if g.size == 3]
+    assert _modules(found) == [(3, 2)]
+
+
+def test_units_that_data_choose_by_their_place_stay() -> None:
+    """All units are chosen here; where some are not, the others meet other rows of the table."""
+
+    class Chosen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inp, self.table = nn.Linear(4, 3), nn.Parameter(torch.randn(3, 2))
+            self.parts = nn.ModuleList(nn.Linear(4, 2) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.inp(x).sigmoid()
+            places = (h.mean(0) > 0.001).nonzero()[:, 0]
+            return h[:, places] @ self.table[: len(places)] + sum(part(x) for part in self.parts)
+
+    assert not infer(Chosen(), X, verify=False).generators()
+
+
 def test_two_like_branches_among_three() -> None:
     def mix(h: Any, scores: Any, experts: Any) -> Any:
         return experts[0](h) + experts[1](h) + experts[2](h).relu()
