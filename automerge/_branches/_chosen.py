@@ -107,7 +107,7 @@ def chooses(graph: fx.Graph) -> bool:
 def take_all_places(bench: Workbench) -> None:
     """The positions of a mask that chose all of a row are known; what python asked is whether it does.
 
-    (``for e in counts.nonzero():`` over the experts that got a token, where all did.) Only where python asked for the positions:
+    (``for e in counts.nonzero():`` over the experts that got a token, where all did.) Only where python asked for positions:
     what an index chooses by data may be another number of them on other inputs.
     """
     for node in list(bench.graph.nodes):
