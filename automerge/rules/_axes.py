@@ -160,7 +160,12 @@ class Axes:
         self.graph.add_edge(int(self.family_of[source[0]]), int(self.family_of[target[0]]), op=self.where)
 
     def project(self, labels: np.ndarray, keep: tuple[int, ...]) -> np.ndarray:
-        """Containers: one vertex for each position along the kept array axes, with an edge from every label inside."""
+        """Containers: one vertex for each position along the kept array axes, with an edge from every label inside.
+
+        Args:
+            labels: what is projected.
+            keep: the array axes that are kept, in their order.
+        """
         key = (labels.tobytes(), labels.shape, keep)
         found = self._projections.get(key)
         if found is None:

@@ -88,8 +88,8 @@ class Combine(Splits):
                 return  # both have edges to that factor already, or get them as a pair
         fa = [c for c in f.letters if c in common]
         ga = [c for c in g.letters if c in common]
-        one = self.axes.project(f.labels, tuple(f.letters.index(c) for c in common))
-        two = self.axes.project(g.labels, tuple(g.letters.index(c) for c in common))
+        one = self.axes.project(f.labels, tuple(f.letters.index(c) for c in fa))
+        two = self.axes.project(g.labels, tuple(g.letters.index(c) for c in ga))
         self.axes.tie(one, two.transpose([ga.index(c) for c in fa]))
 
     def _same_letters(self, lists: list[list[Factor]], a: int, i: int, b: int, j: int) -> None:
