@@ -12,7 +12,7 @@ from automerge.rules._axes import Unruled
 from automerge.rules._choice import bare, holds, pointing_together, rejoined, same_points
 from automerge.rules._engine import Engine
 from automerge.rules._positions import by_index
-from automerge.rules._registry import Context, function_name, rule
+from automerge.rules._registry import Context, distinct_from, function_name, rule
 from automerge.rules._value import SELECTED, Factor, Value, new_letter, plain
 
 
@@ -196,7 +196,8 @@ def cat(context: Context, tensors: Sequence[Value], dim: int = 0) -> Value:
     dim %= len(pairs[0][0].axes)
     whole, axis, joined, functions = _pieces([v for v, _ in pairs])
     if whole is not None and axis == dim and functions[:1] != SELECTED:
-        return context.engine.take(rejoined(whole, functions), dim, joined).carry(whole)
+        taken = context.engine.take(rejoined(whole, functions), dim, joined)
+        return distinct_from([whole], taken) if functions else taken.carry(whole)
     apart = _laid_out([v for v, _ in pairs], dim, context.engine)
     if apart is not None:
         return context.engine.reshape(apart, context.shape).carry(apart)
