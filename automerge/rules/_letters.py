@@ -10,6 +10,12 @@ from automerge.rules._axes import Axes
 from automerge.rules._value import Factor, Value, common_refinement, new_letter, refine_axis, rename, spread
 
 
+def _determines(source: np.ndarray, target: np.ndarray) -> bool:
+    """Whether equal labels in one array mean equal labels in the other."""
+    pairs = np.stack([source.reshape(-1), target.reshape(-1)])
+    return np.unique(pairs, axis=1).shape[1] == np.unique(source).size
+
+
 class Letters:
     """Operations on the letters of values over one `Axes`.
 
@@ -39,13 +45,26 @@ class Letters:
         return factors[i]
 
     def replace(self, factors: list[Factor], i: int, finer: Factor) -> None:
-        """Put a finer factor in the place of factor i; those that determined the old one must determine the new one."""
-        factors[i] = finer
+        """Put a finer factor in the place of factor i; those that determined the old one must determine the new one.
+
+        The new one leads to those over fewer letters: its vertices are positions, which the old labels may not have told.
+        """
+        finer = factors[i] = self._leading(finer, [f for j, f in enumerate(factors) if j != i])
         for j, other in enumerate(factors):
             if j != i and set(finer.letters) <= set(other.letters):
                 other = self.make_injective(factors, j)
                 size = dict(zip(other.letters, other.labels.shape, strict=True))
                 self.axes.edge(other.labels, spread(finer, other.letters, size))
+
+    def _leading(self, made: Factor, others: Sequence[Factor]) -> Factor:
+        """A new factor with edges to the others of its value over some of its letters, finer where these tell more."""
+        size = dict(zip(made.letters, made.labels.shape, strict=True))
+        inner = [spread(f, made.letters, size) for f in others if set(f.letters) < set(made.letters)]
+        if not all(made.injective or _determines(made.labels, labels) for labels in inner):
+            made = Factor(made.letters, self.axes.refine(made.labels))
+        for labels in inner:
+            self.axes.edge(made.labels, labels)
+        return made
 
     def pin_letters(self, value: Value, letters: set[int], reason: str) -> Value:
         """Give the coordinates of some letters a meaning."""
@@ -136,6 +155,7 @@ class Letters:
         made = Factor((*outer, one), labels)
         if not whole:
             made = Factor(made.letters, self.axes.refine(labels))
+            self._leading(made, value.factors)
             self._mark_coordinates(made, [one], "joined with a pinned axis")
         return made
 
@@ -148,6 +168,7 @@ class Letters:
         made = Factor(letters, self.axes.fresh(shape))
         for f in factors:
             self.axes.edge(made.labels, spread(f, letters, value.size))
+        self._leading(made, [f for f in value.factors if all(f is not g for g in factors)])
         if pins:
             self._mark_coordinates(made, sorted(pins), "joined with a pinned axis")
         return made
