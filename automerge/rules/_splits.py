@@ -126,11 +126,13 @@ class Splits(Letters):
                 coordinate = coordinate * labels.shape[k] + np.arange(labels.shape[k]).reshape(view)
         classes = np.full(axis.size, -1, np.int64)
         classes[labels.reshape(-1) - axis.start] = coordinate.reshape(-1)
-        if (classes.max() + 1) * family.size > MAX_JOINT:
+        # of a position that is read several times only the last coordinate is here
+        numbers, runs = np.unique(classes, return_inverse=True)
+        if numbers.size * family.size > MAX_JOINT:
             return
-        if (classes < 0).any() or (family.param, axis.axis, family.axis) in self.requests:
+        if numbers[0] < 0 or (family.param, axis.axis, family.axis) in self.requests:
             return
-        self.requests.setdefault((family.param, family.axis, axis.axis), classes)
+        self.requests.setdefault((family.param, family.axis, axis.axis), runs.reshape(-1).astype(np.int64))
 
     def _same_param(self, outer: Factor, param: str) -> tuple[Family, np.ndarray] | None:
         """The outer factor as positions of another axis of the same parameter, looking through united families."""
