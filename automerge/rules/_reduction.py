@@ -187,13 +187,15 @@ def pooling(context: Context, x: Value, *args: Any, **kwargs: Any) -> Any:
     out = value if single else value[0]
     spatial = next((n for n in (1, 2, 3) if f"{n}d" in name), 2)
     x, alike = _not_resized(context, x, args, kwargs, spatial) if "upsample" in name else (x, set())
+    placed = not single and 1 in context.used  # where in the image the largest entry was
     for k in range(len(x.axes) - spatial, len(x.axes)):
         at = k - len(x.axes)
         same = "pool" in name and "adaptive" not in name and x.shape[k] == out.shape[k]
-        if k in alike or (same and _window(args, spatial, at) == 1 and _stride(args, spatial, at) == 1):
+        one = same and _window(args, spatial, at) == 1 and _stride(args, spatial, at) == 1
+        if k in alike or (one and not placed):
             continue  # a window of one position
         whole = out.shape[k] == 1 and ("adaptive" in name or _window(args, spatial, k - len(x.axes)) == x.shape[k])
-        if not whole or (not single and 1 in context.used):
+        if not whole or placed:
             x = engine.pin_letters(x, set(x.axes[k]), "spatial axis of a window operator")
         x = repinned(engine, x, k, out.shape[k])
     return x if single else (x, x)

@@ -45,7 +45,8 @@ def scatter(context: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
     name = context.node.target._schema.name.split("::")[1]
     engine = context.engine
     source = args[2] if len(args) > 2 else None
-    if name == "scatter" and isinstance(source, Value) and source.axes and args[1].data is not None:
+    replaces = name == "scatter" and "reduce" not in kwargs
+    if replaces and isinstance(source, Value) and source.axes and args[1].data is not None:
         index = args[1].data.cpu()
         source = source.settle()
         for k, n in enumerate(index.shape):
