@@ -1,0 +1,101 @@
+"""Small programs that were given wrong groups: positions that two readings of one tensor tell apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.inference.networks_hostile import Program
+from tests.inference.test_found_networks import found, lin
+
+Forward = Callable[[Any, torch.Tensor], torch.Tensor]
+ROWS, MORE = torch.randn(6, 3), torch.randn(6, 3)
+
+
+def par(*shape: int) -> Callable[[], nn.Parameter]:
+    return lambda: nn.Parameter(torch.randn(shape))
+
+
+# ------------------------------------------------------------ a function of all pieces is not what they were cut from
+def _joined(s: Any, x: torch.Tensor) -> torch.Tensor:
+    h = s.inp(x)
+    one, two = h.chunk(2, -1)
+    f = torch.cat([one.tanh(), two.tanh()], -1)
+    return s.out(torch.cat([h[:, :3], f[:, 3:]], -1))
+
+
+def _after_a_function(s: Any, x: torch.Tensor) -> torch.Tensor:
+    h = s.inp(x)
+    f = torch.cat([piece.tanh() for piece in h.split([2, 4], -1)], -1)
+    return s.out(torch.cat([h.sin()[:, :3], f.sin()[:, 3:]], -1))
+
+
+def _folded(s: Any, x: torch.Tensor) -> torch.Tensor:
+    h = s.inp(x)
+    f = torch.cat([piece.tanh() for piece in h.chunk(3, -1)], -1)
+    return s.out(h[:, :3] + f[:, 3:])
+
+
+@pytest.mark.parametrize(
+    ("forward", "sizes"),
+    [(_joined, "3 3"), (_after_a_function, "3 3"), (_folded, "3")],
+    ids=["join", "function", "fold"],
+)
+def test_pieces_joined_after_a_function_are_another_tensor(forward: Forward, sizes: str) -> None:
+    parts = {"inp": lin(3, 6), "out": lin(3 if forward is _folded else 6, 2)}
+    found(lambda: Program(forward, parts), sizes, ROWS, MORE)
+
+
+# ------------------------------------------------------------ two joint orders that share two letters
+def test_pairs_that_two_tables_have_in_different_orders() -> None:
+    """The pairs (t, k) can be exchanged, and within each the other positions of both tables."""
+
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        a, b = s.a.view(2, 2, 3), s.b.view(3, 2, 2)
+        product = a[:, :, :, None] * b.transpose(0, 1)[:, None]
+        return x.sum() * product.sin().exp().sum()
+
+    found(lambda: Program(forward, {"a": par(12), "b": par(12)}), "2x12 6", ROWS, MORE)
+
+
+# ------------------------------------------------------------ rows that are read several times
+def test_how_often_a_row_is_read_counts() -> None:
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        rows = s.w.tanh()
+        return x.sum() * ((rows[[0, 1, 1, 2, 3, 3]] * s.scale).sin().sum() + rows[2].exp().sum())
+
+    found(lambda: Program(forward, {"w": par(4, 3), "scale": par(3)}), "2 3", ROWS, MORE)
+
+
+@pytest.mark.parametrize("how", ["index", "cat"])
+def test_matrices_read_by_several_rows(how: str) -> None:
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        up, down = (torch.cat([w] * 3) if how == "cat" else w[[0, 1, 1, 0, 0, 1]] for w in (s.up, s.down))
+        return torch.bmm(torch.bmm(x[:, None], up).tanh(), down)
+
+    sizes = "4 4" if how == "index" else "4"  # matrices joined along their first axis keep one common order
+    found(lambda: Program(forward, {"up": par(2, 3, 4), "down": par(2, 4, 2)}), sizes, ROWS, MORE)
+
+
+# ------------------------------------------------------------ what is written, and where it was found
+@pytest.mark.parametrize("reduce", ["add", "multiply"])
+def test_what_is_there_counts_where_something_is_added(reduce: Any) -> None:
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        at = torch.tensor([2, 0, 1, 3]).expand(x.shape[0], 4)
+        return s.out(torch.scatter(s.a(x), 1, at, s.b(x), reduce=reduce))
+
+    found(lambda: Program(forward, {"a": lin(3, 4), "b": lin(3, 4), "out": lin(4, 2)}), "", ROWS, MORE)
+
+
+@pytest.mark.parametrize("window", [(1, 1), (2, 1)])
+def test_where_a_window_of_one_column_has_its_largest_entry_names_the_column(window: tuple[int, int]) -> None:
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        images = s.inp(x)[:, None, None] * s.rows
+        return s.out(F.max_pool2d(images, window, return_indices=True)[1].to(x.dtype).sin().sum((1, 2)))
+
+    found(lambda: Program(forward, {"inp": lin(3, 4), "rows": par(1, 1, 2, 1), "out": lin(4, 2)}), "", ROWS, MORE)
