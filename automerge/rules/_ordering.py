@@ -10,6 +10,7 @@ import torch
 from automerge.rules._engine import Engine
 from automerge.rules._reduction import axes_of, fits
 from automerge.rules._registry import Context, rule
+from automerge.rules._unsorted import order_matters
 from automerge.rules._value import Value, plain
 
 
@@ -18,9 +19,11 @@ def sort(context: Context, x: Value, *args: Any, **kwargs: Any) -> Any:
     """Sorted values are symmetric functions of the axis, numbered by rank; the order itself pins it, if anyone reads it."""
     name = context.node.target._schema.name.split("::")[1]
     arguments = [a.name for a in context.node.target._schema.arguments]
-    dim = (dict(zip(arguments, (x, *args), strict=False)) | kwargs).get("dim", -1)
-    (axis,) = axes_of(x, 0 if name == "msort" else dim)
+    given = dict(zip(arguments, (x, *args), strict=False)) | kwargs
+    (axis,) = axes_of(x, 0 if name == "msort" else given.get("dim", -1))
     value = context.node.meta["val"]
+    if name == "topk" and not given.get("sorted", True) and order_matters(context.node, axis):
+        x = context.engine.pin_letters(x, set(x.axes[axis]), "chosen in no particular order")
     points = None
     if name == "argsort" or 1 in context.used:
         x, points = pointing(context.engine, x, axis, "the order of a sort is used")

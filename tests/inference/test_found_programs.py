@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from automerge import infer
 from tests.inference.networks_hostile import Program
 from tests.inference.test_found_networks import found, lin
 
@@ -82,6 +83,23 @@ def test_matrices_read_by_several_rows(how: str) -> None:
     found(lambda: Program(forward, {"up": par(2, 3, 4), "down": par(2, 4, 2)}), sizes, ROWS, MORE)
 
 
+# ------------------------------------------------------------ chosen in no particular order
+@pytest.mark.parametrize(
+    ("read", "sizes"),
+    [
+        (lambda s, h: s.out(h.topk(4, sorted=False).values), ""),
+        (lambda s, h: s.out(h.gather(1, h.topk(4, sorted=False).indices).exp()), ""),
+        (lambda s, h: s.out(h.topk(4, sorted=False).values.sort().values), "9"),
+        (lambda s, h: h.gather(1, h.topk(4, sorted=False).indices).exp().sum(1) * s.out.weight.sum(), "2 4 9"),
+    ],
+    ids=["values", "positions", "sorted", "summed"],
+)
+def test_the_order_of_an_unsorted_choice_means_nothing(read: Callable[[Any, torch.Tensor], Any], sizes: str) -> None:
+    """It depends on the order of what is chosen from, so that this stays where something is read in that order."""
+    parts = {"inp": lin(3, 9), "out": lambda: nn.Linear(4, 2, bias=False)}
+    found(lambda: Program(lambda s, x: read(s, s.inp(x)), parts), sizes, ROWS, MORE)
+
+
 # ------------------------------------------------------------ what is written, and where it was found
 @pytest.mark.parametrize("reduce", ["add", "multiply"])
 def test_what_is_there_counts_where_something_is_added(reduce: Any) -> None:
@@ -99,3 +117,16 @@ def test_where_a_window_of_one_column_has_its_largest_entry_names_the_column(win
         return s.out(F.max_pool2d(images, window, return_indices=True)[1].to(x.dtype).sin().sum((1, 2)))
 
     found(lambda: Program(forward, {"inp": lin(3, 4), "rows": par(1, 1, 2, 1), "out": lin(4, 2)}), "", ROWS, MORE)
+
+
+@pytest.mark.parametrize("column", [lambda w: w[:, 1], lambda w: w.T.unbind(0)[1], lambda w: w.view(-1)[1:][2:7]])
+def test_a_view_of_memory_outside_its_operand_reads_what_that_is_a_view_of(column: Callable[[Any], Any]) -> None:
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        w = s.w.exp()
+        return x.sum() * (torch.as_strided(column(w), (4,), (3,), 0).sum() + (w.sin().exp() * s.row).sum())
+
+    with torch.random.fork_rng():
+        model = Program(forward, {"w": par(4, 3), "row": par(3)})
+        symmetry = infer(model, ROWS, verify=False)
+    assert symmetry.unruled
+    assert not symmetry.generators()

@@ -1,0 +1,90 @@
+"""Whether anything depends on the order in which ``topk(sorted=False)`` lists what it chose.
+
+That order is an accident of the selection, and another one where the entries are permuted. A mixture of experts sums over
+what was chosen, so that any order will do, as the one by size. What is computed from such a choice is tried on made-up
+numbers, with the chosen entries in several orders, until it is the same in all of them or reaches an output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from automerge._double import double_precision
+from automerge.rules._reads import liveness
+
+_MAX_ENTRIES = 4_000_000
+_TOLERANCE = 1e-6
+
+Held = dict[fx.Node, list[Any]]
+
+
+def order_matters(node: Any, dim: int) -> bool:
+    """Whether an output, or what Python read, is seen to depend on the order of the chosen entries along an axis.
+
+    What cannot be tried (an operator on large weights, sizes that depend on the order) is not seen.
+    """
+    module = node.graph.owning_module
+    scores, count = node.args[0].meta["val"], node.meta["val"][1].shape[dim]
+    if module is None or scores.numel() > _MAX_ENTRIES:
+        return False
+    read = [n for n in node.graph.nodes if n.name in module.meta["trace"].reads]
+    rng = torch.Generator().manual_seed(0)
+    values, index = torch.rand(scores.shape, generator=rng, dtype=torch.float64).topk(count, dim)
+    ahead = torch.arange(count).reshape([-1 if k == dim else 1 for k in range(index.dim())]).expand(index.shape)
+    orders = [ahead, ahead.flip(dim), torch.rand(index.shape, generator=rng).argsort(dim)]
+    held: Held = {node: [(values.gather(dim, o), index.gather(dim, o)) for o in orders]}
+    try:
+        with torch.no_grad(), double_precision():
+            return _reaches(node, held, liveness(module, read)[0], read, rng)
+    except Exception:  # an operator that cannot be tried
+        return False
+
+
+def _reaches(
+    start: fx.Node, held: Held, live: Collection[fx.Node], read: Collection[fx.Node], rng: torch.Generator
+) -> bool:
+    """Go through what is computed from a node; ``held`` has the values that are not the same in every order."""
+    nodes = list(start.graph.nodes)
+    made: dict[fx.Node, Any] = {}
+    for node in nodes[nodes.index(start) + 1 :]:
+        if node not in live or held.keys().isdisjoint(node.all_input_nodes):
+            continue
+        if node.op == "output" or node in read:
+            return True
+        for n in node.all_input_nodes:
+            if n not in held and n not in made:
+                made[n] = _made_up(n.meta["val"], rng)
+        values = [_computed(node, {**made, **{n: v[k] for n, v in held.items()}}) for k in range(len(held[start]))]
+        if not all(_same(values[0], v) for v in values[1:]):
+            held[node] = values
+    return False
+
+
+def _computed(node: fx.Node, given: Mapping[fx.Node, Any]) -> Any:
+    args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), lambda a: given[a] if isinstance(a, fx.Node) else a)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _made_up(value: Any, rng: torch.Generator) -> Any:
+    """Any numbers in the place of a tensor; whole numbers and masks as they were recorded."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.numel() > _MAX_ENTRIES or (value.is_meta and not value.is_floating_point()):
+        raise ValueError("cannot be made up")
+    if not value.is_floating_point():
+        return value.cpu()
+    return torch.rand(value.shape, generator=rng, dtype=torch.float64) + 0.5
+
+
+def _same(a: Any, b: Any) -> bool:
+    if not isinstance(a, torch.Tensor):
+        return type(a) is type(b) and len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if a.shape != b.shape or not a.is_floating_point():
+        return torch.equal(a, b)
+    return torch.allclose(
+        a, b, rtol=_TOLERANCE, atol=_TOLERANCE * float(a.abs().max()) if a.numel() else 0, equal_nan=True
+    )
