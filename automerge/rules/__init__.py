@@ -36,7 +36,7 @@ from automerge.rules._engine import Engine
 from automerge.rules._exact import entries, in_double, told_apart
 from automerge.rules._movement import all_border
 from automerge.rules._parameters import Splits, parameter, share
-from automerge.rules._reads import counted, liveness, sizing, unread
+from automerge.rules._reads import counted, liveness, sizing, unread, viewed
 from automerge.rules._registry import (
     Context,
     carries,
@@ -307,7 +307,8 @@ class _Run:
     def opaque(self, node: fx.Node) -> Any:
         """Pin what an operator without a rule touches."""
         name = operator_name(node.target)
-        for value in values_in([*self.fetch(list(node.args)), *self.fetch(dict(node.kwargs)).values()]):
+        behind = [self.read(n) for n in viewed(node)]
+        for value in values_in([*self.fetch(list(node.args)), *self.fetch(dict(node.kwargs)).values(), *behind]):
             self.engine.pin_all(value.settle(), f"touched by {name}, which has no rule")
         value = node.meta["val"]
         if isinstance(value, torch.Tensor):

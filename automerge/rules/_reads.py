@@ -352,6 +352,18 @@ def liveness(graph: fx.GraphModule, reads: Sequence[fx.Node]) -> tuple[set[fx.No
     return live, used
 
 
+def viewed(node: fx.Node) -> list[fx.Node]:
+    """For a view of memory that may be outside its operand: the tensors that the operand is a view of."""
+    out: list[fx.Node] = []
+    last: Any = node if schema_name(node) == "aten::as_strided" else None
+    while last is not None:
+        schema = getattr(last.target, "_schema", None)
+        alias = schema is not None and schema.arguments and schema.arguments[0].alias_info is not None
+        last = last.args[0] if alias or last.target is operator.getitem else None
+        out += [last] if last is not None and isinstance(last.meta["val"], torch.Tensor) else []
+    return out
+
+
 _COUNTED = _aten(
     "nonzero",
     "masked_select",
