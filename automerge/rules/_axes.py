@@ -30,6 +30,12 @@ def distinct(labels: np.ndarray) -> bool:
     return flat.size < 2 or _run(flat) or np.unique(flat).size == flat.size
 
 
+def determines(source: np.ndarray, target: np.ndarray) -> bool:
+    """Whether equal labels in one array mean equal labels in the other."""
+    pairs = np.stack([source.reshape(-1), target.reshape(-1)])
+    return np.unique(pairs, axis=1).shape[1] == np.unique(source).size
+
+
 def _run(flat: np.ndarray) -> bool:
     """Whether these are consecutive numbers."""
     return bool(flat[-1] - flat[0] == flat.size - 1) and np.array_equal(flat, np.arange(flat[0], flat[-1] + 1))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from automerge.rules._axes import determines
 from automerge.rules._splits import Splits
 from automerge.rules._value import Factor, Value, new_letter, rename, spread
 
@@ -102,9 +103,9 @@ class Combine(Splits):
             self.axes.tie(f.labels, labels)
         elif np.array_equal(f.labels, labels):
             return
-        elif one:
+        elif one or (not two and determines(f.labels, labels)):
             self.axes.edge(f.labels, labels)
-        elif two:
+        elif two or determines(labels, f.labels):
             self.axes.edge(labels, f.labels)
         else:
             both = Factor(f.letters, self.axes.relabel(f.labels, labels))

@@ -6,14 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from automerge.rules._axes import Axes
+from automerge.rules._axes import Axes, determines
 from automerge.rules._value import Factor, Value, common_refinement, new_letter, refine_axis, rename, spread
-
-
-def _determines(source: np.ndarray, target: np.ndarray) -> bool:
-    """Whether equal labels in one array mean equal labels in the other."""
-    pairs = np.stack([source.reshape(-1), target.reshape(-1)])
-    return np.unique(pairs, axis=1).shape[1] == np.unique(source).size
 
 
 class Letters:
@@ -60,7 +54,7 @@ class Letters:
         """A new factor with edges to the others of its value over some of its letters, finer where these tell more."""
         size = dict(zip(made.letters, made.labels.shape, strict=True))
         inner = [spread(f, made.letters, size) for f in others if set(f.letters) < set(made.letters)]
-        if not all(made.injective or _determines(made.labels, labels) for labels in inner):
+        if not all(made.injective or determines(made.labels, labels) for labels in inner):
             made = Factor(made.letters, self.axes.refine(made.labels))
         for labels in inner:
             self.axes.edge(made.labels, labels)

@@ -83,6 +83,16 @@ def test_matrices_read_by_several_rows(how: str) -> None:
     found(lambda: Program(forward, {"up": par(2, 3, 4), "down": par(2, 4, 2)}), sizes, ROWS, MORE)
 
 
+def test_windows_over_several_axes_in_one_line() -> None:
+    """Each of three orders is refined by the others; that came to no end."""
+
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        windows = s.w.reshape(-1).unfold(0, 3, 1) * torch.arange(30.0)[:, None]
+        return x.sum() * (windows.sin() @ s.v).exp().sum()
+
+    found(lambda: Program(forward, {"w": par(4, 2, 4), "v": par(3, 2)}), "2", ROWS, MORE)
+
+
 # ------------------------------------------------------------ chosen in no particular order
 @pytest.mark.parametrize(
     ("read", "sizes"),
