@@ -59,7 +59,9 @@ def operator_name(target: Any) -> str:
 
 
 _CARRYING: set[str] = set()
-_UNTAGGED = {torch.ops.aten.complex, torch.ops.aten.polar, torch.ops.aten.floor_divide}  # pointwise, not tagged as such
+_UNTAGGED = {  # pointwise, not tagged as such
+    *(torch.ops.aten.complex, torch.ops.aten.polar, torch.ops.aten.floor_divide, torch.ops.aten._neg_view),
+}
 _MODULE_RULES: dict[type[nn.Module], Rule] = {}
 
 

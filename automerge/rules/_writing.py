@@ -38,8 +38,8 @@ def scattered_to_points(context: Context, x: Value, dim: int, index: Value, othe
     return engine.elementwise([x, engine.reduce(ranks, gone)])
 
 
-@rule("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "index_put", "_index_put_impl",
-      "_unsafe_index_put", carries=True)  # fmt: skip
+@rule("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "index_reduce", "index_put",
+      "_index_put_impl", "_unsafe_index_put", carries=True)  # fmt: skip
 def scatter(context: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
     """Writes at given positions: the axis written is pinned, and so is everything written."""
     name = context.node.target._schema.name.split("::")[1]
@@ -66,7 +66,7 @@ def scatter(context: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
         raise Unruled("a write at data-dependent positions")
     dim = args[0] % max(len(x.axes), 1)
     others = values_in([*args, *kwargs.values()])
-    if name in ("index_add", "index_copy", "index_fill"):
+    if name in ("index_add", "index_copy", "index_fill", "index_reduce"):
         return _index_write(engine, name, x, dim, others)
     same = all(
         v.shape[k] == x.shape[k] for v in others if len(v.axes) == len(x.axes) for k in range(len(x.axes)) if k != dim
@@ -109,6 +109,10 @@ def _index_write(engine: Engine, name: str, x: Value, dim: int, others: Sequence
     ]
     parts += [copy_letters(v) if len(v.axes) == n else v.with_axes(((),) * n) for v in sources]
     written = engine.elementwise(parts)
+    if name == "index_copy":
+        written = engine.pin_letters(
+            written, set(written.axes[dim]), "the last of what is written to one position stays"
+        )
     return engine.elementwise([x, engine.reduce(written, set(written.axes[dim]))])
 
 

@@ -444,6 +444,7 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     "scatter scatter_add": scattered,
     "scatter_reduce": lambda d: scattered(d, d.pick("sum", "amax")),
     "index_add index_copy": written,
+    "index_reduce": lambda d: written(d, d.pick("amax", "amin", "prod", "mean")),
     "index_fill": lambda d: call(p(d.n(3, 4), d.n()), 0, ints(3, 2), 0.5),
     "index_put _index_put_impl _unsafe_index_put": put,
     "masked_fill": lambda d: call(p(3, 2), I(lambda rng: torch.rand(3, 2, generator=rng) > 0.5), 0.5),
@@ -490,7 +491,7 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     "linalg_householder_product": lambda d: call(p(d.n(3, 4), 3), p(d.n(2, 3)), complete=False),
     "nonzero": lambda d: call(p(d.n(3, 4)), complete=False),
     # some of those that the tag of pointwise operators covers
-    "relu sin exp gelu neg": lambda d: call(P(d.shape())),
+    "relu sin exp gelu neg _neg_view": lambda d: call(P(d.shape())),
     "add mul maximum atan2": lambda d: (lambda a, b: call(p(a, b), d.pick(p(b), p(a, 1), p(a, b), p(2, a, b))))(
         d.n(), d.n()
     ),

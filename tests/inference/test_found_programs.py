@@ -120,6 +120,21 @@ def test_what_is_there_counts_where_something_is_added(reduce: Any) -> None:
     found(lambda: Program(forward, {"a": lin(3, 4), "b": lin(3, 4), "out": lin(4, 2)}), "", ROWS, MORE)
 
 
+def test_the_last_row_copied_to_a_place_stays() -> None:
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        rows = torch.index_copy(s.a.sin(), 0, torch.tensor([0, 0, 2]), s.b.sin())
+        return x.sum() * rows.exp().sum()
+
+    found(lambda: Program(forward, {"a": par(4, 2), "b": par(3, 2)}), "2", ROWS, MORE)
+
+
+def test_the_imaginary_part_of_a_conjugate_has_a_rule() -> None:
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        return s.out(torch.complex(s.a(x), s.b(x)).conj().imag)
+
+    found(lambda: Program(forward, {"a": lin(3, 4), "b": lin(3, 4), "out": lin(4, 2)}), "4", ROWS, MORE)
+
+
 @pytest.mark.parametrize("window", [(1, 1), (2, 1)])
 def test_where_a_window_of_one_column_has_its_largest_entry_names_the_column(window: tuple[int, int]) -> None:
     def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
