@@ -250,11 +250,14 @@ def _of_branches(
     sets = joined(symmetry.sets, [g for g in found if isinstance(g, Generator)])
     if not exchanges and sets == symmetry.sets:
         return symmetry
+    out = replace(symmetry, sets=sets, exchanges=exchanges)
+    before = [n for n in symmetry.shapes if n not in analysis.states]
+    unused = [n for n in before if n not in out.moved]
     moved = [*sets, *(Generator(e.size, e.slots) for e in exchanges)]
-    unused = [n for n in symmetry.shapes if n not in analysis.states]
     pins = tuple(assembler.pins(moved, dict(symmetry.shapes), unused))
-    notes = tuple(dict.fromkeys((*symmetry.notes, *other.notes)))
-    return replace(symmetry, sets=sets, exchanges=exchanges, pins=pins, notes=notes)
+    kept = [n for n in symmetry.notes if n not in _reach(analysis, before)]
+    notes = tuple(dict.fromkeys((*kept, *_reach(analysis, unused), *seen.engine.notes)))
+    return replace(out, pins=pins, notes=notes)
 
 
 def infer_recorded(*graphs: fx.GraphModule) -> tuple[Symmetry, Analysis, Assembler]:

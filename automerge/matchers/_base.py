@@ -166,7 +166,7 @@ class Matching:
         out += [f"by permutations only: {_some(groups)} ({reason})" for reason, groups in reasons.items()]
         if unseen := self.stats.get("not_observed", ()):
             out.append(f"shown by no activation: {_some(unseen)}")
-        generators = self.symmetry.generators()
+        generators = self.symmetry.stacked.generators()
         left = [g for g in self.stats.get("left_out_generators", ()) if generators[g].size > 1]
         if left:
             slots = [generators[g].slots[0] for g in left]

@@ -59,7 +59,9 @@ def squeeze_excite(b: Builder, x: Layout) -> Built:
 
 def resample(b: Builder, x: Layout) -> Built:
     """Pooling, padding or interpolation: nothing happens to the channels."""
-    options: list[tuple[int, nn.Module]] = [(b.space, nn.MaxPool2d(3, 1, 1)), (b.space + 2, nn.ReflectionPad2d(1))]
+    options: list[tuple[int, nn.Module]] = [(b.space, nn.MaxPool2d(3, 1, 1))]
+    if b.space > 1:  # a single pixel has none beside it to reflect
+        options.append((b.space + 2, nn.ReflectionPad2d(1)))
     if b.space % 2 == 0 and b.space > 2:
         options += [(b.space // 2, nn.MaxPool2d(2)), (b.space // 2, nn.AvgPool2d(2))]
     if b.space <= 4:

@@ -323,7 +323,7 @@ def _experts(s: Any, x: torch.Tensor) -> torch.Tensor:
 
 add(
     "ExpertsWithoutTokens",
-    "6",
+    "6x3",
     ROWS,
     MORE_ROWS,
     _experts,
