@@ -35,7 +35,8 @@ class Choice:
 
     Attributes:
         mask: the mask.
-        rows: the nodes whose values have one row for every chosen position, in order.
+        closure: the nodes whose values have one row for every chosen position, in order.
+        rows: those of them that matter for what is put back.
         write: where the rows are put back.
         base: what they are put into.
         added: the node that holds what each row adds to the base.
@@ -45,6 +46,7 @@ class Choice:
     """
 
     mask: fx.Node
+    closure: list[fx.Node]
     rows: list[fx.Node]
     write: fx.Node
     base: fx.Node
@@ -164,7 +166,7 @@ def take_all_rows(bench: Workbench) -> None:
         made = bench.put(choice.write, choice.compute, choice.outside)
         if made is not None:
             put[made] = [*put.get(choice.base, []), choice.mask]
-            bench.erase(choice.write)
+            bench.erase([*choice.closure, choice.write])
 
 
 def _masks(node: fx.Node) -> list[fx.Node]:
@@ -231,7 +233,7 @@ def _written(mask: fx.Node, rows: list[fx.Node], write: fx.Node, known: dict[fx.
         return None
     needed = _made_from(value, rows)
     outside = dict.fromkeys([base, mask, *(n for r in needed for n in r.all_input_nodes if n not in rows)])
-    return Choice(mask, needed, write, base, value, at, list(outside))
+    return Choice(mask, rows, needed, write, base, value, at, list(outside))
 
 
 def _made_from(value: fx.Node, rows: list[fx.Node]) -> list[fx.Node]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -106,14 +106,11 @@ class Workbench:
         out.meta = {**like.meta, "val": value}
         return out
 
-    def erase(self, node: fx.Node) -> None:
-        """Remove a node that nothing uses, and what only it used."""
-        if node.users or node.op == "placeholder" or node.name in self.reads:
-            return
-        sources = node.all_input_nodes
-        self.graph.erase_node(node)
-        for source in sources:
-            self.erase(source)
+    def erase(self, nodes: Sequence[fx.Node]) -> None:
+        """Remove what nothing uses of some nodes, in order."""
+        for node in reversed(nodes):
+            if not node.users and node.name not in self.reads:
+                self.graph.erase_node(node)
 
 
 def _origin(node: fx.Node) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +11,9 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from automerge._branches._joins import ATTENTION, NUMBERED, MismatchError, Same, adds
+from automerge._branches._joins import NUMBERED, MismatchError, Same, adds
 
-aten = torch.ops.aten
+_KEYS = ("FuncTorchBatched", "FuncTorchBatchedDecomposition", "CompositeImplicitAutograd")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def joined(
         return out
     rank = join.meta["val"].dim()
     dim = int(join.args[1] if len(join.args) > 1 else 0) % rank  # type: ignore[arg-type]
-    stacks = join.target is aten.stack.default
+    stacks = join.target is torch.ops.aten.stack.default
     pieces = []
     for o in left:
         if o not in place:
@@ -105,23 +106,25 @@ def _step(same: Same, env: dict[Any, Any]) -> Any:
     others = [tree_flatten((n.args, n.kwargs))[0] for n in same]
     values = [env[tuple(o[i] for o in others)] if isinstance(a, fx.Node) else a for i, a in enumerate(flat)]
     args, kwargs = tree_unflatten(values, spec)
-    if node.target is ATTENTION:
-        return _attention(*args, **kwargs)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    return _mappable(node.target)(*args, **kwargs)
 
 
-def _attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    dropout: float = 0.0,
-    causal: bool = False,
-    *,
-    attn_mask: torch.Tensor | None = None,
-    scale: float | None = None,
-) -> tuple[torch.Tensor]:
-    """The CPU's kernel cannot be mapped; its formula can."""
-    return aten._scaled_dot_product_attention_math.default(q, k, v, attn_mask, dropout, causal, scale=scale)[:1]
+@functools.cache
+def _mappable(target: Any) -> Callable[..., Any]:
+    """An operator, or what PyTorch decomposes it into where it cannot be mapped as one.
+
+    Raises:
+        ValueError: if there is no way; running it once for each branch would tell them apart.
+    """
+    if not isinstance(target, torch._ops.OpOverload):
+        return target
+    if any(torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), key) for key in _KEYS):
+        return target
+    from torch._decomp import decomposition_table
+
+    if target not in decomposition_table:
+        raise ValueError(f"{target} cannot be mapped")
+    return decomposition_table[target]
 
 
 def numbers(same: Same) -> torch.Tensor | None:

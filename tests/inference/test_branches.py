@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from automerge import Symmetry, infer, trace
 from automerge._branches import stacked
 from automerge._double import double_precision
+from automerge.testing import assert_sound
 
 WIDTH, HIDDEN, COUNT = 6, 5, 3
 X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)) * 2
@@ -150,6 +153,46 @@ def test_experts_kept_as_modules_are_interchangeable(mix: Callable[..., Any]) ->
     assert set(exchange.params[1]) == {f"experts.1.{n}" for n in ("0.weight", "0.bias", "2.weight", "2.bias")}
     assert sorted(g.size for g in symmetry.generators()) == [HIDDEN] * COUNT + [WIDTH] * (1 if mix is _residual else 2)
     assert not any(p.param.startswith("gate") for p in symmetry.pins)
+
+
+class Gated(nn.Module):
+    """A feed-forward layer with a gate, after a normalisation of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.both, self.down = (
+            nn.LayerNorm(WIDTH),
+            nn.Linear(WIDTH, 2 * HIDDEN),
+            nn.Linear(HIDDEN, WIDTH, bias=False),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.both(self.norm(x)).chunk(2, -1)
+        return self.down(F.silu(a) * b)
+
+
+def _deep() -> nn.Module:
+    return nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.PReLU(), nn.Dropout(), _shallow())
+
+
+def _shallow() -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(nn.Linear(HIDDEN, WIDTH))
+
+
+def _low_rank() -> nn.Module:
+    return nn.Sequential(nn.Linear(WIDTH, HIDDEN, bias=False), nn.Linear(HIDDEN, WIDTH))
+
+
+@given(st.sampled_from(SPELLINGS), st.sampled_from([Gated, _deep, _low_rank]))
+@settings(max_examples=20, deadline=None)
+def test_experts_of_any_kind_in_any_spelling(mix: Callable[..., Any], expert: Callable[[], nn.Module]) -> None:
+    net = Mixture(mix, expert)
+    symmetry = infer(net, X)
+    (exchange,) = symmetry.exchanges
+    own = {n.removeprefix("experts.0.") for n in symmetry.shapes if n.startswith("experts.0.")}
+    assert {n.removeprefix("experts.0.") for n in exchange.params[0]} == own
+    assert sum(g.size == HIDDEN for g in symmetry.generators()) == COUNT
+    assert_sound(net, X, symmetry, elements=2)
 
 
 @pytest.mark.parametrize("mix", SPELLINGS, ids=lambda f: f.__name__)
