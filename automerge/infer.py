@@ -41,7 +41,7 @@ def infer(
     strict: bool = False,
     constants: Collection[str] = (),
 ) -> Symmetry:
-    """Derive which axes of which parameters may be permuted together.
+    """Derive which axes of which parameters may be permuted together, and which modules are interchangeable.
 
     Args:
         model: any module that runs forward on the inputs; it is not changed.
