@@ -56,8 +56,8 @@ def _reaches(
         if node.op == "output" or node in read:
             return True
         for n in node.all_input_nodes:
-            if n not in held and n not in made:
-                made[n] = _made_up(n.meta["val"], rng)
+            if n not in held:
+                _make_up(n, rng, made)
         values = [_computed(node, {**made, **{n: v[k] for n, v in held.items()}}) for k in range(len(held[start]))]
         if not all(_same(values[0], v) for v in values[1:]):
             held[node] = values
@@ -69,15 +69,33 @@ def _computed(node: fx.Node, given: Mapping[fx.Node, Any]) -> Any:
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _made_up(value: Any, rng: torch.Generator) -> Any:
-    """Any numbers in the place of a tensor; whole numbers and masks as they were recorded."""
-    if not isinstance(value, torch.Tensor):
-        return value
+def _make_up(node: fx.Node, rng: torch.Generator, made: dict[fx.Node, Any]) -> None:
+    """Any numbers in the place of a tensor, in ``made``; whole numbers and masks as they were recorded.
+
+    Those that are made from whole numbers alone are computed: where rows are left unsorted, others were recorded.
+    """
+    value = node.meta["val"]
+    if node in made:
+        return
+    if node.op == "call_function" and all(map(_is_whole, (node, *node.all_input_nodes))):
+        for n in node.all_input_nodes:
+            _make_up(n, rng, made)
+        made[node] = _computed(node, made)
+    else:
+        made[node] = _any(value, rng) if isinstance(value, torch.Tensor) else value
+
+
+def _any(value: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     if value.numel() > _MAX_ENTRIES or (value.is_meta and not value.is_floating_point()):
         raise ValueError("cannot be made up")
     if not value.is_floating_point():
         return value.cpu()
     return torch.rand(value.shape, generator=rng, dtype=torch.float64) + 0.5
+
+
+def _is_whole(node: fx.Node) -> bool:
+    value = node.meta["val"]
+    return isinstance(value, torch.Tensor) and not (value.is_floating_point() or value.is_complex())
 
 
 def _same(a: Any, b: Any) -> bool:
