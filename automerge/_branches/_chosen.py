@@ -20,13 +20,13 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_map
 
+from automerge._branches._distinct import ZEROS, once
 from automerge._branches._graph import Workbench
 from automerge._branches._joins import aten
 from automerge._double import double_precision
 
 _WRITES = (aten.index_add.default, aten.index_put.default)
 _SAME = (aten.squeeze.default, aten.squeeze.dim, aten.view.default, aten.reshape.default, aten.select.int)
-_ZEROS = (aten.zeros_like.default, aten.zeros.default, aten.new_zeros.default)
 
 
 @dataclass
@@ -54,6 +54,11 @@ class Choice:
     at: tuple[int, ...]
     outside: list[fx.Node]
 
+    def masks(self, known: Mapping[fx.Node, list[fx.Node]]) -> list[fx.Node] | None:
+        """The masks under which rows were put into zeros, with this one; None if they do not tell where zeros are left."""
+        before = known.get(self.base, [] if self.base.target in ZEROS else None)
+        return None if before is None or not _everywhere(self.at, self.mask) else [*before, self.mask]
+
     def compute(self, *tensors: torch.Tensor) -> torch.Tensor:
         """The base with what all rows add to it; of those that the mask does not choose nothing."""
         known = dict(zip(self.outside, tensors, strict=True))
@@ -77,7 +82,7 @@ class Choice:
         shape = known[self.mask].shape
         columns = list(torch.unravel_index(places, tuple(shape)))
         for node in self.rows:
-            if node.target is aten.nonzero.default:
+            if node.target is aten.nonzero.default and node.args[0] is self.mask:
                 env[node] = torch.stack(columns, 1)
                 continue
             args, kwargs = tree_map(lambda a: env[a] if isinstance(a, fx.Node) else a, (node.args, node.kwargs))
@@ -165,7 +170,9 @@ def take_all_rows(bench: Workbench) -> None:
             continue
         made = bench.put(choice.write, choice.compute, choice.outside)
         if made is not None:
-            put[made] = [*put.get(choice.base, []), choice.mask]
+            masks_so_far = choice.masks(put)
+            if masks_so_far is not None:
+                put[made] = masks_so_far
             bench.erase([*choice.closure, choice.write])
 
 
@@ -217,17 +224,19 @@ def _written(mask: fx.Node, rows: list[fx.Node], write: fx.Node, known: dict[fx.
         index, adds = [args[2]], args[1] == 0 and not write.kwargs
     else:
         index, adds = list(args[1]), len(args) > 3 and bool(args[3])
-    if not adds and write.target is aten.index_put.default:
-        own = [a for a in value.args if _reads(a, base, index)] if value.target is aten.add.Tensor else []
-        if own and not value.kwargs:
-            value = next((a for a in value.args if a is not own[0]), None)
-        elif not _fresh(base, mask, known):
-            return None
-    if not isinstance(value, fx.Node) or value not in rows or any(i is None for i in index):
-        return None
     at = _axes(index, mask, rows)
     shape = mask.meta["val"].shape
     if at is None or len(set(at)) < len(at) or [shape[k] for k in at] != list(base.meta["val"].shape[: len(at)]):
+        return None
+    if not adds and write.target is aten.index_put.default:
+        if not once(mask, at):
+            return None  # of several rows for one place the last is kept
+        own = [a for a in value.args if _reads(a, base, index)] if value.target is aten.add.Tensor else []
+        if own and not value.kwargs:
+            value = next((a for a in value.args if a is not own[0]), None)
+        elif not _everywhere(at, mask) or not _fresh(base, mask, known):
+            return None
+    if not isinstance(value, fx.Node) or value not in rows or any(i is None for i in index):
         return None
     if value.meta["val"].dim() - 1 != base.meta["val"].dim() - len(at):
         return None
@@ -259,10 +268,13 @@ def _reads(node: Any, base: fx.Node, index: list[Any]) -> bool:
 
 def _fresh(base: fx.Node, mask: fx.Node, known: dict[fx.Node, list[fx.Node]]) -> bool:
     """Whether a base is zero wherever a mask chooses: made of zeros, and written to under masks that exclude this one."""
-    before = known.get(base)
-    if before is None and base.target in _ZEROS:
-        before = []
+    before = known.get(base, [] if base.target in ZEROS else None)
     return before is not None and all(_exclusive(mask, other) for other in before)
+
+
+def _everywhere(at: tuple[int, ...], mask: fx.Node) -> bool:
+    """Whether the places that rows are put to are the positions of the mask, so that others are for other masks."""
+    return at == tuple(range(mask.meta["val"].dim()))
 
 
 def _exclusive(a: fx.Node, b: fx.Node) -> bool:
@@ -279,7 +291,7 @@ def _axes(index: list[Any], mask: fx.Node, rows: list[fx.Node]) -> tuple[int, ..
     place.fill_(True)
     env: dict[fx.Node, Any] = {}
     for node in rows:
-        if node.target is aten.nonzero.default:
+        if node.target is aten.nonzero.default and node.args[0] is mask:
             env[node] = place.nonzero()
         elif all(n in env for n in node.all_input_nodes):
             args, kwargs = tree_map(lambda a: env[a] if isinstance(a, fx.Node) else a, (node.args, node.kwargs))

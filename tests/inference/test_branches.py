@@ -102,6 +102,16 @@ def _sent_added(h: Any, scores: Any, experts: Any) -> Any:
     return out
 
 
+def _sent_added_one_hot(h: Any, scores: Any, experts: Any) -> Any:
+    weight, chosen = scores.softmax(-1).topk(2, -1)
+    mask = F.one_hot(chosen.view(-1, 2), COUNT).permute(2, 1, 0)
+    out = torch.zeros_like(h)
+    for e, expert in enumerate(experts):
+        slot, token = torch.where(mask[e])
+        out[token] += weight[token, slot, None] * expert(h[token])
+    return out
+
+
 def _sent_to_one(h: Any, scores: Any, experts: Any) -> Any:
     weight, chosen = scores.softmax(-1).max(-1)
     out = torch.zeros_like(h)
@@ -136,7 +146,7 @@ def _sent_to_those_hit(h: Any, scores: Any, experts: Any) -> Any:
 
 SPELLINGS = (
     *(_summed, _written, _stacked, _joined, _residual, _best),
-    *(_sent, _sent_one_hot, _sent_added, _sent_to_one, _sent_if_any, _sent_to_those_hit),
+    *(_sent, _sent_one_hot, _sent_added, _sent_added_one_hot, _sent_to_one, _sent_if_any, _sent_to_those_hit),
 )
 
 
@@ -359,7 +369,45 @@ def _overwritten(h: Any, scores: Any, experts: Any) -> Any:
     return out
 
 
-@pytest.mark.parametrize("mix", [_weighed, _in_turn, _differently, _moved_on, _mean_of_rows, _overwritten])
+def _overwritten_by_second_choice(h: Any, scores: Any, experts: Any) -> Any:
+    """A row goes to two experts, of which the last wins."""
+    weight, chosen = scores.softmax(-1).topk(2, -1)
+    out = torch.zeros_like(h)
+    for e, expert in enumerate(experts):
+        token, slot = torch.where(chosen == e)
+        out[token] = expert(h[token]) * weight[token, slot, None]
+    return out
+
+
+def _named_twice(h: Any, scores: Any, experts: Any) -> Any:
+    """Both columns may name the same expert, and of what it adds to a row twice one is lost."""
+    out, chosen, weight = (
+        torch.zeros_like(h),
+        torch.stack([scores.argmax(-1), scores.argmax(-1)], 1),
+        scores.softmax(-1),
+    )
+    for e, expert in enumerate(experts):
+        token, slot = torch.where(chosen == e)
+        out[token] += expert(h[token]) * weight[token, slot, None]
+    return out
+
+
+def _added_or_put(h: Any, scores: Any, experts: Any) -> Any:
+    """The first expert adds to what the others replace."""
+    out, chosen = h * 1.0, scores.argmax(-1)
+    for e, expert in enumerate(experts):
+        mask = chosen == e
+        out[mask] = out[mask] + expert(h[mask]) if e == 0 else expert(h[mask])
+    return out
+
+
+DIFFERENT = (
+    *(_weighed, _in_turn, _differently, _moved_on, _mean_of_rows, _overwritten),
+    *(_overwritten_by_second_choice, _added_or_put),
+)
+
+
+@pytest.mark.parametrize("mix", DIFFERENT, ids=lambda f: f.__name__)
 def test_branches_that_differ_stay(mix: Callable[..., Any]) -> None:
     assert not infer(Mixture(mix), X).exchanges
     assert not infer(Mixture(mix), X, verify=False).exchanges
@@ -402,6 +450,13 @@ def test_units_that_data_choose_by_their_place_stay() -> None:
             return h[:, places] @ self.table[: len(places)] + sum(part(x) for part in self.parts)
 
     assert not infer(Chosen(), X, verify=False).generators()
+
+
+def test_rows_that_replace_each_other_are_not_added() -> None:
+    """All rows can be read only where no place is written twice."""
+    for mix in (_overwritten_by_second_choice, _named_twice, _added_or_put):
+        found = stacked([trace(Mixture(mix), X)])
+        assert found is None or not found.stacks
 
 
 def test_two_like_branches_among_three() -> None:

@@ -1,0 +1,73 @@
+"""Whether a mask chooses no place twice.
+
+Rows that replace what was there are added instead when all rows are read; that is the same only where every place is
+written once. ``token, slot = torch.where(chosen == e)`` names a token once because `topk` does not choose an expert twice.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from automerge._branches._joins import aten
+
+ZEROS = (aten.zeros_like.default, aten.zeros.default, aten.new_zeros.default)
+_CHOICES = (aten.topk.default, aten.sort.default)
+_MOVES = (
+    *(aten.t.default, aten.permute.default, aten.transpose.int, aten.unsqueeze.default, aten.squeeze.dim),
+    *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.select.int, aten.slice.Tensor),
+    *(aten.clone.default, aten.alias.default, aten.detach.default),
+)
+
+
+def once(mask: fx.Node, at: tuple[int, ...]) -> bool:
+    """Whether a mask chooses at most one position for each place along some of its axes."""
+    shape = mask.meta["val"].shape
+    rest = [k for k in range(len(shape)) if k not in at]
+    if not rest:
+        return True
+    found = _chosen(mask)
+    if found is None or tuple(found[0].shape) != tuple(shape):
+        return False
+    entries, sets = (t.permute(*at, *rest).reshape(-1, *(shape[k] for k in rest)).flatten(1) for t in found)
+    distinct = (entries.sort(1).values.diff(dim=1) != 0).all()
+    return bool(distinct and (sets == sets[:, :1]).all())
+
+
+def _chosen(node: fx.Node, compared: bool = False) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """For each entry of a mask which entry of chosen positions it tells of, and of which set of different positions.
+
+    None where it tells of something else, or not whether that position is a given one: a position is to be compared with a
+    number, while an entry of a one-hot code tells that by itself.
+    """
+    args: Any = node.args
+    source: Any = args[0] if args and isinstance(args[0], fx.Node) else None
+    if source is None:
+        return None
+    if node.target is aten.eq.Scalar and not compared:
+        return _chosen(source, True)
+    if compared and node.target is operator.getitem and args[1] == 1 and source.target in _CHOICES:
+        given: Any = source.args
+        number = 2 if source.target is aten.topk.default else 1
+        shape = node.meta["val"].shape
+        dim = given[number] if len(given) > number else -1
+        entries = torch.arange(shape.numel()).reshape(shape)
+        return entries, entries.select(dim, 0).unsqueeze(dim).expand(shape)
+    if not compared and node.target is aten.scatter.value and args[3] == 1 and source.target in ZEROS:
+        found = _chosen(args[2], True)
+        if found is None or found[0].shape[args[1]] != 1:
+            return None
+        shape = node.meta["val"].shape
+        codes = torch.arange(shape[args[1]]).reshape(
+            [-1 if k == args[1] % len(shape) else 1 for k in range(len(shape))]
+        )
+        entries, sets = (t.expand(shape) for t in found)
+        return entries, sets * shape[args[1]] + codes
+    if node.target not in _MOVES:
+        return None
+    found = _chosen(source, compared)
+    move: Any = node.target
+    return None if found is None else (move(found[0], *args[1:]), move(found[1], *args[1:]))
