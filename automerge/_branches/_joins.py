@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from automerge.rules import is_state
+
 aten = torch.ops.aten
 NUMBERED: dict[Any, Any] = {aten.eq.Scalar: aten.eq.Tensor, aten.ne.Scalar: aten.ne.Tensor}
 
@@ -90,7 +92,7 @@ def likeness(node: fx.Node, hashes: dict[fx.Node, int]) -> int:
     """A number that is the same for like branches, from those of the nodes before."""
     value: Any = node.meta.get("val")
     if node.op == "placeholder":
-        free = node.meta["kind"] == "state" and value.is_floating_point()
+        free = node.meta["kind"] == "state" and is_state(value)
         return hash(("state", tuple(value.shape), value.dtype) if free else node.name)
     if node.op == "get_attr":
         return hash(("constant", tuple(value.shape), value.dtype))

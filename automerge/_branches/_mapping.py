@@ -106,6 +106,8 @@ def _step(same: Same, env: dict[Any, Any]) -> Any:
     others = [tree_flatten((n.args, n.kwargs))[0] for n in same]
     values = [env[tuple(o[i] for o in others)] if isinstance(a, fx.Node) else a for i, a in enumerate(flat)]
     args, kwargs = tree_unflatten(values, spec)
+    if node.target is torch.ops.aten.view.default:
+        return torch.ops.aten.reshape.default(*args)  # with an axis of branches the memory may lie otherwise
     return _mappable(node.target)(*args, **kwargs)
 
 
