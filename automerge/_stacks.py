@@ -142,41 +142,70 @@ def _inside(slot: Slot, place: Mapping[str, tuple[str, int]]) -> Slot:
 
 
 # -------------------------------------------------------------------- from inference
-def taken_apart(generator: Generator, names: Mapping[str, np.ndarray]) -> Generator | Exchange | None:
+def taken_apart(
+    generator: Generator, names: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
+) -> Generator | Exchange | None:
     """A generator on stacked parameters as one on the parameters, or as an exchange of modules.
 
     Args:
         generator: inferred from a graph in which parameters are stacked.
         names: stack -> the state-dict names along its leading axes.
+        shapes: of the stacks.
 
     Returns:
         None if it exchanges parts of parameters with those of others.
     """
-    whole: list[list[str]] = [[] for _ in range(generator.size)]
     slots: list[Slot] = []
+    moving: dict[tuple[str, int, bytes, tuple[tuple[int, int, int], ...]], list[Slot]] = {}
     for slot in generator.slots:
         if slot.param not in names:
             slots.append(slot)
             continue
         lead = names[slot.param].ndim
-        here = [slice(None)] * lead
-        for axis, start, stop in slot.within:
-            if axis < lead:
-                here[axis] = slice(start, stop)
-        inner = tuple((a - lead, b, c) for a, b, c in slot.within if a >= lead)
+        outer, inner = _divided(slot, lead)
         if slot.axis >= lead:
-            slots += [Slot(n, slot.axis - lead, slot.index, inner) for n in names[slot.param][tuple(here)].reshape(-1)]
-            continue
-        if inner:
-            return None
-        along = np.moveaxis(names[slot.param][tuple(here)], slot.axis, 0)
-        for row, index in zip(whole, slot.index, strict=True):
-            row += along[index].reshape(-1).tolist()
-    if not any(whole):
+            parts = _there(names[slot.param], outer).reshape(-1)
+            slots += [Slot(n, slot.axis - lead, slot.index, inner) for n in parts]
+        else:
+            moving.setdefault((slot.param, slot.axis, slot.index.tobytes(), outer), []).append(slot)
+    if not moving:
         return Generator(generator.size, tuple(slots), generator.name)
+    whole: list[list[str]] = [[] for _ in range(generator.size)]
+    for (param, axis, _, outer), same in moving.items():
+        lead = names[param].ndim
+        # where a gate is half of an axis, the halves are slots of their own
+        if not _fills([_divided(slot, lead)[1] for slot in same], shapes[param][lead:]):
+            return None
+        along = np.moveaxis(_there(names[param], outer), axis, 0)
+        for row, index in zip(whole, same[0].index, strict=True):
+            row += along[index].reshape(-1).tolist()
     if len({n for row in whole for n in row}) < sum(map(len, whole)):
         return None
     return Exchange(generator.size, tuple(tuple(row) for row in whole), tuple(slots), generator.name)
+
+
+def _divided(slot: Slot, lead: int) -> tuple[tuple[tuple[int, int, int], ...], tuple[tuple[int, int, int], ...]]:
+    """What confines a slot of a stack: along the stack's leading axes, and inside its parameters."""
+    outer = tuple(w for w in slot.within if w[0] < lead)
+    return outer, tuple((a - lead, b, c) for a, b, c in slot.within if a >= lead)
+
+
+def _there(names: np.ndarray, outer: Sequence[tuple[int, int, int]]) -> np.ndarray:
+    """The names of a stack that a slot is confined to."""
+    here = [slice(None)] * names.ndim
+    for axis, start, stop in outer:
+        here[axis] = slice(start, stop)
+    return names[tuple(here)]
+
+
+def _fills(boxes: Sequence[Sequence[tuple[int, int, int]]], shape: tuple[int, ...]) -> bool:
+    """Whether slices of a tensor are all of it."""
+    axes = sorted({a for box in boxes for a, _, _ in box})
+    filled = np.zeros([shape[a] for a in axes], bool)
+    for box in boxes:
+        within = {a: slice(b, c) for a, b, c in box}
+        filled[tuple(within.get(a, slice(None)) for a in axes)] = True
+    return bool(filled.all())
 
 
 def joined(sets: Sequence[Generator], found: Sequence[Generator]) -> tuple[Generator, ...]:

@@ -243,7 +243,7 @@ def _of_branches(
     if branches is None:
         return None
     other, seen, _ = infer_recorded(*branches.graphs)
-    found = [taken_apart(generator, branches.stacks) for generator in other.sets]
+    found = [taken_apart(generator, branches.stacks, other.shapes) for generator in other.sets]
     # of a table that is read in part, nothing says whether the rest may be exchanged
     partly = {*analysis.unread, *(n for stack in seen.unread for n in branches.stacks.get(stack, np.array([])).flat)}
     exchanges = tuple(e for e in found if isinstance(e, Exchange) and partly.isdisjoint(n for p in e.params for n in p))

@@ -329,6 +329,44 @@ def test_members_of_an_ensemble() -> None:
     assert symmetry.stacked.statistics == {"members.*.1.running_mean", "members.*.1.running_var"}
 
 
+class Attending(nn.MultiheadAttention):
+    def __init__(self) -> None:
+        super().__init__(WIDTH, 2)
+
+    def forward(self, x: Any) -> Any:
+        return super().forward(x, x, x, need_weights=False)[0]
+
+
+class Recurrent(nn.GRUCell):
+    def __init__(self) -> None:
+        super().__init__(WIDTH, WIDTH)
+
+    def forward(self, x: Any) -> Any:
+        return super().forward(x.tanh(), x)
+
+
+class Complex(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(WIDTH, WIDTH, dtype=torch.complex64)
+
+    def forward(self, x: Any) -> Any:
+        return super().forward(torch.complex(x, x)).real
+
+
+EXPERTS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "attention views what it permuted": (Attending, 4),
+    "half of an axis is a gate": (lambda: nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GLU()), 2),
+    "thirds of an axis are gates": (Recurrent, 4),
+    "complex": (Complex, 2),
+}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_of_all_kinds(name: str) -> None:
+    expert, parameters = EXPERTS[name]
+    assert _modules(infer(Mixture(_summed, expert), X)) == [(COUNT, parameters)]
+
+
 # ---------------------------------------------------------------- what is no exchange
 def _weighed(h: Any, scores: Any, experts: Any) -> Any:
     return sum((e + 1) * expert(h) for e, expert in enumerate(experts))
