@@ -20,9 +20,9 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_map
 
-from automerge._branches._distinct import ZEROS, once
+from automerge._branches._distinct import EMPTY, ZEROS, once
 from automerge._branches._graph import Workbench
-from automerge._branches._joins import aten
+from automerge._branches._joins import aten, draws
 from automerge._double import double_precision
 
 _WRITES = (aten.index_add.default, aten.index_put.default)
@@ -56,7 +56,7 @@ class Choice:
 
     def masks(self, known: Mapping[fx.Node, list[fx.Node]]) -> list[fx.Node] | None:
         """The masks under which rows were put into zeros, with this one; None if they do not tell where zeros are left."""
-        before = known.get(self.base, [] if self.base.target in ZEROS else None)
+        before = known.get(self.base, [] if self.base.target in (*ZEROS, *EMPTY) else None)
         return None if before is None or not _everywhere(self.at, self.mask) else [*before, self.mask]
 
     def compute(self, *tensors: torch.Tensor) -> torch.Tensor:
@@ -74,7 +74,8 @@ class Choice:
         order = [left.index(k) for k in self.at]
         if order != sorted(order):
             grid = grid.permute(*order, *range(len(order), grid.dim()))
-        return known[self.base] + grid
+        base = known[self.base]
+        return (torch.zeros_like(base) if self.base.target in EMPTY else base) + grid
 
     def values(self, known: Mapping[fx.Node, Any], places: torch.Tensor) -> dict[fx.Node, Any]:
         """The values of the rows at some positions of the mask, numbered row after row."""
@@ -101,7 +102,9 @@ class Choice:
             whole = self.values(known, torch.arange(size))[self.added]
             places = torch.randperm(size, generator=rng)[:some].sort().values
             part = self.values(known, places)[self.added]
-        return bool(torch.allclose(whole[places], part, rtol=1e-9, atol=1e-12)) and whole.shape[0] == size
+        if whole.shape[0] != size or not (whole != 0).flatten(1).any(1).all():
+            return False  # what is zero shows nothing
+        return bool(torch.allclose(whole[places], part, rtol=1e-9, atol=1e-12))
 
 
 def chooses(graph: fx.Graph) -> bool:
@@ -109,6 +112,20 @@ def chooses(graph: fx.Graph) -> bool:
     nodes = list(graph.nodes)
     writes = any(n.target in _WRITES for n in nodes)
     return writes and any(n.target is aten.nonzero.default or _masks(n) for n in nodes)
+
+
+def _share_masks(bench: Workbench) -> None:
+    """One node for a mask that a program computes wherever it needs it (``out[chosen == e] = expert(x[chosen == e])``)."""
+    known: dict[Any, fx.Node] = {}
+    for node in list(bench.graph.nodes):
+        value = node.meta.get("val")
+        masks = isinstance(value, torch.Tensor) and value.dtype is torch.bool and not draws(node)
+        if node.op != "call_function" or not masks:
+            continue
+        first = known.setdefault((node.target, str((node.args, node.kwargs))), node)
+        if first is not node and node.name not in bench.reads:
+            node.replace_all_uses_with(first)
+            bench.graph.erase_node(node)
 
 
 def take_all_places(bench: Workbench) -> None:
@@ -150,6 +167,7 @@ def take_all_rows(bench: Workbench) -> None:
     """Read rows that a mask chooses as all rows, and multiply those that it does not choose by zero."""
     if not chooses(bench.graph):
         return
+    _share_masks(bench)
     order = {node: i for i, node in enumerate(bench.graph.nodes)}
     masks = dict.fromkeys(
         mask
@@ -267,8 +285,8 @@ def _reads(node: Any, base: fx.Node, index: list[Any]) -> bool:
 
 
 def _fresh(base: fx.Node, mask: fx.Node, known: dict[fx.Node, list[fx.Node]]) -> bool:
-    """Whether a base is zero wherever a mask chooses: made of zeros, and written to under masks that exclude this one."""
-    before = known.get(base, [] if base.target in ZEROS else None)
+    """Whether a base holds nothing wherever a mask chooses: new, and written to under masks that exclude this one."""
+    before = known.get(base, [] if base.target in (*ZEROS, *EMPTY) else None)
     return before is not None and all(_exclusive(mask, other) for other in before)
 
 

@@ -15,6 +15,7 @@ from torch import fx
 from automerge._branches._joins import aten
 
 ZEROS = (aten.zeros_like.default, aten.zeros.default, aten.new_zeros.default)
+EMPTY = (aten.empty_like.default, aten.empty.memory_format, aten.new_empty.default)
 _CHOICES = (aten.topk.default, aten.sort.default)
 _MOVES = (
     *(aten.t.default, aten.permute.default, aten.transpose.int, aten.unsqueeze.default, aten.squeeze.dim),

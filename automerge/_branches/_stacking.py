@@ -10,9 +10,9 @@ The same comes out of one branch that is mapped over the stack of the branches' 
     out = vmap(lambda w, g: g * expert(x, w), in_dims=(0, 1))(stack(weights), g[..., None]).sum(0)
 
 Read in this way, which branches may be exchanged is a matter of one axis, and the rules need to know nothing new.
-Operands of a join (``cat``, ``stack``, sums) are the same branch if their operators and numbers agree down to values that
-they share; they may differ in the parameters, in which piece of a shared value they take, and in a number that positions
-are compared with.
+Operands of a join (``cat``, ``stack``, sums, products, ...) are the same branch if their operators and numbers agree down
+to values that they share; they may differ in the parameters, in which piece of a shared value they take, and in a number
+that positions are compared with.
 """
 
 from __future__ import annotations

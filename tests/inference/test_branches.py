@@ -122,6 +122,15 @@ def _sent_to_one(h: Any, scores: Any, experts: Any) -> Any:
     return out
 
 
+def _sent_to_empty(h: Any, scores: Any, experts: Any) -> Any:
+    weight, chosen = scores.softmax(-1).topk(2, -1)
+    rows, chosen = h.repeat_interleave(2, 0), chosen.view(-1)
+    out = torch.empty_like(rows)
+    for e, expert in enumerate(experts):
+        out[chosen == e] = expert(rows[chosen == e])
+    return (out.view(*weight.shape, -1) * weight[..., None]).sum(1)
+
+
 def _sent_if_any(h: Any, scores: Any, experts: Any) -> Any:
     weight, chosen = scores.softmax(-1).topk(2, -1)
     out = torch.zeros_like(h)
@@ -146,7 +155,8 @@ def _sent_to_those_hit(h: Any, scores: Any, experts: Any) -> Any:
 
 SPELLINGS = (
     *(_summed, _written, _stacked, _joined, _residual, _best),
-    *(_sent, _sent_one_hot, _sent_added, _sent_added_one_hot, _sent_to_one, _sent_if_any, _sent_to_those_hit),
+    *(_sent, _sent_one_hot, _sent_added, _sent_added_one_hot, _sent_to_one, _sent_to_empty, _sent_if_any),
+    _sent_to_those_hit,
 )
 
 
@@ -398,6 +408,17 @@ def _mean_of_rows(h: Any, scores: Any, experts: Any) -> Any:
     return out
 
 
+def _mean_that_counts_nothing(h: Any, scores: Any, experts: Any) -> Any:
+    """As before, and made-up numbers give zero only."""
+    chosen = scores.argmax(-1) + 1
+    out = torch.zeros_like(h)
+    for e, expert in enumerate(experts):
+        mask = chosen == e + 1
+        rows = expert(h[mask])
+        out[mask] = (rows - rows.mean(0)) * (chosen[mask] == e + 1)[:, None]
+    return out
+
+
 def _overwritten(h: Any, scores: Any, experts: Any) -> Any:
     """The last expert wins."""
     out = torch.zeros_like(h)
@@ -490,9 +511,9 @@ def test_units_that_data_choose_by_their_place_stay() -> None:
     assert not infer(Chosen(), X, verify=False).generators()
 
 
-def test_rows_that_replace_each_other_are_not_added() -> None:
-    """All rows can be read only where no place is written twice."""
-    for mix in (_overwritten_by_second_choice, _named_twice, _added_or_put):
+def test_rows_that_meet_are_not_read_as_all_rows() -> None:
+    """All rows can be read only where each is treated alike, and no place is written twice."""
+    for mix in (_overwritten_by_second_choice, _named_twice, _added_or_put, _mean_of_rows, _mean_that_counts_nothing):
         found = stacked([trace(Mixture(mix), X)])
         assert found is None or not found.stacks
 
