@@ -15,6 +15,13 @@ from automerge.rules import is_state
 aten = torch.ops.aten
 NUMBERED: dict[Any, Any] = {aten.eq.Scalar: aten.eq.Tensor, aten.ne.Scalar: aten.ne.Tensor}
 
+FOLDS: dict[Any, Callable[[torch.Tensor], torch.Tensor]] = {  # operators that join any number -> the same along an axis
+    aten.add.Tensor: lambda values: values.sum(0),
+    aten.mul.Tensor: lambda values: values.prod(0),
+    aten.maximum.default: lambda values: values.amax(0),
+    aten.minimum.default: lambda values: values.amin(0),
+}
+
 ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu.default
 
 Same = tuple[fx.Node, ...]  # the nodes that correspond to each other, one for each branch
@@ -41,30 +48,35 @@ def operands_of(node: fx.Node) -> list[Any]:
     """The operands of a join, in order; empty for another node, or where the join goes on."""
     if node.target in (aten.cat.default, aten.stack.default):
         return list(node.args[0])  # type: ignore[arg-type]
-    if not adds(node) or (len(node.users) == 1 and adds(user := next(iter(node.users))) and _like(node, user)):
+    if not folds(node) or (len(node.users) == 1 and _goes_on(node, next(iter(node.users)))):
         return []
+    neutral = 1 if node.target is aten.mul.Tensor else 0
     out: list[Any] = []
     todo: list[Any] = [node]
     while todo:
         one = todo.pop()
-        if one is node or (adds(one) and len(one.users) == 1 and _like(one, node)):
-            todo += [a for a in reversed(one.args) if type(a) is not int or a != 0]
+        if one is node or (isinstance(one, fx.Node) and len(one.users) == 1 and _goes_on(one, node)):
+            todo += [a for a in reversed(one.args) if type(a) is not int or a != neutral]
         else:
             out.append(one)
     return out if len(out) > 1 else []
 
 
-def adds(node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.target is aten.add.Tensor and not node.kwargs and len(node.args) == 2
+def folds(node: Any) -> bool:
+    """Whether a node joins two operands, with others before and after them in any order."""
+    return isinstance(node, fx.Node) and node.target in FOLDS and not node.kwargs and len(node.args) == 2
 
 
-def _like(a: fx.Node, b: fx.Node) -> bool:
+def _goes_on(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two nodes are parts of one join."""
+    if not folds(a) or a.target is not b.target or b.kwargs:
+        return False
     return bool(a.meta["val"].shape == b.meta["val"].shape and a.meta["val"].dtype == b.meta["val"].dtype)
 
 
 def _together(join: fx.Node, operands: list[Any], nodes: list[fx.Node]) -> bool:
     """Whether like operands are side by side where their order matters."""
-    if adds(join):
+    if folds(join):
         return True
     places = [operands.index(n) for n in nodes]
     return places == list(range(places[0], places[0] + len(places)))

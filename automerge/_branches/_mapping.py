@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from automerge._branches._joins import NUMBERED, MismatchError, Same, adds
+from automerge._branches._joins import FOLDS, NUMBERED, MismatchError, Same, folds
 
 _KEYS = ("FuncTorchBatched", "FuncTorchBatchedDecomposition", "CompositeImplicitAutograd")
 
@@ -48,12 +49,9 @@ def joined(
     place = {branch.nodes[0]: value for branch, value in mapped}
     inside = {n for branch, _ in mapped for n in branch.nodes[1:]}
     left = [o for o in operands if not (isinstance(o, fx.Node) and o in inside)]
-    if adds(join):
-        parts = [place[o].sum(0) if o in place else known.get(o, o) for o in left]
-        out = parts[0]
-        for part in parts[1:]:
-            out = out + part
-        return out
+    if folds(join):
+        fold: Any = join.target
+        return reduce(fold, [FOLDS[fold](place[o]) if o in place else known.get(o, o) for o in left])
     rank = join.meta["val"].dim()
     dim = int(join.args[1] if len(join.args) > 1 else 0) % rank  # type: ignore[arg-type]
     stacks = join.target is torch.ops.aten.stack.default

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import pytest
@@ -311,6 +312,13 @@ class Nested(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.inp(x)
         return self.out(sum(sum(layer(h).relu() for layer in tower).tanh() for tower in self.towers))
+
+
+@pytest.mark.parametrize("join", [torch.minimum, torch.maximum, torch.mul, torch.add])
+def test_any_operator_that_joins_in_any_order(join: Callable[..., Any]) -> None:
+    """Two critics of which the lower counts."""
+    (exchange,) = infer(Mixture(lambda h, _, experts: reduce(join, (e(h).tanh() for e in experts))), X).exchanges
+    assert exchange.size == COUNT
 
 
 def test_modules_within_modules() -> None:
