@@ -246,7 +246,10 @@ def _of_branches(
     found = [taken_apart(generator, branches.stacks, other.shapes) for generator in other.sets]
     # of a table that is read in part, nothing says whether the rest may be exchanged
     partly = {*analysis.unread, *(n for stack in seen.unread for n in branches.stacks.get(stack, np.array([])).flat)}
-    exchanges = tuple(e for e in found if isinstance(e, Exchange) and partly.isdisjoint(n for p in e.params for n in p))
+    read = (
+        _among(e, [u for u, p in enumerate(e.params) if partly.isdisjoint(p)]) for e in found if isinstance(e, Exchange)
+    )
+    exchanges = tuple(e for e in read if e.size > 1)
     sets = joined(symmetry.sets, [g for g in found if isinstance(g, Generator)])
     if not exchanges and sets == symmetry.sets:
         return symmetry
@@ -258,6 +261,12 @@ def _of_branches(
     kept = [n for n in symmetry.notes if n not in _reach(analysis, before)]
     notes = tuple(dict.fromkeys((*kept, *_reach(analysis, unused), *seen.engine.notes)))
     return replace(out, pins=pins, notes=notes)
+
+
+def _among(exchange: Exchange, units: list[int]) -> Exchange:
+    """An exchange of some of its units."""
+    slots = tuple(replace(s, index=s.index[units]) for s in exchange.slots)
+    return Exchange(len(units), tuple(exchange.params[u] for u in units), slots, exchange.name)
 
 
 def infer_recorded(*graphs: fx.GraphModule) -> tuple[Symmetry, Analysis, Assembler]:

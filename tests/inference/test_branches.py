@@ -565,6 +565,16 @@ def test_tied_experts_are_one() -> None:
     infer(net, X)  # verified
 
 
+def test_an_expert_that_no_row_is_sent_to_stays() -> None:
+    """Nothing shows what it does; the others may be exchanged all the same."""
+    net = Mixture(_sent)
+    with torch.no_grad():
+        net.gate.bias[1] = -1e6
+    (exchange,) = infer(net, X, verify=False).exchanges
+    assert {n.split(".")[1] for names in exchange.params for n in names} == {"0", "2"}
+    assert {tuple(s.index.ravel().tolist()) for s in exchange.slots} == {(0, 2)}
+
+
 def test_tables_that_are_read_in_part_stay() -> None:
     """Two tables of which these inputs read one row each may differ in the rows that others read."""
 
