@@ -64,10 +64,11 @@ class Recorder(TorchDispatchMode):
         persistent = set(model.state_dict(keep_vars=True))
         tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         first: dict[tuple[Any, ...], str] = {}
+        fixed = {id(tensor) for name, tensor in tensors if name in constants}  # under all names of a tied one
         for name, tensor in tensors:
             if name not in persistent or not isinstance(tensor, torch.Tensor):
                 continue
-            if name in constants:
+            if id(tensor) in fixed:
                 self.keep(name, tensor, tensor.detach().clone())
                 continue
             key = (id(tensor),) if tensor.numel() == 0 else _layout(tensor)

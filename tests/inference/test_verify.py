@@ -393,3 +393,18 @@ def test_numbers_that_other_libraries_draw_are_the_same_in_every_pass(library: A
     assert not any("not verified" in note for note in symmetry.notes)
     assert_sound(model, x, symmetry)
     assert [library.uniform(0, 1) for _ in range(3)] == drawn  # what the passes drew is not the caller's
+
+
+@pytest.mark.parametrize("name", ["first.running_mean", "second.running_mean"])
+def test_a_constant_with_two_names(name):
+    class Twice(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+            self[1].running_mean.normal_()
+
+        def forward(self, x):
+            return self[3](self[2](self.first(self[0](x))))
+
+    net = Twice().eval()
+    net.first = net.second = net[1]
+    assert not infer(net, torch.randn(16, 4), constants=[name]).generators()
