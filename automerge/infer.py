@@ -180,21 +180,28 @@ def _verified(
     """The symmetry that verification passes, and what that measured.
 
     Where the groups hold on the recorded path only, they are inferred again from it and from the one that showed it:
-    that of longer inputs, or of other weights.
+    that of longer inputs, or of other weights. What only branches show must not end inference where it does not hold.
     """
     notes: list[str] = []
+    recorded, plain = list(graphs), False
     while True:
         try:
             return symmetry, check_symmetry(model, args, symmetry, kwargs)
         except InvarianceError as error:
-            if not isinstance(error, OtherPathError) or len(graphs) > _MAX_PATHS:
+            if isinstance(error, OtherPathError) and len(graphs) <= _MAX_PATHS:
+                graphs.append(error.graph)
+                notes.append(f"{str(error).partition(': ')[0]}; they were inferred again to hold on both")
+            elif not plain and "branches_seconds" in symmetry.stats:
+                graphs, plain = recorded, True
+                notes = [
+                    f"that branches of the model are interchangeable did not hold and was left out ({error}); please report it"
+                ]
+            else:
                 raise InvarianceError(
                     f"{error}. This is a defect of the rule for that operator or one before it: please report it, and pin "
                     "the operator with automerge.register_rule meanwhile"
                 ) from error
-            graphs.append(error.graph)
-            notes.append(f"{str(error).partition(': ')[0]}; they were inferred again to hold on both")
-        symmetry, _ = infer_graph(*graphs)
+        symmetry = infer_recorded(*graphs)[0] if plain else infer_graph(*graphs)[0]
         object.__setattr__(symmetry, "notes", (*symmetry.notes, *dict.fromkeys(notes)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -580,6 +581,16 @@ def test_an_expert_that_no_row_is_sent_to_is_one_of_them() -> None:
     (exchange,) = infer(net, X, verify=False).exchanges
     assert {n.split(".")[1] for names in exchange.params for n in names} == {"0", "1", "2"}
     assert_sound(net, X, infer(net, X))
+
+
+def test_an_exchange_that_does_not_hold_is_left_out_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake in what branches show must not end inference; what the recorded graph shows is kept."""
+    sound = infer(Mixture(_summed), X)
+    monkeypatch.setattr("automerge.infer._among", lambda exchange, _: replace(exchange, slots=()))
+    found = infer(Mixture(_summed), X)
+    assert not found.exchanges
+    assert found.generators() == sound.generators()
+    assert any("please report it" in note for note in found.notes)
 
 
 def test_tables_that_are_read_in_part_stay() -> None:
