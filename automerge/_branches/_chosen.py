@@ -190,7 +190,7 @@ def take_all_rows(bench: Workbench) -> None:
         if made is not None:
             masks_so_far = choice.masks(put)
             if masks_so_far is not None:
-                put[made] = masks_so_far
+                put[made[0]] = masks_so_far
             bench.erase([*choice.closure, choice.write])
 
 

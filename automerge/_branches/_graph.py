@@ -63,21 +63,27 @@ class Workbench:
         if fixed and not draws(node):
             self.constant.add(node)
 
-    def put(self, node: fx.Node, compute: Callable[..., torch.Tensor], sources: list[fx.Node]) -> fx.Node | None:
-        """Record a function of the values of some nodes, in the place of a node; None if it does not run."""
+    def put(self, node: fx.Node, compute: Callable[..., Any], sources: list[fx.Node]) -> list[fx.Node] | None:
+        """Record a function of the values of some nodes; the first of its results takes the place of a node.
+
+        Returns:
+            The nodes of all results; None if the function does not run.
+        """
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 found = record(compute, [n.meta["val"] for n in sources], **_origin(node), compute=False)
         except (TraceError, NotImplementedError, RuntimeError, TypeError, ValueError, IndexError):
             return None  # an operator that cannot be mapped
-        (result,) = next(n for n in found.graph.nodes if n.op == "output").args[0]
-        was, now = node.meta["val"], result.meta["val"]
+        results: Any = next(n for n in found.graph.nodes if n.op == "output").args[0]
+        was, now = node.meta["val"], results[0].meta["val"]
         if was.shape != now.shape or was.dtype != now.dtype or found.meta["trace"].reads:
             return None
-        return self._inline(node, found, sources, result)
+        return self._inline(node, found, sources, results)
 
-    def _inline(self, join: fx.Node, mapped_once: fx.GraphModule, sources: list[fx.Node], result: fx.Node) -> fx.Node:
+    def _inline(
+        self, join: fx.Node, mapped_once: fx.GraphModule, sources: list[fx.Node], results: list[fx.Node]
+    ) -> list[fx.Node]:
         made: dict[fx.Node, fx.Node] = {}
         given = iter(sources)
         with self.graph.inserting_before(join):
@@ -94,9 +100,9 @@ class Workbench:
                 self.know(made[node])
                 if made[node] not in self.constant:
                     made[node].meta["val"] = _shadows(node.meta["val"])
-        join.replace_all_uses_with(made[result])
-        self.hashes[join] = self.hashes[made[result]]
-        return made[result]
+        join.replace_all_uses_with(made[results[0]])
+        self.hashes[join] = self.hashes[made[results[0]]]
+        return [made[r] for r in results]
 
     def fixed(self, value: torch.Tensor, like: fx.Node) -> fx.Node:
         """A node for a constant, where nodes are inserted now."""

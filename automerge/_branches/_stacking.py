@@ -87,6 +87,7 @@ class _Work(Workbench):
         shared = {name for a, b, _ in graph.meta["trace"].overlaps for name in (a, b)}
         self.pinned = shared | set(graph.meta["trace"].rewritten)
         self.stacks: dict[str, np.ndarray] = {}
+        self.side_by_side: dict[Same, fx.Node] = {}  # what corresponds in branches that were joined -> its stack
         self.stacked = 0  # how many branches
         self.telling: set[Same] = set()  # what told them apart
 
@@ -193,6 +194,8 @@ class _Work(Workbench):
         first = same[0]
         if len(set(same)) == 1:
             return Leaf(first, whole)
+        if same in self.side_by_side:
+            return Leaf(self.side_by_side[same], along(0))
         if all(n.op == "get_attr" for n in same):
             values = [n.meta["val"] for n in same]
             if all(torch.equal(v, values[0]) for v in values):
@@ -259,11 +262,15 @@ class _Work(Workbench):
         others = [o for o in operands if isinstance(o, fx.Node) and o not in inside]
         sources = list(dict.fromkeys(s for s in (*leaves, *others) if isinstance(s, fx.Node)))
 
-        def compute(*tensors: torch.Tensor) -> torch.Tensor:
+        def compute(*tensors: torch.Tensor) -> list[torch.Tensor]:
             known: dict[Any, Any] = dict(zip(sources, tensors, strict=True))
-            return joined(join, operands, [(b, mapped(b, known)) for b in branches], known)
+            values = [(b, mapped(b, known)) for b in branches]
+            return [joined(join, operands, values, known), *(value for _, value in values)]
 
-        return self.put(join, compute, sources) is not None
+        made = self.put(join, compute, sources)
+        if made is not None:
+            self.side_by_side.update(zip((b.nodes for b in branches), made[1:], strict=True))
+        return made is not None
 
 
 def _telling(branch: Branch) -> set[Same]:
