@@ -30,7 +30,7 @@ _CUTTING = _aten(
     *("slice_copy", "select_copy", "narrow_copy", "split_copy", "split_with_sizes_copy", "unbind_copy"),
     *("gather", "take", "diagonal", "unfold", "as_strided", "constant_pad_nd"),
 )
-_MOVING = _CUTTING | _aten(
+MOVING = _CUTTING | _aten(
     *("view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "repeat"),
     *("flip", "roll", "contiguous", "flatten", "unflatten", "movedim", "diagonal", "cat", "stack", "unfold"),
 )
@@ -108,7 +108,7 @@ def _selects(node: fx.Node, constant: Collection[fx.Node]) -> bool:
     value, tags = node.meta["val"], getattr(node.target, "tags", ())
     if node.op == "placeholder" or not isinstance(value, torch.Tensor):
         return False
-    if torch.Tag.reduction in tags or torch.Tag.pointwise in tags or schema_name(node) in _MOVING or _chooses(node):
+    if torch.Tag.reduction in tags or torch.Tag.pointwise in tags or schema_name(node) in MOVING or _chooses(node):
         return False
     sources = [n.meta["val"] for n in node.all_input_nodes if n not in constant]
     smaller = any(isinstance(v, torch.Tensor) and v.numel() > value.numel() for v in sources)
@@ -173,7 +173,7 @@ class _Back:
                 return _seen(user, node, needed)
             if any(not _real(n) and n not in self.constant for n in user.all_input_nodes):
                 return True  # places that depend on data
-            if name in _MOVING:
+            if name in MOVING:
                 return self._moved(user, node, needed)
             if torch.Tag.reduction in getattr(user.target, "tags", ()):
                 return _summed(user, node, needed)

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from automerge._double import double_precision
-from automerge.rules._reads import liveness
+from automerge.rules._reads import MOVING, liveness, schema_name
 
 _MAX_ENTRIES = 4_000_000
 _TOLERANCE = 1e-6
@@ -59,7 +59,9 @@ def _reaches(
             if n not in held:
                 _make_up(n, rng, made)
         values = [_computed(node, {**made, **{n: v[k] for n, v in held.items()}}) for k in range(len(held[start]))]
-        if not all(_same(values[0], v) for v in values[1:]):
+        if all(_same(values[0], v) for v in values[1:]):
+            made[node] = values[0]
+        else:
             held[node] = values
     return False
 
@@ -72,12 +74,14 @@ def _computed(node: fx.Node, given: Mapping[fx.Node, Any]) -> Any:
 def _make_up(node: fx.Node, rng: torch.Generator, made: dict[fx.Node, Any]) -> None:
     """Any numbers in the place of a tensor, in ``made``; whole numbers and masks as they were recorded.
 
-    Those that are made from whole numbers alone are computed: where rows are left unsorted, others were recorded.
+    Those that are made from whole numbers alone are computed: where rows are left unsorted, others were recorded. So is what
+    an operator only moves: a row that is read for each of several choices is the same row.
     """
     value = node.meta["val"]
     if node in made:
         return
-    if node.op == "call_function" and all(map(_is_whole, (node, *node.all_input_nodes))):
+    whole = all(map(_is_whole, (node, *node.all_input_nodes)))
+    if node.op == "call_function" and (whole or schema_name(node) in MOVING):
         for n in node.all_input_nodes:
             _make_up(n, rng, made)
         made[node] = _computed(node, made)
