@@ -94,7 +94,8 @@ def _any(value: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
         raise ValueError("cannot be made up")
     if not value.is_floating_point():
         return value.cpu()
-    return torch.rand(value.shape, generator=rng, dtype=torch.float64) + 0.5
+    # small, so that no bound cuts their products off, and positive, so that roots of them exist
+    return 0.1 * torch.rand(value.shape, generator=rng, dtype=torch.float64) + 0.05
 
 
 def _is_whole(node: fx.Node) -> bool:
