@@ -43,7 +43,7 @@ _PIECES = _aten("split", "split_with_sizes", "unbind", "split_copy", "split_with
 _PRODUCTS = _aten("mm", "bmm", "mv", "addmm", "baddbmm", "addmv", "dot", "matmul")
 _CHOOSING = re.compile("max|min|sort|top|median|mode|kth|quantile")
 _MAX_MIXED = 4_000_000
-_SAME = _aten("clone", "_to_copy", "to", "lift_fresh_copy", "detach", "alias")
+SAME = _aten("clone", "_to_copy", "to", "lift_fresh_copy", "detach", "alias")
 
 
 def unread(
@@ -167,7 +167,7 @@ class _Back:
             return True
         needed = self.all_of(user)
         try:
-            if name in _SAME or torch.Tag.pointwise in getattr(user.target, "tags", ()):
+            if name in SAME or torch.Tag.pointwise in getattr(user.target, "tags", ()):
                 return needed.float().sum_to_size(tuple(node.meta["val"].shape)) > 0
             if name in _VIEWS:
                 return _seen(user, node, needed)

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from automerge._double import double_precision
-from automerge.rules._reads import MOVING, liveness, schema_name
+from automerge.rules._reads import MOVING, SAME, liveness, schema_name
 
 _MAX_ENTRIES = 4_000_000
 _TOLERANCE = 1e-6
@@ -75,13 +75,13 @@ def _make_up(node: fx.Node, rng: torch.Generator, made: dict[fx.Node, Any]) -> N
     """Any numbers in the place of a tensor, in ``made``; whole numbers and masks as they were recorded.
 
     Those that are made from whole numbers alone are computed: where rows are left unsorted, others were recorded. So is what
-    an operator only moves: a row that is read for each of several choices is the same row.
+    an operator only moves, or changes by itself: a row that is read for each of several choices is the same row.
     """
     value = node.meta["val"]
     if node in made:
         return
     whole = all(map(_is_whole, (node, *node.all_input_nodes)))
-    if node.op == "call_function" and (whole or schema_name(node) in MOVING):
+    if node.op == "call_function" and (whole or _entry_by_entry(node)):
         for n in node.all_input_nodes:
             _make_up(n, rng, made)
         made[node] = _computed(node, made)
@@ -96,6 +96,12 @@ def _any(value: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
         return value.cpu()
     # small, so that no bound cuts their products off, and positive, so that roots of them exist
     return 0.1 * torch.rand(value.shape, generator=rng, dtype=torch.float64) + 0.05
+
+
+def _entry_by_entry(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    pointwise = torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
+    return pointwise or schema_name(node) in MOVING | SAME
 
 
 def _is_whole(node: fx.Node) -> bool:

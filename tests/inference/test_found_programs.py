@@ -155,3 +155,32 @@ def test_a_view_of_memory_outside_its_operand_reads_what_that_is_a_view_of(colum
         symmetry = infer(model, ROWS, verify=False)
     assert symmetry.unruled
     assert not symmetry.generators()
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        lambda h: h[:, None].expand(-1, 2, -1).reshape(-1, 6),
+        lambda h: h[torch.arange(2 * len(h)) // 2],
+        lambda h: h.repeat_interleave(2, 0).clamp(max=1e3),
+    ],
+    ids=["expanded", "looked up", "repeated"],
+)
+def test_experts_chosen_in_no_particular_order_are_free(rows: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """A token's row is read for each of its experts: the same row, in whatever order they are listed."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inp, self.gate, self.out = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(6, 2)
+            self.up, self.down = nn.Parameter(torch.randn(5, 6, 3)), nn.Parameter(torch.randn(5, 3, 6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.inp(x)
+            weight, chosen = self.gate(h).softmax(-1).topk(2, -1, sorted=False)
+            up, down = self.up[chosen.flatten()], self.down[chosen.flatten()]
+            y = torch.bmm(torch.bmm(rows(h)[:, None], up).relu(), down)[:, 0] * weight.reshape(-1, 1)
+            return self.out(y.view(len(h), 2, 6).sum(1))
+
+    symmetry = infer(Experts(), torch.randn(7, 4))
+    assert any({(s.param, s.axis) for s in g.slots} >= {("up", 0), ("gate.weight", 0)} for g in symmetry.generators())
