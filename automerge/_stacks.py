@@ -224,10 +224,11 @@ def _inside_of(small: Generator, large: Generator) -> bool:
         rows = slots.get((slot.param, slot.axis, slot.within))
         if rows is None or rows.shape[1] != slot.index.shape[1]:
             return False
-        same = (slot.index[:, None] == rows[None]).all(2)
-        if not same.any(1).all() or (units is not None and not np.array_equal(same.argmax(1), units)):
+        number = {row.tobytes(): u for u, row in enumerate(np.ascontiguousarray(rows))}
+        own = np.array([number.get(row.tobytes(), -1) for row in np.ascontiguousarray(slot.index)])
+        if (own < 0).any() or (units is not None and not np.array_equal(own, units)):
             return False
-        units = same.argmax(1)
+        units = own
     return units is not None
 
 

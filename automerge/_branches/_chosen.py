@@ -40,7 +40,6 @@ class Choice:
         write: where the rows are put back.
         base: what they are put into.
         added: the node that holds what each row adds to the base.
-        puts: whether the rows replace what was there, which is zero.
         at: along which axes of the mask the base lies.
         outside: the nodes that the rows are made from, the base and the mask first.
     """
@@ -93,11 +92,13 @@ class Choice:
         return env
 
     def alike(self, constant: set[fx.Node]) -> bool:
-        """Whether every row is treated as it would be among others."""
+        """Whether every row is treated as it would be among others; fewer are tried, also where all were chosen."""
         rng = torch.Generator().manual_seed(0)
         known = {n: _made_up(n, n in constant, rng) for n in self.outside}
         size = known[self.mask].numel()
-        some = self.rows[0].meta["val"].shape[0] or min(2, size)
+        some = min(self.rows[0].meta["val"].shape[0] or 2, size - 1)
+        if some < 1:
+            return False
         with torch.no_grad(), double_precision():
             whole = self.values(known, torch.arange(size))[self.added]
             places = torch.randperm(size, generator=rng)[:some].sort().values
@@ -152,15 +153,20 @@ def take_all_places(bench: Workbench) -> None:
 
 
 def _asked(node: fx.Node, reads: set[str]) -> bool:
-    """Whether python looked at all entries of a value."""
-    if node.name in reads:
-        return True
+    """Whether python took the entries of a value one by one, looked at each, and used each in an operator.
+
+    What it made of a list of numbers alone, a trace does not tell.
+    """
+    entries = [one for user in node.users if user.target is aten.unbind.int for one in user.users]
+    return bool(entries) and all(_views(one, reads) >= {"seen", "used"} for one in entries)
+
+
+def _views(node: fx.Node, reads: set[str]) -> set[str]:
+    """What happens to a value or a view of it: python saw it, an operator used it."""
+    out = {"seen"} if node.name in reads else set()
     for user in node.users:
-        if user.target is aten.unbind.int and all(_asked(one, reads) for one in user.users):
-            return True
-        if user.target in _SAME and _asked(user, reads):
-            return True
-    return False
+        out |= _views(user, reads) if user.target in _SAME else {"used"}
+    return out
 
 
 def take_all_rows(bench: Workbench) -> None:
@@ -305,8 +311,7 @@ def _axes(index: list[Any], mask: fx.Node, rows: list[fx.Node]) -> tuple[int, ..
     """The axes of the mask that the indices of a write run along."""
     if index == [mask]:
         return tuple(range(mask.meta["val"].dim()))
-    place = torch.zeros(mask.meta["val"].shape, dtype=torch.bool)
-    place.fill_(True)
+    place = torch.ones(mask.meta["val"].shape, dtype=torch.bool)
     env: dict[fx.Node, Any] = {}
     for node in rows:
         if node.target is aten.nonzero.default and node.args[0] is mask:
@@ -337,5 +342,5 @@ def _made_up(node: fx.Node, constant: bool, rng: torch.Generator) -> torch.Tenso
     if constant:
         return value
     if value.is_floating_point() or value.is_complex():
-        return torch.rand(value.shape, generator=rng, dtype=torch.float64) + 0.1
+        return 0.1 * torch.rand(value.shape, generator=rng, dtype=torch.float64) + 0.05  # small: nothing saturates
     return torch.zeros(value.shape, dtype=value.dtype)

@@ -231,7 +231,7 @@ class _Work(Workbench):
         shape = (len(parts), *value.shape)
         stack.meta = {**parts[0].meta, "name": name, "val": torch.empty(shape, dtype=value.dtype, device="meta")}
         stack.target = stack.name
-        self.hashes[stack] = hash(("state", shape, str(value.dtype)))
+        self.know(stack)
         with self.graph.inserting_before(next(n for n in self.graph.nodes if n.op != "placeholder")):
             for e, part in enumerate(parts):
                 one = self.graph.call_function(aten.select.int, (stack, 0, e))

@@ -535,6 +535,41 @@ def test_rows_that_meet_are_not_read_as_all_rows() -> None:
         assert found is None or not found.stacks
 
 
+def test_units_that_python_lists_stay() -> None:
+    """All are listed here; where some are not, the others meet other rows of the table."""
+
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inp, self.table = nn.Linear(4, 5), nn.Parameter(torch.randn(5, 3))
+            self.parts = nn.ModuleList(nn.Linear(4, 3) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.inp(x).sigmoid()
+            places = (h.mean(0) > 0.001).nonzero()[:, 0].tolist()
+            return h[:, places] @ self.table[: len(places)] + sum(part(x) for part in self.parts)
+
+    assert not infer(Listed(), X, verify=False).generators()
+
+
+def test_rows_that_are_put_back_by_their_place_stay() -> None:
+    """Every row is chosen here; where some are not, the others meet other rows of the table."""
+
+    class Put(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inp, self.table, self.rows = (nn.Linear(4, 5), *(nn.Parameter(torch.randn(5, 3)) for _ in range(2)))
+            self.parts = nn.ModuleList(nn.Linear(4, 3) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.inp(x).sigmoid()
+            places = (h.mean(0) > 0.001).nonzero()[:, 0]
+            made = torch.zeros(5, 3).index_add(0, places, self.rows[places] * self.table[: len(places)])
+            return h @ made + sum(part(x) for part in self.parts)
+
+    assert not [g for g in infer(Put(), X, verify=False).generators() if g.size == 5]
+
+
 def test_two_like_branches_among_three() -> None:
     def mix(h: Any, scores: Any, experts: Any) -> Any:
         return experts[0](h) + experts[1](h) + experts[2](h).relu()
