@@ -80,6 +80,8 @@ class Recorder(TorchDispatchMode):
             node = self._placeholder(name, tensor, "state")
             self.states.append((tensor, node))
             self.info.names[node.name] = name
+            if id(tensor) in self.buffers:
+                self.info.buffers[name] = tensor.detach()
         self.info.overlaps += overlaps((n.meta["name"], t) for t, n in self.states)
 
     def restore(self) -> None:

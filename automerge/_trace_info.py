@@ -28,6 +28,7 @@ class TraceInfo:
         unknown: places where a tensor of unknown provenance entered (treated as a constant).
         unregistered: places where one of them is a parameter, which the state dict does not hold.
         carried: attributes that held tensors of an earlier pass, which this pass read as constants and replaced.
+        buffers: state-dict name -> the model's own buffer, for the persistent ones.
         overlaps: ``(name, other, places)``: state-dict tensors in one memory under several shapes; entry i of ``name`` is
             entry ``places[i]`` of ``other``, or none of its entries where that is -1.
     """
@@ -42,6 +43,7 @@ class TraceInfo:
     unknown: list[str] = field(default_factory=list)
     unregistered: list[str] = field(default_factory=list)
     carried: list[str] = field(default_factory=list)
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     overlaps: list[tuple[str, str, torch.Tensor]] = field(default_factory=list)
 
 

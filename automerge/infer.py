@@ -251,11 +251,9 @@ def _of_branches(
         return None
     other, seen, _ = infer_recorded(*branches.graphs)
     found = [taken_apart(generator, branches.stacks, other.shapes) for generator in other.sets]
-    # of a table that is read in part, nothing says whether the rest may be exchanged
     partly = {*analysis.unread, *(n for stack in seen.unread for n in branches.stacks.get(stack, np.array([])).flat)}
-    read = (
-        _among(e, [u for u, p in enumerate(e.params) if partly.isdisjoint(p)]) for e in found if isinstance(e, Exchange)
-    )
+    buffers = graphs[0].meta["trace"].buffers
+    read = (_read(e, partly, buffers) for e in found if isinstance(e, Exchange))
     exchanges = tuple(e for e in read if e.size > 1)
     sets = joined(symmetry.sets, [g for g in found if isinstance(g, Generator)])
     if not exchanges and sets == symmetry.sets:
@@ -270,10 +268,24 @@ def _of_branches(
     return replace(out, pins=pins, notes=notes)
 
 
-def _among(exchange: Exchange, units: list[int]) -> Exchange:
-    """An exchange of some of its units."""
+def _read(exchange: Exchange, partly: Collection[str], buffers: Mapping[str, torch.Tensor]) -> Exchange:
+    """An exchange of those units of which all is read.
+
+    Of a table that is read in part, nothing says whether the rest may be exchanged; of a buffer that is the same in all
+    units (a mask; not zeros, which training may fill), its values do.
+    """
+    same = {name for column in zip(*exchange.params, strict=True) if _equal(column, buffers) for name in column}
+    units = [u for u, params in enumerate(exchange.params) if same.issuperset(n for n in params if n in partly)]
     slots = tuple(replace(s, index=s.index[units]) for s in exchange.slots)
     return Exchange(len(units), tuple(exchange.params[u] for u in units), slots, exchange.name)
+
+
+def _equal(names: Sequence[str], buffers: Mapping[str, torch.Tensor]) -> bool:
+    values = [buffers.get(name) for name in names]
+    first = values[0]
+    if first is None or not first.numel() or bool((first == first.flatten()[0]).all()):
+        return False
+    return all(v is not None and torch.equal(v, first) for v in values[1:])
 
 
 def infer_recorded(*graphs: fx.GraphModule) -> tuple[Symmetry, Analysis, Assembler]:

@@ -623,7 +623,7 @@ def test_an_exchange_that_does_not_hold_is_left_out_with_a_note(monkeypatch: pyt
     """A mistake in what branches show must not end inference; what the recorded graph shows is kept."""
     sound = infer(Mixture(_summed), X)
     inference = importlib.import_module("automerge.infer")  # the package's attribute is the function
-    monkeypatch.setattr(inference, "_among", lambda exchange, _: replace(exchange, slots=()))
+    monkeypatch.setattr(inference, "_read", lambda exchange, *_: replace(exchange, slots=()))
     found = infer(Mixture(_summed), X)
     assert not found.exchanges
     assert found.generators() == sound.generators()
@@ -641,5 +641,46 @@ def test_tables_that_are_read_in_part_stay() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             zero = torch.zeros(x.shape[0], dtype=torch.long)
             return self.out(self.a(zero) + self.b(zero) + x)
+
+    assert not infer(Tables(), torch.randn(3, WIDTH)).exchanges
+
+
+class _Masked(Head):
+    """A head with a mask of its own for the longest input, as in well-known lectures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.tril(torch.ones(9, 9)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = self.q(x) @ self.k(x).mT
+        n = x.shape[1]
+        return scores.masked_fill(self.mask[:n, :n] == 0, float("-inf")).softmax(-1) @ self.v(x)
+
+
+def test_equal_buffers_that_are_read_in_part_are_exchanged() -> None:
+    net = Heads(_Masked)
+    assert net.heads[0].mask.shape[0] > IDS.shape[1]
+    (exchange,) = infer(net, IDS, verify=False).exchanges
+    assert exchange.size == COUNT
+    assert any(name.endswith("mask") for name in exchange.params[0])
+    assert_sound(net, IDS, infer(net, IDS))
+    net.heads[1].mask += 1.0
+    assert not infer(net, IDS).exchanges
+
+
+def test_buffers_of_zeros_that_are_read_in_part_stay() -> None:
+    """Training may fill two tables of zeros differently, and other inputs read other rows."""
+
+    class Tables(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("a", torch.zeros(5, WIDTH))
+            self.register_buffer("b", torch.zeros(5, WIDTH))
+            self.out = nn.Linear(WIDTH, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            zero = torch.zeros(x.shape[0], dtype=torch.long)
+            return self.out(self.a[zero] + self.b[zero] + x)
 
     assert not infer(Tables(), torch.randn(3, WIDTH)).exchanges
