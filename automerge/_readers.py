@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import fx
 from torch.overrides import TorchFunctionMode
+
+_FEW = 4096
 
 
 class Readers(TorchFunctionMode):
@@ -17,7 +20,10 @@ class Readers(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _WHOLE_READS and isinstance(args[0], torch.Tensor):
-            self.recorder.note_read(self.recorder.node_of(args[0]))
+            node = self.recorder.node_of(args[0])
+            self.recorder.note_read(node)
+            if isinstance(node, fx.Node) and args[0].numel() <= _FEW:
+                node.meta["listed"] = args[0].detach().cpu().clone()
         for tensor in (*args[_PART_READS[func] :], *(kwargs or {}).values()) if func in _PART_READS else ():
             if isinstance(tensor, torch.Tensor):
                 self.recorder.note_read(self.recorder.node_of(tensor))

@@ -12,6 +12,7 @@ then nothing depends on the data but numbers. Whether rows are treated alike is 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +23,15 @@ from torch.utils._pytree import tree_map
 
 from automerge._branches._distinct import EMPTY, ZEROS, once
 from automerge._branches._graph import Workbench
-from automerge._branches._joins import aten, draws
+from automerge._branches._joins import SORTS, aten, draws, keeps_rows, order_of
 from automerge._double import double_precision
 
-_WRITES = (aten.index_add.default, aten.index_put.default)
+_SCATTERS = (aten.scatter_add.default, aten.scatter_reduce.two)
+_WRITES = (aten.index_add.default, aten.index_put.default, *_SCATTERS)
+_KEPT = (  # every row of places stays what it is
+    *(aten.index.Tensor, aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.repeat.default),
+    *(aten.expand.default, aten.floor_divide.default, aten.div.Tensor_mode, aten._to_copy.default, aten.clone.default),
+)
 _SAME = (aten.squeeze.default, aten.squeeze.dim, aten.view.default, aten.reshape.default, aten.select.int)
 
 
@@ -40,7 +46,8 @@ class Choice:
         write: where the rows are put back.
         base: what they are put into.
         added: the node that holds what each row adds to the base.
-        at: along which axes of the mask the base lies.
+        at: along which axes of the mask the base lies, if the rows are put where they were taken from.
+        places: where else every row is added.
         outside: the nodes that the rows are made from, the base and the mask first.
     """
 
@@ -51,20 +58,28 @@ class Choice:
     base: fx.Node
     added: fx.Node
     at: tuple[int, ...]
+    places: fx.Node | None
     outside: list[fx.Node]
 
     def masks(self, known: Mapping[fx.Node, list[fx.Node]]) -> list[fx.Node] | None:
         """The masks under which rows were put into zeros, with this one; None if they do not tell where zeros are left."""
         before = known.get(self.base, [] if self.base.target in (*ZEROS, *EMPTY) else None)
-        return None if before is None or not _everywhere(self.at, self.mask) else [*before, self.mask]
+        here = self.places is None and _everywhere(self.at, self.mask)
+        return [*before, self.mask] if here and before is not None else None
 
     def compute(self, *tensors: torch.Tensor) -> torch.Tensor:
         """The base with what all rows add to it; of those that the mask does not choose nothing."""
         known = dict(zip(self.outside, tensors, strict=True))
         shape = known[self.mask].shape
-        every = torch.arange(math.prod(shape))
-        added = self.values(known, every)[self.added]
+        values = self.values(known, torch.arange(math.prod(shape)))
+        added = values[self.added]
         chosen = (known[self.mask] != 0).reshape(-1, *(1 for _ in added.shape[1:]))
+        base = known[self.base]
+        if self.places is not None:
+            blank = torch.zeros(base.shape, dtype=base.dtype)
+            scatters = self.write.target in _SCATTERS
+            add = torch.ops.aten.scatter_add if scatters else torch.ops.aten.index_add
+            return base + add(blank, 0, values[self.places], added * chosen)
         grid = (added * chosen).reshape(*shape, *added.shape[1:])
         rest = [k for k in range(len(shape)) if k not in self.at]
         if rest:
@@ -73,7 +88,6 @@ class Choice:
         order = [left.index(k) for k in self.at]
         if order != sorted(order):
             grid = grid.permute(*order, *range(len(order), grid.dim()))
-        base = known[self.base]
         return (torch.zeros_like(base) if self.base.target in EMPTY else base) + grid
 
     def values(self, known: Mapping[fx.Node, Any], places: torch.Tensor) -> dict[fx.Node, Any]:
@@ -88,13 +102,17 @@ class Choice:
             args, kwargs = tree_map(lambda a: env[a] if isinstance(a, fx.Node) else a, (node.args, node.kwargs))
             if node.target is aten.index.Tensor:
                 args = (args[0], _spread(node.args[1], args[1], self.mask, columns))
+            elif (rest := keeps_rows(node)) is not None:
+                args = (args[0], [args[0].shape[0], *rest], *args[2:])
             env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return env
 
     def alike(self, constant: set[fx.Node]) -> bool:
         """Whether every row is treated as it would be among others; fewer are tried, also where all were chosen."""
         rng = torch.Generator().manual_seed(0)
-        known = {n: _made_up(n, n in constant, rng) for n in self.outside}
+        known: dict[fx.Node, Any] = {}
+        for n in self.outside:
+            _make_up(n, constant, rng, known)
         size = known[self.mask].numel()
         some = min(self.rows[0].meta["val"].shape[0] or 2, size - 1)
         if some < 1:
@@ -243,13 +261,18 @@ def _choice(
 def _written(mask: fx.Node, rows: list[fx.Node], write: fx.Node, known: dict[fx.Node, list[fx.Node]]) -> Choice | None:
     """The choice that ends in a write, if that adds."""
     args: Any = write.args
-    base, value = args[0], args[3] if write.target is aten.index_add.default else args[2]
+    base, value = args[0], args[2] if write.target is aten.index_put.default else args[3]
     if write.target is aten.index_add.default:
         index, adds = [args[2]], args[1] == 0 and not write.kwargs
+    elif write.target in _SCATTERS:
+        sums = write.target is aten.scatter_add.default or (args[4] == "sum" and write.kwargs.get("include_self", True))
+        return _added(mask, rows, write, [args[2]]) if sums and args[1] == 0 else None
     else:
         index, adds = list(args[1]), len(args) > 3 and bool(args[3])
     at = _axes(index, mask, rows)
     shape = mask.meta["val"].shape
+    if at is None and adds:
+        return _added(mask, rows, write, index)
     if at is None or len(set(at)) < len(at) or [shape[k] for k in at] != list(base.meta["val"].shape[: len(at)]):
         return None
     if not adds and write.target is aten.index_put.default:
@@ -266,7 +289,28 @@ def _written(mask: fx.Node, rows: list[fx.Node], write: fx.Node, known: dict[fx.
         return None
     needed = _made_from(value, rows)
     outside = dict.fromkeys([base, mask, *(n for r in needed for n in r.all_input_nodes if n not in rows)])
-    return Choice(mask, rows, needed, write, base, value, at, list(outside))
+    return Choice(mask, rows, needed, write, base, value, at, None, list(outside))
+
+
+def _added(mask: fx.Node, rows: list[fx.Node], write: fx.Node, index: list[Any]) -> Choice | None:
+    """The choice that ends in a write which adds every row at a place of the row's own."""
+    args: Any = write.args
+    base, value = args[0], args[2] if write.target is aten.index_put.default else args[3]
+    inside, places = set(rows), index[0]
+    if (
+        len(index) != 1
+        or value not in inside
+        or places not in inside
+        or value.meta["val"].dim() != base.meta["val"].dim()
+    ):
+        return None
+    mine = _made_from(places, rows)
+    if any(n.target not in _KEPT for n in mine) or (write.target not in _SCATTERS and places.meta["val"].dim() != 1):
+        return None
+    seen = {*mine, *_made_from(value, rows)}
+    needed = [row for row in rows if row in seen]
+    outside = dict.fromkeys([base, mask, *(n for r in needed for n in r.all_input_nodes if n not in inside)])
+    return Choice(mask, rows, needed, write, base, value, (), places, list(outside))
 
 
 def _made_from(value: fx.Node, rows: list[fx.Node]) -> list[fx.Node]:
@@ -337,10 +381,28 @@ def _spread(index: Any, values: Sequence[Any], mask: fx.Node, columns: list[torc
     return out
 
 
-def _made_up(node: fx.Node, constant: bool, rng: torch.Generator) -> torch.Tensor:
+def _orders(node: fx.Node) -> bool:
+    """Whether a node holds the places that sorted entries came from."""
+    source: Any = node.args[0] if node.target is operator.getitem else node
+    return source.target in SORTS and order_of(source) is node
+
+
+def _make_up(node: fx.Node, constant: set[fx.Node], rng: torch.Generator, known: dict[fx.Node, Any]) -> None:
+    """Any numbers in the place of a value; places that rows came from are some order of them, or made from one."""
     value = node.meta["val"]
-    if constant:
-        return value
-    if value.is_floating_point() or value.is_complex():
-        return 0.1 * torch.rand(value.shape, generator=rng, dtype=torch.float64) + 0.05  # small: nothing saturates
-    return torch.zeros(value.shape, dtype=value.dtype)
+    if node in known:
+        return
+    if node in constant:
+        known[node] = value
+    elif value.is_floating_point() or value.is_complex():
+        # small, so that nothing saturates
+        known[node] = 0.1 * torch.rand(value.shape, generator=rng, dtype=torch.float64) + 0.05
+    elif node.op == "call_function" and _orders(node):
+        known[node] = torch.rand(value.shape, generator=rng).argsort(-1)
+    elif node.op == "call_function" and node.target in _KEPT:
+        for n in node.all_input_nodes:
+            _make_up(n, constant, rng, known)
+        args, kwargs = tree_map(lambda a: known[a] if isinstance(a, fx.Node) else a, (node.args, node.kwargs))
+        known[node] = node.target(*args, **kwargs)
+    else:
+        known[node] = torch.zeros(value.shape, dtype=value.dtype)

@@ -26,6 +26,7 @@ class Workbench:
         reads: the names of the nodes whose values python looks at.
         hashes: node -> a number that is the same for like branches.
         constant: the nodes that depend neither on inputs nor on parameters; they keep their values.
+        sorts: names of the nodes that sort rows of which masks choose the runs -> how many kinds of rows there may be.
     """
 
     def __init__(self, graph: fx.GraphModule) -> None:
@@ -38,6 +39,7 @@ class Workbench:
         self.hashes: dict[fx.Node, int] = {}
         self.reads = set(graph.meta["trace"].reads)
         self.constant: set[fx.Node] = set()
+        self.sorts: dict[str, int] = {}
         for node in self.graph.nodes:
             self.know(node)
 
@@ -51,6 +53,7 @@ class Workbench:
         info = self.recorded.meta["trace"]
         names = {n.name for n in self.graph.nodes if n not in self.constant}
         out.meta["trace"] = replace(info, reads=sorted(self.reads & names))
+        out.meta["sorts"] = self.sorts
         return out
 
     def know(self, node: fx.Node) -> None:

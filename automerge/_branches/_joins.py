@@ -22,6 +22,8 @@ FOLDS: dict[Any, Callable[[torch.Tensor], torch.Tensor]] = {  # operators that j
     aten.minimum.default: lambda values: values.amin(0),
 }
 
+SORTS = (aten.sort.default, aten.sort.stable, aten.argsort.default, aten.argsort.stable)
+_SIZED = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default)
 ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu.default
 
 Same = tuple[fx.Node, ...]  # the nodes that correspond to each other, one for each branch
@@ -90,6 +92,21 @@ def promising(graph: fx.GraphModule) -> bool:
         if alike(node, operands_of(node), hashes):
             return True
     return False
+
+
+def keeps_rows(node: fx.Node) -> tuple[int, ...] | None:
+    """The other lengths that a view is given, if it leaves the first axis of its operand; None for another node."""
+    args: Any = node.args
+    if node.target not in _SIZED or not args[1] or not args[0].meta["val"].dim():
+        return None
+    return tuple(args[1][1:]) if args[1][0] == args[0].meta["val"].shape[0] else None
+
+
+def order_of(sort: fx.Node) -> fx.Node | None:
+    """The node of the places that sorted entries came from."""
+    if sort.target in (aten.argsort.default, aten.argsort.stable):
+        return sort
+    return next((u for u in sort.users if u.target is operator.getitem and u.args[1] == 1), None)
 
 
 def draws(node: fx.Node) -> bool:

@@ -27,6 +27,7 @@ from torch import fx
 
 from automerge._aliases import shadow
 from automerge._branches._chosen import chooses, take_all_places, take_all_rows
+from automerge._branches._counts import counts_of
 from automerge._branches._graph import Workbench
 from automerge._branches._joins import (
     MismatchError,
@@ -40,6 +41,7 @@ from automerge._branches._joins import (
     whole,
 )
 from automerge._branches._mapping import Branch, Leaf, joined, mapped, numbers, sources_of
+from automerge._branches._runs import take_runs, takes_runs
 from automerge._stacks import stack_name
 
 aten = torch.ops.aten
@@ -65,7 +67,7 @@ def stacked(graphs: Sequence[fx.GraphModule]) -> Stacked | None:
     Args:
         graphs: traced graphs of one model, from `automerge.trace`.
     """
-    if not any(promising(graph) or chooses(graph.graph) for graph in graphs):
+    if not any(promising(graph) or chooses(graph.graph) or takes_runs(graph) for graph in graphs):
         return None
     works = [_Work(graph) for graph in graphs]
     if not sum(work.run() for work in works):
@@ -94,6 +96,7 @@ class _Work(Workbench):
     def run(self) -> bool:
         """Stack what can be; whether anything was."""
         take_all_places(self)
+        take_runs(self)
         take_all_rows(self)
         found = False
         for node in list(self.graph.nodes):
@@ -104,6 +107,7 @@ class _Work(Workbench):
                 found = self._stack(node, operands, kinds) or found
         if found:
             self._count_looks()
+            self._count_lists()
         return found
 
     def _count_looks(self) -> None:
@@ -123,6 +127,20 @@ class _Work(Workbench):
                 continue
             if known:
                 self._count(nodes)
+
+    def _count_lists(self) -> None:
+        """Where python listed how many there are of each kind, and a branch for each is like the others, these are counted.
+
+        (``if counts[e] == 0: continue``.) Other numbers than these were seen for other branches, so that nothing was made of
+        them that differs.
+        """
+        for node in [n for n in self.graph.nodes if n.name in self.reads and "listed" in n.meta]:
+            for same in self.telling:
+                if same[0].target is not aten.eq.Scalar or len({n.args[0] for n in same}) > 1:
+                    continue
+                counts = counts_of(self, node, same[0].args[0])  # type: ignore[arg-type]
+                if counts and set(counts) == {n.args[1] for n in same} and len(set(counts.values())) > 1:
+                    self.reads.discard(node.name)
 
     def _count(self, nodes: Same) -> None:
         value = nodes[0].meta["val"]

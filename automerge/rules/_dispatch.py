@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from automerge._double import double_precision
-from automerge.rules._reads import liveness, schema_name
+from automerge.rules._reads import constants, liveness, schema_name
 from automerge.rules._row_order import GROUPED, Dispatch, Trial
 
 aten = torch.ops.aten
@@ -53,20 +53,21 @@ def without_dispatch(graph: fx.GraphModule) -> Unsorted:
 
 
 def _without_dispatch(graph: fx.GraphModule) -> Unsorted:
-    if not any(schema_name(node) == GROUPED for node in graph.graph.nodes):
+    sorts: Mapping[str, int] = graph.meta.get("sorts", {})
+    if not sorts and not any(schema_name(node) == GROUPED for node in graph.graph.nodes):
         return Unsorted(graph)
-    constant = _constants(graph)
+    constant = constants(graph.graph)
     read = [node for node in graph.graph.nodes if node.name in graph.meta["trace"].reads]
     alive = liveness(graph, read)[0]
     live = [node for node in graph.graph.nodes if node in alive]
-    found = [d for node in live for d in [_dispatch(live, read, node, constant)] if d is not None]
+    found = [d for node in live for d in [_dispatch(live, read, node, constant, sorts.get(node.name))] if d is not None]
     return _rewritten(graph, found) if found else Unsorted(graph)
 
 
 def _dispatch(
-    live: Sequence[fx.Node], read: Collection[fx.Node], sort: fx.Node, constant: set[fx.Node]
+    live: Sequence[fx.Node], read: Collection[fx.Node], sort: fx.Node, constant: set[fx.Node], kinds: int | None = None
 ) -> Dispatch | None:
-    """The dispatch that begins with a node, or None."""
+    """The dispatch that begins with a node, or None; where masks choose runs of some kinds, no grouped product is needed."""
     if schema_name(sort) not in ("aten::sort", "aten::argsort") or sort in constant:
         return None
     ids: Any = sort.args[0]
@@ -76,7 +77,9 @@ def _dispatch(
     order = sort if schema_name(sort) == "aten::argsort" else outputs.get(1)
     numbers = {outputs[0]} if 0 in outputs and order is not sort else set()
     products: list[Any] = [node for node in live if schema_name(node) == GROUPED]
-    for count in {node.args[1].meta["val"].shape[0] for node in products} if order is not None else ():
+    counts: list[int] = [node.args[1].meta["val"].shape[0] for node in products]
+    counts += [] if kinds is None else [kinds]
+    for count in dict.fromkeys(counts) if order is not None else ():
         assert order is not None
         try:
             with torch.no_grad(), double_precision():
@@ -87,24 +90,9 @@ def _dispatch(
                     trial.run()
         except Exception:  # the order is used (`OrderedError`), or an operator cannot be tried
             continue
-        if found.grouped:
+        if found.grouped or kinds is not None:
             return found
     return None
-
-
-def _constants(graph: fx.GraphModule) -> set[fx.Node]:
-    """The nodes that depend neither on inputs nor on parameters."""
-    out: set[fx.Node] = set()
-    for node in graph.graph.nodes:
-        value = node.meta.get("val")
-        if node.op == "placeholder":
-            fixed = node.meta["kind"] == "state" and not value.is_floating_point() and not value.is_complex()
-        else:
-            random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-            fixed = node.op != "output" and not random and all(n in out for n in node.all_input_nodes)
-        if fixed:
-            out.add(node)
-    return out
 
 
 # ---------------------------------------------------------------- the other graph

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from automerge._double import double_precision
-from automerge.rules._reads import MOVING, SAME, liveness, schema_name
+from automerge.rules._reads import MOVING, SAME, constants, liveness, schema_name
 
 _MAX_ENTRIES = 4_000_000
 _TOLERANCE = 1e-6
@@ -39,17 +39,27 @@ def order_matters(node: Any, dim: int) -> bool:
     held: Held = {node: [(values.gather(dim, o), index.gather(dim, o)) for o in orders]}
     try:
         with torch.no_grad(), double_precision():
-            return _reaches(node, held, liveness(module, read)[0], read, rng)
+            live = liveness(module, read)[0]
+            made = {n: n.meta["val"] for n in constants(node.graph)}
+            # rows that were copied for each choice are the same rows also in what is computed from them, which takes longer
+            return _reaches(node, dict(held), live, read, dict(made), rng, set()) and _reaches(
+                node, held, live, read, made, rng, _copies(node.graph)
+            )
     except Exception:  # an operator that cannot be tried
         return False
 
 
 def _reaches(
-    start: fx.Node, held: Held, live: Collection[fx.Node], read: Collection[fx.Node], rng: torch.Generator
+    start: fx.Node,
+    held: Held,
+    live: Collection[fx.Node],
+    read: Collection[fx.Node],
+    made: dict[fx.Node, Any],
+    rng: torch.Generator,
+    computed: Collection[fx.Node],
 ) -> bool:
-    """Go through what is computed from a node; ``held`` has the values that are not the same in every order."""
+    """Go through what is computed from a node; ``held`` has the values that depend on the order, ``made`` the others."""
     nodes = list(start.graph.nodes)
-    made: dict[fx.Node, Any] = {}
     for node in nodes[nodes.index(start) + 1 :]:
         if node not in live or held.keys().isdisjoint(node.all_input_nodes):
             continue
@@ -57,7 +67,7 @@ def _reaches(
             return True
         for n in node.all_input_nodes:
             if n not in held:
-                _make_up(n, rng, made)
+                _make_up(n, rng, made, computed)
         values = [_computed(node, {**made, **{n: v[k] for n, v in held.items()}}) for k in range(len(held[start]))]
         if all(_same(values[0], v) for v in values[1:]):
             made[node] = values[0]
@@ -71,19 +81,36 @@ def _computed(node: fx.Node, given: Mapping[fx.Node, Any]) -> Any:
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _make_up(node: fx.Node, rng: torch.Generator, made: dict[fx.Node, Any]) -> None:
+def _copies(graph: fx.Graph) -> set[fx.Node]:
+    """What is computed from entries of which some are copies of each other."""
+    out: set[fx.Node] = set()
+    for node in graph.nodes:
+        source = node.all_input_nodes[0] if schema_name(node) in MOVING and node.all_input_nodes else None
+        copies = source is not None and _numel(node) > _numel(source)
+        if node.op == "call_function" and (copies or not out.isdisjoint(node.all_input_nodes)):
+            out.add(node)
+    return out
+
+
+def _numel(node: fx.Node) -> int:
+    value = node.meta["val"]
+    return value.numel() if isinstance(value, torch.Tensor) else 0
+
+
+def _make_up(node: fx.Node, rng: torch.Generator, made: dict[fx.Node, Any], computed: Collection[fx.Node]) -> None:
     """Any numbers in the place of a tensor, in ``made``; whole numbers and masks as they were recorded.
 
     Those that are made from whole numbers alone are computed: where rows are left unsorted, others were recorded. So is what
-    an operator only moves, or changes by itself: a row that is read for each of several choices is the same row.
+    an operator only moves, or changes by itself: a row that is read for each of several choices is the same row. So is what
+    is ``computed``.
     """
     value = node.meta["val"]
     if node in made:
         return
     whole = all(map(_is_whole, (node, *node.all_input_nodes)))
-    if node.op == "call_function" and (whole or _entry_by_entry(node)):
+    if node.op == "call_function" and (whole or node in computed or _entry_by_entry(node)):
         for n in node.all_input_nodes:
-            _make_up(n, rng, made)
+            _make_up(n, rng, made, computed)
         made[node] = _computed(node, made)
     else:
         made[node] = _any(value, rng) if isinstance(value, torch.Tensor) else value
