@@ -38,6 +38,18 @@ def scattered_to_points(context: Context, x: Value, dim: int, index: Value, othe
     return engine.elementwise([x, engine.reduce(ranks, gone)])
 
 
+def _scattered_to_first(context: Context, x: Value, dim: int, index: Value, others: Sequence[Value]) -> Value | None:
+    """The same where the axis written goes on behind the positions that there are (a class for no expert)."""
+    size = x.shape[dim]
+    n = size if index.points is None else min(index.points.size, size)
+    if n == size:
+        return scattered_to_points(context, x, dim, index, others)
+    engine = context.engine
+    x = x.settle()
+    made = scattered_to_points(context, engine.take(x, dim, np.arange(n)), dim, index, others)
+    return made and engine.concatenate([made, engine.take(x, dim, np.arange(n, size))], dim, [0, 1])
+
+
 @rule("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "index_reduce", "index_put",
       "_index_put_impl", "_unsafe_index_put", carries=True)  # fmt: skip
 def scatter(context: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
@@ -54,7 +66,7 @@ def scatter(context: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
         return _pushed(context, x.settle(), source, lambda a, b: a.scatter(args[0], index, b))
     if name in ("scatter", "scatter_add") and isinstance(args[0], int) and x.axes:
         rest = [v.settle() for v in values_in([x, *args[2:], *kwargs.values()])]
-        made = scattered_to_points(context, x, args[0] % len(x.axes), args[1], rest[1:])
+        made = _scattered_to_first(context, x, args[0] % len(x.axes), args[1], rest[1:])
         if made is not None:
             return made
     if name in ("index_put", "_index_put_impl", "_unsafe_index_put"):

@@ -156,10 +156,24 @@ def _sent_to_those_hit(h: Any, scores: Any, experts: Any) -> Any:
     return out
 
 
+def _sent_to_those_hit_of_one_more(h: Any, scores: Any, experts: Any) -> Any:
+    """One class more than experts, for rows that are sent to none."""
+    weight, chosen = scores.softmax(-1).topk(2, -1)
+    mask = F.one_hot(chosen, COUNT + 1).permute(2, 1, 0)
+    out = torch.zeros_like(h)
+    for hit in torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero():
+        e = hit[0]
+        if e == COUNT:
+            continue
+        slot, token = torch.where(mask[e])
+        out.index_add_(0, token, experts[e](h[token]) * weight[token, slot, None])
+    return out
+
+
 SPELLINGS = (
     *(_summed, _written, _stacked, _joined, _residual, _best),
     *(_sent, _sent_one_hot, _sent_added, _sent_added_one_hot, _sent_to_one, _sent_to_empty, _sent_if_any),
-    _sent_to_those_hit,
+    *(_sent_to_those_hit, _sent_to_those_hit_of_one_more),
 )
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from automerge import infer
+from automerge import infer, trace
+from automerge._branches import stacked
 from automerge._double import double_precision
 from automerge.testing import assert_sound
 
@@ -271,18 +273,21 @@ def test_equal_runs_may_be_cut_for_another_reason() -> None:
     assert not infer(net, x, verify=False).exchanges
 
 
-def test_runs_hold_for_other_rows() -> None:
-    """What was read as all rows computes the same as the model does."""
-    net = Mixture(_put_together).double()
-    (exchange,) = infer(Mixture(_put_together), X).exchanges
-    other = Mixture(_put_together).double()
-    state = net.state_dict()
-    swapped = dict(state)
-    for a, b in zip(exchange.params[0], exchange.params[1], strict=True):
-        swapped[a], swapped[b] = state[b], state[a]
-    gate = state["gate.weight"].clone()
-    gate[[0, 1]] = gate[[1, 0]]
-    swapped["gate.weight"] = gate
-    other.load_state_dict(swapped)
+@pytest.mark.parametrize("mix", SPELLINGS, ids=lambda f: f.__name__)
+def test_the_graph_with_stacks_computes_the_same_on_other_rows(mix: Callable[..., Any]) -> None:
+    """No length that python read is left in it."""
+    net = Mixture(mix)
+    found = stacked([trace(net, X)])
+    assert found is not None
+    state = net.double().state_dict()
+    x = torch.randn(X.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    (graph,) = found.graphs
+    given = []
+    for node in graph.graph.nodes:
+        if node.op == "placeholder":
+            names = np.atleast_1d(found.stacks.get(node.meta["name"], np.array(node.meta["name"], dtype=object)))
+            parts = [state[n] for n in names] if node.meta["kind"] == "state" else [x]
+            given.append(torch.stack(parts) if node.meta["name"] in found.stacks else parts[0])
     with torch.no_grad(), double_precision():
-        torch.testing.assert_close(other(3 * X.double()), net(3 * X.double()), rtol=1e-9, atol=1e-12)
+        (made,) = graph(*given)
+        torch.testing.assert_close(made, net(x), rtol=1e-9, atol=1e-12)
