@@ -38,6 +38,7 @@ from automerge._branches._joins import (
     operands_of,
     piece,
     promising,
+    told_apart,
     whole,
 )
 from automerge._branches._mapping import Branch, Leaf, joined, mapped, numbers, sources_of
@@ -99,10 +100,11 @@ class _Work(Workbench):
         take_runs(self)
         take_all_rows(self)
         found = False
+        elsewhere = told_apart(self.graph, self.hashes)
         for node in list(self.graph.nodes):
             self.know(node)
             operands = operands_of(node)
-            kinds = alike(node, operands, self.hashes)
+            kinds = alike(node, operands, self.hashes, elsewhere)
             if kinds and node not in self.constant:
                 found = self._stack(node, operands, kinds) or found
         if found:

@@ -698,3 +698,37 @@ def test_buffers_of_zeros_that_are_read_in_part_stay() -> None:
             return self.out(self.a[zero] + self.b[zero] + x)
 
     assert not infer(Tables(), torch.randn(3, WIDTH)).exchanges
+
+
+class Tasks(nn.Module):
+    """Two tasks with experts of their own each, and experts that they share (PLE)."""
+
+    def __init__(self, join: Callable[..., Any]) -> None:
+        super().__init__()
+        self.inp, self.join = nn.Linear(4, WIDTH), join
+        self.first, self.second, self.both = (nn.ModuleList(_expert() for _ in range(n)) for n in (2, 2, 3))
+        self.gates = nn.ModuleList(nn.Linear(WIDTH, 5) for _ in range(2))
+        self.towers = nn.ModuleList(nn.Linear(WIDTH, 1) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        h = self.inp(x)
+        shared, made = [expert(h) for expert in self.both], []
+        for own, gate, tower in zip((self.first, self.second), self.gates, self.towers, strict=True):
+            made.append(tower(self.join([*(expert(h) for expert in own), *shared], gate(h).softmax(-1))))
+        return made
+
+
+JOINS = {
+    "stack": lambda parts, g: (torch.stack(parts, 1) * g[..., None]).sum(1),
+    "cat": lambda parts, g: torch.bmm(g[:, None], torch.cat([p[:, None] for p in parts], 1))[:, 0],
+    "sum": lambda parts, g: sum(g[:, i : i + 1] * p for i, p in enumerate(parts)),
+}
+
+
+@pytest.mark.parametrize("join", JOINS)
+def test_experts_that_tasks_share_are_exchanged_among_themselves(join: str) -> None:
+    net = Tasks(JOINS[join])
+    found = infer(net, X)
+    groups = {frozenset(names[0].rsplit(".", 2)[0] for names in e.params) for e in found.exchanges}
+    assert groups == {frozenset({f"{n}.{i}" for i in range(c)}) for n, c in (("first", 2), ("second", 2), ("both", 3))}
+    assert_sound(net, X, found)
