@@ -42,7 +42,7 @@ class Segment:
     Attributes:
         spaces: the roles acting there, one tuple per tree.
         table: positions, ``(coordinates, rest)``.
-        depends: conditioning axis -> the range of it that belongs to each coordinate, ``(coordinates,)``.
+        depends: conditioning axis -> which of its ranges belong to each coordinate, bool, ``(coordinates, ranges)``.
     """
 
     spaces: tuple[Path, ...]
@@ -202,10 +202,7 @@ class _Positions:
             raise OddError(self._blame(axis, roles))
         depends = {}
         for a, ranges in self.region.items():
-            column = self._dependence(ranges[region], flat, orbit, table.shape, np.unique(ranges[regions]).size)
-            if column is None:
-                raise OddError(self._blame(axis, roles))
-            depends[a] = column
+            depends[a] = self._dependence(ranges[region], flat, orbit, table.shape, np.unique(ranges[regions]).size)
         apart = itertools.groupby(roles, key=lambda s: (self.structure.root_of(s[0]), s[1]))
         spaces = tuple(tuple(r for r, _ in group) for _, group in apart)
         return _uniform(Segment(spaces, table, {}), depends)
@@ -213,16 +210,12 @@ class _Positions:
     @staticmethod
     def _dependence(
         at: np.ndarray, flat: np.ndarray, orbit: np.ndarray, shape: tuple[int, ...], count: int
-    ) -> np.ndarray | None:
-        """For each (coordinate, orbit) the one range it occurs in, -1 if it occurs in all; None if in some."""
-        if count == 1:
-            return np.full(shape, -1)
+    ) -> np.ndarray:
+        """For each (coordinate, orbit) the ranges that it occurs in; all of them where it does not depend on the range."""
         seen = np.zeros((*shape, int(at.max()) + 1), bool)
         seen[flat, orbit, at] = True
-        number = seen.sum(axis=2)
-        if ((number != 1) & (number != count)).any():
-            return None
-        return np.where(number == 1, seen.argmax(axis=2), -1)
+        seen[seen.sum(axis=2) == count] = True
+        return seen
 
     def _blame(self, axis: int, roles: tuple[Strand, ...]) -> set[int]:
         """The generators to leave out: the deepest that act on the axis."""
@@ -246,12 +239,12 @@ def _uniform(segment: Segment, depends: dict[int, np.ndarray]) -> list[Segment]:
     """Split the rest where the dependence on regions differs, so that it is a matter of coordinates alone."""
     if not depends:
         return [segment]
-    key = np.concatenate(list(depends.values()), axis=0)
-    kinds, kind = np.unique(key, axis=1, return_inverse=True)
+    rows = [d.transpose(0, 2, 1).reshape(-1, d.shape[1]) for d in depends.values()]
+    kinds, kind = np.unique(np.concatenate(rows), axis=1, return_inverse=True)
     out = []
     for number in range(kinds.shape[1]):
         at = np.flatnonzero(kind.reshape(-1) == number)
-        used = {a: d[:, at[0]] for a, d in depends.items() if (d[:, at[0]] >= 0).any()}
+        used = {a: d[:, at[0]] for a, d in depends.items() if not d[:, at[0]].all()}
         out.append(Segment(segment.spaces, segment.table[:, at], used))
     return out
 
@@ -271,14 +264,15 @@ def _block(structure: Structure, param: str, parts: tuple[Segment, ...]) -> RawB
             if onto is not None:
                 rides[k] = (main, onto)
             else:
-                masks.append((main, k, parts[main].depends[a][:, None] == parts[k].depends[a][None]))
+                meet = parts[main].depends[a].astype(np.int64) @ parts[k].depends[a].T.astype(np.int64)
+                masks.append((main, k, meet > 0))
     return _lay_out(structure, param, parts, rides, masks)
 
 
 def _projection(structure: Structure, main: Segment, part: Segment, axis: int) -> np.ndarray | None:
     """``main`` coordinate -> the coordinate of ``part`` that shares its range, if that is determined; else None."""
     dep = part.depends[axis]
-    if not set(part.roles) <= set(main.roles) or np.unique(dep).size != dep.size:
+    if not set(part.roles) <= set(main.roles) or len(np.unique(dep, axis=0)) != len(dep):
         return None
     if len(set(main.roles)) < len(main.roles):
         return None

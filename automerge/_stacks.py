@@ -43,7 +43,7 @@ class Stacks:
     def sets(self, sets: Iterable[Generator], exchanges: Iterable[Exchange]) -> tuple[Generator, ...]:
         """All generators on the stacks: those of parameters first, then the exchanges."""
         place = self.place
-        out = [Generator(g.size, tuple(_inside(s, place) for s in g.slots), g.name) for g in sets]
+        out = [Generator(g.size, self._within(g.slots), g.name) for g in sets]
         for e in exchanges:
             found: dict[str, list[list[int]]] = {}
             for column in zip(*e.params, strict=True):
@@ -51,8 +51,32 @@ class Stacks:
                 for row, name in zip(rows, column, strict=True):
                     row.append(place[name][1])
             whole = [Slot(stack, 0, np.array(rows, np.int64)) for stack, rows in found.items()]
-            out.append(Generator(e.size, (*whole, *(_inside(s, place) for s in e.slots)), e.name))
+            out.append(Generator(e.size, (*whole, *self._within(e.slots)), e.name))
         return tuple(out)
+
+    def _within(self, slots: Iterable[Slot]) -> tuple[Slot, ...]:
+        """Slots of parameters as slots of stacks: one for the same slot of parameters side by side."""
+        place = self.place
+        out: list[Slot] = []
+        kept: dict[tuple[str, int, bytes, tuple[tuple[int, int, int], ...]], list[int]] = {}
+        for slot in slots:
+            if slot.param in place:
+                stack, at = place[slot.param]
+                kept.setdefault((stack, slot.axis, slot.index.tobytes(), slot.within), []).append(at)
+                if len(kept[stack, slot.axis, slot.index.tobytes(), slot.within]) > 1:
+                    continue
+            out.append(slot)
+        whole: list[Slot] = []
+        for slot in out:
+            if slot.param not in place:
+                whole.append(slot)
+                continue
+            stack = place[slot.param][0]
+            inner = tuple((a + 1, b, c) for a, b, c in slot.within)
+            for start, stop in _runs(kept[stack, slot.axis, slot.index.tobytes(), slot.within]):
+                outer = () if stop - start == self.shapes[stack][0] else ((0, start, stop),)
+                whole.append(Slot(stack, slot.axis + 1, slot.index, (*outer, *inner)))
+        return tuple(whole)
 
     # ---------------------------------------------------------------- elements
     def apart(self, element: Element) -> Element:
@@ -133,12 +157,15 @@ def stack_name(names: Sequence[str], taken: Iterable[str]) -> str:
     return "|".join(names) if name in taken else name
 
 
-def _inside(slot: Slot, place: Mapping[str, tuple[str, int]]) -> Slot:
-    """A slot of a parameter as one of its stack."""
-    if slot.param not in place:
-        return slot
-    stack, at = place[slot.param]
-    return Slot(stack, slot.axis + 1, slot.index, ((0, at, at + 1), *((a + 1, b, c) for a, b, c in slot.within)))
+def _runs(places: Sequence[int]) -> list[tuple[int, int]]:
+    """The stretches of places that follow each other."""
+    out: list[tuple[int, int]] = []
+    for at in sorted(places):
+        if out and out[-1][1] == at:
+            out[-1] = (out[-1][0], at + 1)
+        else:
+            out.append((at, at + 1))
+    return out
 
 
 # -------------------------------------------------------------------- from inference

@@ -249,7 +249,7 @@ def _of_branches(
     branches = stacked(graphs)
     if branches is None:
         return None
-    other, seen, _ = infer_recorded(*branches.graphs)
+    other, seen, _ = infer_recorded(*branches.graphs, splits=_nested(branches.stacks))
     found = [taken_apart(generator, branches.stacks, other.shapes) for generator in other.sets]
     partly = {*analysis.unread, *(n for stack in seen.unread for n in branches.stacks.get(stack, np.array([])).flat)}
     buffers = graphs[0].meta["trace"].buffers
@@ -288,11 +288,27 @@ def _equal(names: Sequence[str], buffers: Mapping[str, torch.Tensor]) -> bool:
     return all(v is not None and torch.equal(v, first) for v in values[1:])
 
 
-def infer_recorded(*graphs: fx.GraphModule) -> tuple[Symmetry, Analysis, Assembler]:
-    """The symmetry of some graphs as they are, the analysis it rests on, and what makes its generators."""
+def _nested(stacks: Mapping[str, np.ndarray]) -> dict[tuple[str, int, int], np.ndarray]:
+    """Modules within several outer ones have an order for each of these."""
+    return {
+        (stack, names.ndim - 1, outer): np.arange(names.shape[outer])
+        for stack, names in stacks.items()
+        for outer in range(names.ndim - 1)
+    }
+
+
+def infer_recorded(
+    *graphs: fx.GraphModule, splits: Mapping[tuple[str, int, int], np.ndarray] | None = None
+) -> tuple[Symmetry, Analysis, Assembler]:
+    """The symmetry of some graphs as they are, the analysis it rests on, and what makes its generators.
+
+    Args:
+        graphs: traced graphs of one model.
+        splits: parameter axes that have an order for every class of positions of another axis, from the first pass on.
+    """
     graph = graphs[0]
     clock = time.perf_counter()
-    splits: dict[tuple[str, int, int], np.ndarray] = {}
+    splits = dict(splits or {})
     passes = 0
     while True:
         analysis = analyse(graphs, splits)

@@ -199,6 +199,32 @@ def towers(n: int = 2, m: int = 2, k: int = 3) -> Symmetry:
     return Symmetry(shapes, (*sets, Generator(n, top)))
 
 
+def mixtures(m: int = 2, n: int = 3, hidden: int = 4, width: int = 5) -> Symmetry:
+    """An ensemble of mixtures of experts, stacked: a stream of every member's own meets all of its experts."""
+    shapes = {
+        "up": (m * n, hidden, width),
+        "down": (m * n, width, hidden),
+        "router": (m, n, width),
+        "in": (m, width, 3),
+    }
+    sets = []
+    for i in range(m):
+        own = (0, i * n, (i + 1) * n)
+        for e in range(i * n, (i + 1) * n):
+            one = (0, e, e + 1)
+            sets.append(
+                Generator(hidden, (Slot("up", 1, units(hidden), (one,)), Slot("down", 2, units(hidden), (one,))))
+            )
+        here = (0, i, i + 1)
+        stream = (Slot("up", 2, units(width), (own,)), Slot("router", 2, units(width), (here,)))
+        sets.append(Generator(width, (*stream, Slot("in", 1, units(width), (here,)))))
+        sets.append(Generator(width, (Slot("down", 1, units(width), (own,)),)))
+        rows = [Slot(p, 0, units(n, 1, i * n)) for p in ("up", "down")]
+        sets.append(Generator(n, (*rows, Slot("router", 1, units(n), (here,)))))
+    whole = (*(Slot(p, 0, units(m, n)) for p in ("up", "down")), Slot("router", 0, units(m)), Slot("in", 0, units(m)))
+    return Symmetry(shapes, (*sets, Generator(m, whole)))
+
+
 ALL: dict[str, Callable[[], Symmetry]] = {
     "mlp": mlp,
     "residual": residual,
@@ -213,6 +239,7 @@ ALL: dict[str, Callable[[], Symmetry]] = {
     "outer_square": outer_square,
     "cube": cube,
     "towers": towers,
+    "mixtures": mixtures,
 }
 
 

@@ -318,7 +318,7 @@ def test_a_loop_over_the_matrices_of_a_parameter_leaves_their_order_free() -> No
 
 
 class Nested(nn.Module):
-    """Towers of parallel layers: whole towers may be exchanged, and the layers of all of them together."""
+    """Towers of parallel layers: whole towers may be exchanged, and the layers of each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -339,7 +339,8 @@ def test_any_operator_that_joins_in_any_order(join: Callable[..., Any]) -> None:
 
 def test_modules_within_modules() -> None:
     symmetry = infer(Nested(), X)
-    assert sorted(_modules(symmetry)) == [(2, 2 * COUNT), (COUNT, 4)]
+    assert sorted(_modules(symmetry)) == [*[(2, 2)] * COUNT, (COUNT, 4)]
+    assert_sound(Nested(), X, symmetry)
     stacks = symmetry.stacks.names
     assert sorted(map(len, stacks.values())) == [2 * COUNT, 2 * COUNT]
 

@@ -249,3 +249,62 @@ def test_units_by_hand_beside_modules_by_hand() -> None:
     other = s.apply(state, element)
     assert torch.equal(other["a.up"], state["b.up"][[1, 0, 2]])
     assert FrankWolfe().match([state, other], s).between(0, 1) == element
+
+
+class Layer(nn.Module):
+    """A mixture of experts."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, count)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH)) for _ in range(count)
+        )
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        g = self.gate(h).softmax(-1)
+        return torch.stack([g[:, e, None] * expert(h) for e, expert in enumerate(self.experts)]).sum(0)
+
+
+class Ensemble(nn.Module):
+    """Members with a mixture of experts each: the experts of a member are exchanged among themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(
+            nn.Sequential(nn.Linear(4, WIDTH), Layer(3), nn.Linear(WIDTH, 2)) for _ in range(3)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([member(x) for member in self.members]).mean(0)
+
+
+class Hierarchy(nn.Module):
+    """A mixture of mixtures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.out, self.gate = nn.Linear(4, WIDTH), nn.Linear(WIDTH, 2), nn.Linear(WIDTH, 2)
+        self.parts = nn.ModuleList(Layer(3) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.inp(x)
+        return self.out((torch.stack([p(h) for p in self.parts], 1) * self.gate(h).softmax(-1)[..., None]).sum(1))
+
+
+@pytest.mark.parametrize("matcher", [FrankWolfe(), WeightMatching(), MergeMany()], ids=lambda m: repr(m)[:12])
+@pytest.mark.parametrize(
+    ("build", "sizes"), [(Ensemble, [3, 3, 3, 3]), (Hierarchy, [2, 3, 3])], ids=["ensemble", "hierarchy"]
+)
+def test_planted_modules_within_modules_are_found(build: Any, sizes: list[int], matcher: Matcher) -> None:
+    torch.manual_seed(0)
+    net = build()
+    symmetry = infer(net, X[:8])
+    assert sorted(e.size for e in symmetry.exchanges) == sizes
+    assert not decompose(symmetry).structure.dropped
+    planted = [symmetry.random_element(seed) for seed in range(3)]
+    found = match([symmetry.apply(net.state_dict(), e) for e in planted], symmetry, matcher)
+    assert not any("not searched" in remark for remark in found.remarks())
+    for a in range(3):
+        for b in range(3):
+            assert found.between(a, b) == planted[a].inverse().then(planted[b])
