@@ -38,6 +38,15 @@ def once(mask: fx.Node, at: tuple[int, ...]) -> bool:
     return bool(distinct and (sets == sets[:, :1]).all())
 
 
+def distinct(index: fx.Node) -> bool:
+    """Whether the entries of an index are different positions: some that one choice made."""
+    found = _chosen(index, True)
+    if found is None:
+        return False
+    entries, sets = (t.reshape(-1) for t in found)
+    return bool(entries.unique().numel() == entries.numel() and (sets == sets[:1]).all())
+
+
 def _chosen(node: fx.Node, compared: bool = False) -> tuple[torch.Tensor, torch.Tensor] | None:
     """For each entry of a mask which entry of chosen positions it tells of, and of which set of different positions.
 

@@ -106,6 +106,9 @@ def _step(same: Same, env: dict[Any, Any]) -> Any:
     args, kwargs = tree_unflatten(values, spec)
     if node.target is torch.ops.aten.view.default:
         return torch.ops.aten.reshape.default(*args)  # with an axis of branches the memory may lie otherwise
+    if node.target is torch.ops.aten.index_add.default and args[1] == 0 and not kwargs:
+        base, _, index, rows = args  # that operator would run once for each branch
+        return torch.ops.aten.index_put.default(base, [index], rows, True)
     return _mappable(node.target)(*args, **kwargs)
 
 

@@ -43,6 +43,7 @@ from automerge._branches._joins import (
 )
 from automerge._branches._mapping import Branch, Leaf, joined, mapped, numbers, sources_of
 from automerge._branches._runs import take_runs, takes_runs
+from automerge._branches._sums import adds_in_turn, take_writes_apart
 from automerge._stacks import stack_name
 
 aten = torch.ops.aten
@@ -68,7 +69,7 @@ def stacked(graphs: Sequence[fx.GraphModule]) -> Stacked | None:
     Args:
         graphs: traced graphs of one model, from `automerge.trace`.
     """
-    if not any(promising(graph) or chooses(graph.graph) or takes_runs(graph) for graph in graphs):
+    if not any(_hopeful(graph) for graph in graphs):
         return None
     works = [_Work(graph) for graph in graphs]
     if not sum(work.run() for work in works):
@@ -77,6 +78,11 @@ def stacked(graphs: Sequence[fx.GraphModule]) -> Stacked | None:
     # others did not reach all branches: an expert that no row was sent to
     fitting = [work for work in works if work.stacked == most.stacked and work.adopt(most.stacks)]
     return Stacked(tuple(work.finished() for work in fitting), most.stacks)
+
+
+def _hopeful(graph: fx.GraphModule) -> bool:
+    """Whether a graph may have like branches, as it is or once rows and writes are read otherwise."""
+    return promising(graph) or chooses(graph.graph) or takes_runs(graph) or adds_in_turn(graph.graph)
 
 
 class _Work(Workbench):
@@ -99,6 +105,7 @@ class _Work(Workbench):
         take_all_places(self)
         take_runs(self)
         take_all_rows(self)
+        take_writes_apart(self)
         found = False
         elsewhere = told_apart(self.graph, self.hashes)
         for node in list(self.graph.nodes):

@@ -160,7 +160,10 @@ def _index_put(context: Context, x: Value, indices: Sequence[Value | None], valu
     for i, (k, v) in enumerate(zip(axes, covered, strict=True)):
         if k in moving:
             x, covered[i] = read_along(engine, x, k, v, "")
-        engine.pin_all(covered[i].settle(), "written at given positions")
+        index = covered[i].settle()
+        rows = places - len(index.axes)  # along a kept axis the places move with what is written
+        loose = {c for j, letters in enumerate(index.axes) if j + rows not in kept for c in letters}
+        covered[i] = engine.pin_letters(index, loose, "written at given positions")
     fixed = [k for k in fixed if k not in moving]
     x = engine.pin_letters(x, {c for k in fixed for c in x.axes[k]}, "written at given positions")
     # where along the kept axes depends on the other indices

@@ -170,10 +170,27 @@ def _sent_to_those_hit_of_one_more(h: Any, scores: Any, experts: Any) -> Any:
     return out
 
 
+def _choosing_rows(h: Any, scores: Any, experts: Any) -> Any:
+    """Experts choose their rows, not rows their experts."""
+    weight, rows = scores.softmax(-1).t().topk(5, -1)
+    out = torch.zeros_like(h)
+    for e, expert in enumerate(experts):
+        out.index_add_(0, rows[e], expert(h[rows[e]]) * weight[e][:, None])
+    return out
+
+
+def _choosing_rows_in_place(h: Any, scores: Any, experts: Any) -> Any:
+    weight, rows = scores.sigmoid().topk(5, 0)
+    out = torch.zeros_like(h)
+    for e, expert in enumerate(experts):
+        out[rows[:, e]] += expert(h[rows[:, e]]) * weight[:, e, None]
+    return out
+
+
 SPELLINGS = (
     *(_summed, _written, _stacked, _joined, _residual, _best),
     *(_sent, _sent_one_hot, _sent_added, _sent_added_one_hot, _sent_to_one, _sent_to_empty, _sent_if_any),
-    *(_sent_to_those_hit, _sent_to_those_hit_of_one_more),
+    *(_sent_to_those_hit, _sent_to_those_hit_of_one_more, _choosing_rows, _choosing_rows_in_place),
 )
 
 
@@ -492,7 +509,24 @@ def _compared_by_python(h: Any, scores: Any, experts: Any) -> Any:
     return out.tanh() if sizes[0] > sizes[1] else out.sigmoid()
 
 
+def _choosing_in_turn(h: Any, scores: Any, experts: Any) -> Any:
+    """Every expert sees what those before it added."""
+    rows = scores.t().topk(5, -1).indices
+    for e, expert in enumerate(experts):
+        h = h.index_add(0, rows[e], expert(h[rows[e]]))
+    return h
+
+
+def _choosing_over(h: Any, scores: Any, experts: Any) -> Any:
+    """What an expert writes stays unless a later one writes there."""
+    rows, out = scores.t().topk(5, -1).indices, torch.zeros_like(h)
+    for e, expert in enumerate(experts):
+        out[rows[e]] = expert(h[rows[e]])
+    return out
+
+
 DIFFERENT = (
+    *(_choosing_in_turn, _choosing_over),
     *(_weighed, _in_turn, _differently, _moved_on, _mean_of_rows, _overwritten),
     *(_overwritten_by_second_choice, _added_or_put, _compared_by_python),
 )

@@ -14,11 +14,13 @@ import pytest
 import torch
 from torch import nn
 
+import automerge
 from automerge import FrankWolfe, Identity
 from zoo import _formats
 from zoo.experiments import __main__ as command
 from zoo.experiments import _experiment, _tables, corruptions, report, stability, tasks, widths
 from zoo.experiments import cycle as cycle_experiment
+from zoo.experiments import modules as modules_experiment
 from zoo.experiments._bench import Bench, fuse
 from zoo.experiments._experiment import PROFILES, Experiment, Lab, Record, Row, Unit, disjoint
 from zoo.experiments._figures import panels
@@ -42,8 +44,8 @@ def lab_in(runs: Path) -> Lab:
 
 
 # -------------------------------------------------------------------- every experiment
-def test_there_are_the_ten() -> None:
-    names = "many, width, cycle, landscape, ablation, stability, corruptions, tasks, widths, soups"
+def test_there_are_these() -> None:
+    names = "many, width, cycle, landscape, ablation, stability, corruptions, tasks, widths, soups, modules"
     assert ", ".join(EXPERIMENTS) == names
 
 
@@ -493,3 +495,15 @@ def test_means_are_over_sets_and_differences_are_paired() -> None:
 def test_recipes_of_settings_are_deterministic_and_the_same_for_all_seeds() -> None:
     assert all(isinstance(s.recipe, Recipe) and s.recipe.epochs > 1 for s in SETTINGS.values())
     assert len({s.name for s in SETTINGS.values()}) == len(SETTINGS)
+
+
+def test_experts_are_exchanged_only_where_they_may_be(runs: Path) -> None:
+    """Networks that differ by the order of their experts are one where experts are exchanged, and are not where they stay."""
+    bench = lab_in(runs).bench("digits-experts")
+    known = modules_experiment.symmetries(bench.symmetry)
+    assert [e.size for e in known["experts exchanged"].exchanges] == [4, 4]
+    assert not known["experts stay"].exchanges
+    whole = bench.symmetry
+    copies = [whole.apply(bench.state(0), whole.random_element(seed)) for seed in range(2)]
+    found = {name: automerge.match(copies, symmetry, FrankWolfe()) for name, symmetry in known.items()}
+    assert found["experts exchanged"].stats["objective"] > 1.1 * found["experts stay"].stats["objective"]

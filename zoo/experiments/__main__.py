@@ -17,6 +17,7 @@ from zoo.experiments import (
     cycle,
     landscape,
     many,
+    modules,
     report,
     soups,
     stability,
@@ -28,7 +29,7 @@ from zoo.experiments._experiment import PROFILES, Experiment, Lab
 from zoo.experiments._run import render, run
 from zoo.experiments._settings import SETTINGS
 
-_MODULES = (many, width, cycle, landscape, ablation, stability, corruptions, tasks, widths, soups)
+_MODULES = (many, width, cycle, landscape, ablation, stability, corruptions, tasks, widths, soups, modules)
 EXPERIMENTS: dict[str, Experiment] = {m.EXPERIMENT.name: m.EXPERIMENT for m in _MODULES}
 """Name -> experiment."""
 

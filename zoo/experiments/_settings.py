@@ -13,6 +13,7 @@ from torch import nn
 from zoo.data import Dataset, load
 from zoo.models.lm import LM
 from zoo.models.mlp import MLP
+from zoo.models.moe import MoE
 from zoo.models.resnet import ChannelNorm, ResNet
 from zoo.models.vgg import VGG
 from zoo.models.vit import ViT
@@ -113,6 +114,20 @@ _ALL = (
         (784, 256, 256, 256, 10),
         "fashion_mnist:10000",
         Recipe(8, rate=1e-3),
+    ),
+    Setting(
+        "digits-experts",
+        "2 layers of 4 experts, one module each, digits",
+        partial(MoE, 64, 64, 64, listed=True),
+        "digits",
+        Recipe(epochs=20, rate=1e-3),
+    ),
+    Setting(
+        "mnist-experts",
+        "2 layers of 4 experts, one module each, MNIST",
+        partial(MoE, 784, 64, 64, listed=True),
+        "mnist:10000",
+        Recipe(epochs=5, rate=1e-3),
     ),
     Setting("digits-vit", "ViT, 2 blocks of 32, digits", ViT, "digits", Recipe(epochs=40, rate=3e-3)),
     Setting(

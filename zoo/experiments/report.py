@@ -87,6 +87,20 @@ def _ahead_of(ours: str, *others: str, kind: str = "", n: int | None = None) -> 
     return answer
 
 
+def _exchanged(record: Record) -> Answer:
+    gaps = {}
+    for matcher in ("universe", "weight-matching"):
+        ours, theirs = (
+            record.where(merge=f"{matcher}, experts {how}", repair="repair") for how in ("exchanged", "stay")
+        )
+        gaps[matcher] = difference(ours, theirs)
+    return Answer(
+        _worst(gaps.values()),
+        "; ".join(f"`{m}`: exchanged against where they are {gap}" for m, gap in gaps.items())
+        + " (N averaged within a set)",
+    )
+
+
 def _wider(record: Record) -> Answer:
     parts, verdicts = [], []
     for family in record.values("family"):
@@ -262,6 +276,12 @@ CLAIMS = (
         "The universe on activations is ahead of pairwise activation matching, repaired alike.",
         "many",
         _ahead_of("universe, activations", "activation"),
+    ),
+    Claim(
+        "here",
+        "Merges are better where the experts of a list may be exchanged than where they stay, repaired alike.",
+        "modules",
+        _exchanged,
     ),
     Claim(
         "CCA Merge",

@@ -1,4 +1,4 @@
-"""A mixture of experts with batched expert weights and a dense softmax router."""
+"""Mixtures of experts with a dense softmax router: the experts' weights in one tensor, or one module for every expert."""
 
 import torch
 from torch import nn
@@ -21,8 +21,24 @@ class Experts(nn.Module):
         return torch.einsum("be,beh,ehd->bd", weight, hidden, self.down)
 
 
+class ExpertList(nn.Module):
+    """The same with a module for every expert."""
+
+    def __init__(self, dim: int, hidden: int, experts: int) -> None:
+        super().__init__()
+        self.router = nn.Linear(dim, experts)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim)) for _ in range(experts)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(batch, dim)`` to the same."""
+        weight = torch.softmax(self.router(x), dim=-1)
+        return sum((weight[:, e : e + 1] * expert(x) for e, expert in enumerate(self.experts)), torch.zeros_like(x))
+
+
 class MoE(nn.Module):
-    """A linear stem, residual expert layers, a linear head."""
+    """A linear stem, residual expert layers (their experts in one tensor, or in a list), a linear head."""
 
     def __init__(
         self,
@@ -32,10 +48,13 @@ class MoE(nn.Module):
         experts: int = 4,
         depth: int = 2,
         classes: int = 10,
+        *,
+        listed: bool = False,
     ) -> None:
         super().__init__()
+        layer = ExpertList if listed else Experts
         self.stem = nn.Linear(features, dim)
-        self.layers = nn.ModuleList(Experts(dim, hidden, experts) for _ in range(depth))
+        self.layers = nn.ModuleList(layer(dim, hidden, experts) for _ in range(depth))
         self.head = nn.Linear(dim, classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
