@@ -331,7 +331,7 @@ class Recorder(TorchDispatchMode):
     ) -> None:
         source = args[0] if args else None
         viewed = func._schema.returns and func._schema.returns[0].alias_info is not None
-        if not viewed or not isinstance(source, torch.Tensor):
+        if not viewed or not isinstance(source, torch.Tensor) or source.layout is not torch.strided:
             self._register(out, Tracked(node))
         elif out is not source:
             base = self._lookup(source)

@@ -32,12 +32,18 @@ class Workbench:
     def __init__(self, graph: fx.GraphModule) -> None:
         self.recorded = graph
         self.graph = fx.Graph()
+        self.reads = set(graph.meta["trace"].reads)
         made: dict[fx.Node, fx.Node] = {}
+        once: dict[Any, fx.Node] = {}
         for node in graph.graph.nodes:
-            made[node] = self.graph.node_copy(node, made.__getitem__)
+            made[node] = copy = self.graph.node_copy(node, made.__getitem__)
+            if node.op == "call_function" and not draws(node) and node.name not in self.reads:
+                # what a program computes anew for every branch (``weights[layer][e]``) is one value
+                made[node] = once.setdefault((copy.target, repr(copy.args), repr(copy.kwargs)), copy)
+                if made[node] is not copy:
+                    self.graph.erase_node(copy)
         self._values = {n.target: getattr(graph, n.target) for n in self.graph.nodes if n.op == "get_attr"}
         self.hashes: dict[fx.Node, int] = {}
-        self.reads = set(graph.meta["trace"].reads)
         self.constant: set[fx.Node] = set()
         self.sorts: dict[str, int] = {}
         for node in self.graph.nodes:

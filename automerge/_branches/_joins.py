@@ -49,7 +49,7 @@ def alike(
     return [
         tuple(nodes)
         for nodes in kinds.values()
-        if 1 < len(nodes) == len(set(nodes)) and _together(join, operands, nodes)
+        if 1 < len(nodes) == len(set(nodes)) and together(join, operands, nodes)
     ]
 
 
@@ -122,7 +122,7 @@ def _goes_on(a: fx.Node, b: fx.Node) -> bool:
     return bool(a.meta["val"].shape == b.meta["val"].shape and a.meta["val"].dtype == b.meta["val"].dtype)
 
 
-def _together(join: fx.Node, operands: list[Any], nodes: list[fx.Node]) -> bool:
+def together(join: fx.Node, operands: list[Any], nodes: list[fx.Node]) -> bool:
     """Whether like operands are side by side where their order matters."""
     if folds(join):
         return True

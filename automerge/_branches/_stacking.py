@@ -35,10 +35,12 @@ from automerge._branches._joins import (
     alike,
     along,
     cutting,
+    folds,
     operands_of,
     piece,
     promising,
     told_apart,
+    together,
     whole,
 )
 from automerge._branches._mapping import Branch, Leaf, joined, mapped, numbers, sources_of
@@ -167,16 +169,21 @@ class _Work(Workbench):
     def _stack(self, join: fx.Node, operands: list[Any], kinds: list[Same]) -> bool:
         """Stack the like operands of a join."""
         branches = []
-        for nodes in kinds:
+        # the factors of a product (a weight and its mask) are no branches
+        todo = [nodes for nodes in kinds if not folds(join) or any(n.op != "placeholder" for n in nodes)]
+        while todo:
+            nodes = todo.pop(0)
             try:
                 branches.append(self._branch(nodes))
             except MismatchError:
-                continue
+                todo += self._parted(join, operands, nodes)
+        taken: dict[fx.Node, fx.Node] = {}
         for same in [s for b in branches for s in b.parameters]:
             if all(n.meta["name"] in self.states for n in same):
-                self._introduce([n.meta["name"] for n in same])
+                taken.update(zip(same, self._introduce([n.meta["name"] for n in same]), strict=True))
+        operands = [taken.get(o, o) for o in operands]
         try:
-            branches = [self._branch(b.nodes) for b in branches]
+            branches = [self._branch(tuple(taken.get(n, n) for n in b.nodes)) for b in branches]
         except MismatchError:
             return False
         if not branches or any(b.parameters for b in branches) or not self._replace(join, operands, branches):
@@ -184,6 +191,23 @@ class _Work(Workbench):
         self.stacked += sum(len(b.nodes) for b in branches)
         self.telling |= set().union(*map(_telling, branches))
         return True
+
+    def _parted(self, join: fx.Node, operands: list[Any], nodes: Same) -> list[Same]:
+        """Like operands that are not all the same branch, as fewer that are: some may be in a stack already."""
+        sets: list[list[fx.Node]] = []
+        for node in nodes:
+            for some in sets:
+                if not together(join, operands, [*some, node]):
+                    continue
+                try:
+                    self._branch((some[0], node))
+                except MismatchError:
+                    continue
+                some.append(node)
+                break
+            else:
+                sets.append([node])
+        return [tuple(s) for s in sets if 1 < len(s) < len(nodes)]
 
     def _branch(self, nodes: Same) -> Branch:
         """What corresponds in some operands.
@@ -235,6 +259,8 @@ class _Work(Workbench):
             if len({p.start for p in pieces}) == 1:
                 return Leaf(first, whole)
             return Leaf(pieces[0].source, cutting(pieces))
+        if any(p.source.meta.get("name") in self.stacks for p in pieces):
+            raise MismatchError  # one is in a stack already, the others are not, or in another
         return None
 
     def _parameters(self, same: Same) -> Same:
@@ -247,8 +273,8 @@ class _Work(Workbench):
             raise MismatchError
         return same
 
-    def _introduce(self, names: list[str]) -> None:
-        """The placeholder of a stack of parameters, of which these are pieces from now on."""
+    def _introduce(self, names: list[str]) -> list[fx.Node]:
+        """The pieces of a stack of parameters, which take the place of these from now on."""
         parts = [self.states.pop(name) for name in names]
         inner = [self.stacks.pop(name, np.array(name, dtype=object)) for name in names]
         name = stack_name(names, {*self.states, *self.stacks})
@@ -260,13 +286,14 @@ class _Work(Workbench):
         stack.target = stack.name
         self.know(stack)
         with self.graph.inserting_before(next(n for n in self.graph.nodes if n.op != "placeholder")):
-            for e, part in enumerate(parts):
-                one = self.graph.call_function(aten.select.int, (stack, 0, e))
-                one.meta = {**part.meta, "val": shadow(value)}
-                self.hashes[one] = self.hashes[part]
-                part.replace_all_uses_with(one)
-                self.graph.erase_node(part)
+            pieces = [self.graph.call_function(aten.select.int, (stack, 0, e)) for e in range(len(parts))]
+        for part, one in zip(parts, pieces, strict=True):
+            one.meta = {**part.meta, "val": shadow(value)}
+            self.hashes[one] = self.hashes[part]
+            part.replace_all_uses_with(one)
+            self.graph.erase_node(part)
         self.states[name], self.stacks[name] = stack, np.stack(inner)
+        return pieces
 
     def adopt(self, stacks: dict[str, np.ndarray]) -> bool:
         """Take the stacks of other graphs over; whether they fit this one's."""

@@ -13,6 +13,7 @@ from torch.distributions import Normal
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from automerge import infer, trace
+from automerge.testing import assert_sound
 from tests.inference.networks_hostile import Program
 from tests.inference.test_networks import parse, worst_change
 
@@ -261,3 +262,105 @@ def test_products_with_a_sparse_graph():
         return s.out(torch.sparse.mm(graph.to(x.dtype), s.a(x)).relu())
 
     found(lambda: Program(forward, {"a": lin(4, 6), "out": lin(6, 2)}), "6", STEPS[0], MORE[0, :5])
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_products_with_a_sparse_graph_that_the_forward_pass_turns():
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        graph = torch.eye(5, dtype=x.dtype).to_sparse_csr().t()
+        return s.out((graph @ s.a(x)).relu())
+
+    symmetry = infer(Program(forward, {"a": lin(4, 6), "out": lin(6, 2)}), STEPS[0])
+    assert [g.size for g in symmetry.generators()] == [6]
+
+
+# ------------------------------------------------------------ experts of recommenders
+def _expert() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 4))
+
+
+def _experts(count: int) -> Callable[[], nn.Module]:
+    return lambda: nn.ModuleList(_expert() for _ in range(count))
+
+
+def _mixed(outputs: list[torch.Tensor], scores: torch.Tensor) -> torch.Tensor:
+    return (torch.stack(outputs, 1) * scores.softmax(-1)[..., None]).sum(1)
+
+
+def _extracted(s: Any, x: torch.Tensor) -> torch.Tensor:
+    """Progressive layered extraction: every task has experts of its own, and all share some."""
+    first, second, shared = ([e(x) for e in some] for some in (s.first, s.second, s.shared))
+    every = _mixed(first + second + shared, s.every(x))
+    return torch.cat([_mixed(first + shared, s.one(x)), _mixed(second + shared, s.two(x)), every], 1)
+
+
+def _asked_anew(s: Any, x: torch.Tensor) -> torch.Tensor:
+    return sum(e(x) * s.gate(x)[:, i : i + 1] for i, e in enumerate(s.experts))  # type: ignore[return-value]
+
+
+def _used_elsewhere(s: Any, x: torch.Tensor) -> torch.Tensor:
+    four, three = [e(x) for e in s.four], [e(x) for e in s.three]
+    return torch.cat([sum(four), torch.stack(three).amax(0), four[0] * three[0]], 1)  # type: ignore[list-item]
+
+
+def _weights_stacked(s: Any, x: torch.Tensor) -> torch.Tensor:
+    first, last = (torch.stack([e[i].weight for e in s.experts]) for i in (0, 2))
+    return (torch.einsum("bi,ehi->ebh", x, first).tanh() @ last.mT * s.gate(x).T[..., None]).sum(0)
+
+
+def _weights_joined(s: Any, x: torch.Tensor) -> torch.Tensor:
+    first, last = (torch.cat([e[i].weight for e in s.experts], i // 2) for i in (0, 2))
+    return (x @ first.T).tanh() @ last.T
+
+
+def _masked(s: Any, x: torch.Tensor) -> torch.Tensor:
+    """A weight and its mask are no branches, though their product is that of either order."""
+    return F.linear(sum(e(x) for e in s.experts), s.gate.weight * s.mask.weight)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("forward", "modules", "sizes"),
+    [
+        (_weights_stacked, {"experts": _experts(3), "gate": lin(4, 3)}, [3]),
+        (_weights_joined, {"experts": _experts(3)}, [3]),
+        (_masked, {"experts": _experts(3), "gate": lin(4, 3), "mask": lin(4, 3)}, [3]),
+        (
+            _extracted,
+            {n: _experts(k) for n, k in (("first", 3), ("second", 3), ("shared", 2))}
+            | {"one": lin(4, 5), "two": lin(4, 5), "every": lin(4, 8)},
+            [2, 3, 3],
+        ),
+        (_asked_anew, {"experts": _experts(3), "gate": lin(4, 3)}, [3]),
+        (_used_elsewhere, {"four": _experts(4), "three": _experts(3)}, [2, 3]),
+    ],
+    ids=lambda f: getattr(f, "__name__", ""),
+)
+def test_experts_that_are_interchangeable(forward: Any, modules: Any, sizes: list[int]) -> None:
+    torch.manual_seed(0)
+    net = Program(forward, modules)
+    symmetry = assert_sound(net, STEPS[0], infer(net, STEPS[0]))
+    assert sorted(e.size for e in symmetry.exchanges) == sizes
+
+
+class _Stacked(nn.Module):
+    """Experts in one parameter, by layer and number (DCN-mix)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v, self.u = nn.Parameter(torch.randn(2, 3, 4, 5)), nn.Parameter(torch.randn(2, 3, 5, 4))
+        self.gates = nn.ModuleList(nn.Linear(4, 1) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for i in range(2):
+            x = x + torch.stack(
+                [(x @ self.v[i][e]).tanh() @ self.u[i][e] * g(x) for e, g in enumerate(self.gates)]
+            ).sum(0)
+        return x
+
+
+def test_experts_in_a_parameter_of_several_layers() -> None:
+    net = _Stacked()
+    symmetry = assert_sound(net, STEPS[0], infer(net, STEPS[0]))
+    assert [e.size for e in symmetry.exchanges] == [3]
+    alone = {w for g in symmetry.sets for s in g.slots if s.param == "v" for w in [s.within] if len(w) == 2}
+    assert len(alone) == 6  # the hidden units of each expert in each layer
