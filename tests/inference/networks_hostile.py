@@ -1596,7 +1596,7 @@ for _name, _sizes, _program in (
     ("HeadsOnBatch", "6 2 3x4", _heads_on_batch),
     ("HeadsStacked", "6 2 3x4", _heads_stacked),
     ("HeadsSqueezed", "6 2 3x4", _heads_squeezed),
-    ("HeadsInALoop", "6 3x4", _heads_in_a_loop),  # every head has operators of its own
+    ("HeadsInALoop", "6 2 3x4", _heads_in_a_loop),
 ):
     add(_name, _sizes, (seq,), _program, i=lin(5, 6), q=lin(6, 6), k=lin(6, 6), v=lin(6, 6), p=lin(6, 6), out=lin(6, 2))
 
