@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 
 from automerge._branches._distinct import EMPTY, ZEROS, once
 from automerge._branches._graph import Workbench
-from automerge._branches._joins import SORTS, aten, draws, keeps_rows, order_of
+from automerge._branches._joins import SORTS, aten, keeps_rows, order_of
 from automerge._double import double_precision
 
 _SCATTERS = (aten.scatter_add.default, aten.scatter_reduce.two)
@@ -133,20 +133,6 @@ def chooses(graph: fx.Graph) -> bool:
     return writes and any(n.target is aten.nonzero.default or _masks(n) for n in nodes)
 
 
-def _share_masks(bench: Workbench) -> None:
-    """One node for a mask that a program computes wherever it needs it (``out[chosen == e] = expert(x[chosen == e])``)."""
-    known: dict[Any, fx.Node] = {}
-    for node in list(bench.graph.nodes):
-        value = node.meta.get("val")
-        masks = isinstance(value, torch.Tensor) and value.dtype is torch.bool and not draws(node)
-        if node.op != "call_function" or not masks:
-            continue
-        first = known.setdefault((node.target, str((node.args, node.kwargs))), node)
-        if first is not node and node.name not in bench.reads:
-            node.replace_all_uses_with(first)
-            bench.graph.erase_node(node)
-
-
 def take_all_places(bench: Workbench) -> None:
     """The positions of a mask are known where python saw each; what it asked is whether these are chosen, and no others.
 
@@ -216,7 +202,6 @@ def take_all_rows(bench: Workbench) -> None:
     """Read rows that a mask chooses as all rows, and multiply those that it does not choose by zero."""
     if not chooses(bench.graph):
         return
-    _share_masks(bench)
     order = {node: i for i, node in enumerate(bench.graph.nodes)}
     masks = dict.fromkeys(
         mask

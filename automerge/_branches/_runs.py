@@ -26,7 +26,7 @@ from torch import fx
 
 from automerge._branches._counts import World, counted, following, made_up_choices
 from automerge._branches._graph import Workbench
-from automerge._branches._joins import SORTS, aten, draws, keeps_rows, likeness, order_of, piece
+from automerge._branches._joins import SORTS, aten, keeps_rows, likeness, order_of, piece
 
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.clone.default, aten.detach.default)
 
@@ -119,34 +119,10 @@ def _slices(bench: Workbench, order: fx.Node, bounds: Mapping[int, tuple[int, in
         kind = kinds.get((cut.start, cut.start + cut.length))
         if kind is not None:
             cuts[node] = kind
-    sources = {node: node.all_input_nodes[0] for node in cuts}
-    first = _first(bench.graph, order, set(sources.values()))
     found: dict[fx.Node, set[int]] = {}
     for node, kind in cuts.items():
-        found.setdefault(first[sources[node]], set()).add(kind)
-    return {node: kind for node, kind in cuts.items() if found[first[sources[node]]] == set(bounds)}
-
-
-def _first(graph: fx.Graph, order: fx.Node, wanted: set[fx.Node]) -> dict[fx.Node, fx.Node]:
-    """For some nodes the first that computes the same from the same, from where rows are sorted on."""
-    behind, later = False, set()
-    for node in graph.nodes:
-        behind = behind or node is order
-        later |= {node} if behind else set()
-    todo, needed = list(wanted), set(wanted)
-    while todo:
-        more = [n for n in todo.pop().all_input_nodes if n in later and n not in needed]
-        needed.update(more)
-        todo += more
-    out: dict[fx.Node, fx.Node] = {}
-    known: dict[Any, fx.Node] = {}
-    for node in (n for n in graph.nodes if n in needed):
-        if node.op != "call_function" or draws(node):
-            out[node] = node
-            continue
-        given = fx.node.map_arg((node.args, node.kwargs), lambda n: out.get(n, n))
-        out[node] = known.setdefault((node.target, str(given)), node)
-    return out
+        found.setdefault(node.all_input_nodes[0], set()).add(kind)
+    return {node: kind for node, kind in cuts.items() if found[node.all_input_nodes[0]] == set(bounds)}
 
 
 def _alike(

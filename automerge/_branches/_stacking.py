@@ -39,8 +39,8 @@ from automerge._branches._joins import (
     operands_of,
     piece,
     promising,
-    told_apart,
     together,
+    told_apart,
     whole,
 )
 from automerge._branches._mapping import Branch, Leaf, joined, mapped, numbers, sources_of
