@@ -88,7 +88,7 @@ def holds(dtype: torch.dtype, count: int) -> bool:
 
 @rule("eq", "ne", carries=True)
 def compared(context: Context, *args: Any, **kwargs: Any) -> Value:
-    """Two positions along one axis; or positions with all those of the axis in their order, which makes one-hot rows."""
+    """Two positions along one axis; or positions with some of the axis, each once, which makes one-hot rows."""
     a, b = args
     engine = context.engine
     for index, other in ((a, b), (b, a)):
@@ -99,10 +99,12 @@ def compared(context: Context, *args: Any, **kwargs: Any) -> Value:
         if same_points(engine, [a, b]) is not None:
             return engine.elementwise([bare(a), bare(b)])
         for index, other in ((a, b), (b, a)):
-            dim = _counted(index, other)
-            if dim is not None:
+            found = _counted(index, other)
+            if found is not None:
                 assert index.points is not None
-                return engine.elementwise([bare(index), tie_axis(engine, plain(other.shape), dim, index.points)])
+                dim, some = found
+                engine.axes.select(index.points[some], index.points)
+                return engine.elementwise([bare(index), tie_axis(engine, plain(other.shape), dim, index.points[some])])
     return pointwise(context, *args, **kwargs)
 
 
@@ -128,13 +130,17 @@ def filled(context: Context, x: Value, mask: Value, value: Any) -> Value:
     return engine.elementwise([bare(x), mask.settle()]).carry(x)
 
 
-def _counted(index: Value, other: Value) -> int | None:
-    """The axis of a constant along which it counts the positions that an index tensor may hold."""
-    if index.points is None or other.data is None or other.data.numel() != index.points.size:
+def _counted(index: Value, other: Value) -> tuple[int, np.ndarray] | None:
+    """The axis of a constant that lists positions which an index tensor may hold, each once, and these positions."""
+    if index.points is None or other.data is None:
         return None
     long = [k for k, n in enumerate(other.shape) if n > 1]
-    counts = torch.equal(other.data.detach().cpu().reshape(-1).long(), torch.arange(index.points.size))
-    return long[0] if len(long) == 1 and counts else None
+    if len(long) != 1:
+        return None
+    listed = other.data.detach().cpu().reshape(-1).numpy()
+    some = listed.astype(np.int64)
+    apart = np.unique(some).size == some.size and np.array_equal(some, listed)
+    return (long[0], some) if apart and some.min() >= 0 and some.max() < index.points.size else None
 
 
 @rule("remainder", "clamp", "clamp_min", "clamp_max", carries=True)

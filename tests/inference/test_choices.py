@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from automerge import infer
+from automerge.testing import assert_sound
 
 COUNT, WIDTH, HIDDEN = 4, 6, 8
 X = torch.linspace(-2, 2, 24).cos().mul(3).sin().reshape(8, 3)
@@ -165,10 +167,15 @@ def brought_into_range(s, h):
     return s.some(h, i.clamp(0, COUNT - 1).clamp(min=-1), w)
 
 
-@pinned
 def compared_backwards(s, h):
     p = s.gate(h).softmax(-1)
     return s.all(h, p.masked_fill(torch.arange(COUNT).flip(0) != p.argmax(-1)[:, None], 0.0))
+
+
+@pinned
+def compared_in_a_circle(s, h):
+    p = s.gate(h).softmax(-1)
+    return s.all(h, p.masked_fill(torch.tensor([1, 2, 0, *range(3, COUNT)]) != p.argmax(-1)[:, None], 0.0))
 
 
 @pinned
@@ -269,6 +276,28 @@ def test_experts_may_be_permuted(name):
 def test_experts_stay(name):
     symmetry = infer(Routed(PINNED[name]), X)
     assert not any(s.param == "up" and s.axis == 0 for g in symmetry.generators() for s in g.slots)
+
+
+def test_pairs_of_experts_that_face_each_other_are_exchanged():
+    net = Routed(compared_backwards)
+    symmetry = infer(net, X, verify=False)
+    moves = [next((s for s in g.slots if (s.param, s.axis) == ("up", 0)), None) for g in symmetry.generators()]
+    assert sorted(np.sort(s.index).tolist() for s in moves if s) == [[[0], [3]], [[0, 3], [1, 2]], [[1], [2]]]
+    assert_sound(net, X, symmetry)
+
+
+def test_some_of_the_experts_are_compared():
+    """A choice may be none of the experts: the identity, say."""
+
+    def route(s, h):
+        choice = s.gate(h).argmax(-1, keepdim=True)
+        return s.all(h, (choice == torch.tensor([2, 0])).to(h.dtype) @ torch.eye(2, COUNT)) + h * (choice == 1)
+
+    net = Routed(route)
+    symmetry = infer(net, X, verify=False)
+    (some,) = (g for g in symmetry.generators() if any(s.param == "gate.weight" and s.axis == 0 for s in g.slots))
+    assert sorted(next(s for s in some.slots if s.param == "gate.weight").index[:, 0].tolist()) == [0, 2]
+    assert_sound(net, X, symmetry)
 
 
 # of these a certain expert stays where it is, and the others may be permuted
