@@ -2,12 +2,15 @@
 
 That order is an accident of the selection, and another one where the entries are permuted. A mixture of experts sums over
 what was chosen, so that any order will do, as the one by size. What is computed from such a choice is tried on made-up
-numbers, with the chosen entries in several orders, until it is the same in all of them or reaches an output.
+numbers, with the chosen entries in several orders, until it is the same in all of them or reaches an output. A bound or a
+threshold may hide the order of small numbers (``relu(v - 1)``) and that of large ones, so that both are tried.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ _MAX_ENTRIES = 4_000_000
 _TOLERANCE = 1e-6
 
 Held = dict[fx.Node, list[Any]]
+Draw = Callable[[Sequence[int]], torch.Tensor]
 
 
 def order_matters(node: Any, dim: int) -> bool:
@@ -33,52 +37,86 @@ def order_matters(node: Any, dim: int) -> bool:
         return False
     read = [n for n in node.graph.nodes if n.name in module.meta["trace"].reads]
     rng = torch.Generator().manual_seed(0)
-    values, index = torch.rand(scores.shape, generator=rng, dtype=torch.float64).topk(count, dim)
-    ahead = torch.arange(count).reshape([-1 if k == dim else 1 for k in range(index.dim())]).expand(index.shape)
-    orders = [ahead, ahead.flip(dim), torch.rand(index.shape, generator=rng).argsort(dim)]
-    held: Held = {node: [(values.gather(dim, o), index.gather(dim, o)) for o in orders]}
-    try:
-        with torch.no_grad(), double_precision():
-            live = liveness(module, read)[0]
-            made = {n: n.meta["val"] for n in constants(node.graph)}
-            # rows that were copied for each choice are the same rows also in what is computed from them, which takes longer
-            return _reaches(node, dict(held), live, read, dict(made), rng, set()) and _reaches(
-                node, held, live, read, made, rng, _copies(node.graph)
-            )
-    except Exception:  # an operator that cannot be tried
-        return False
-
-
-def _reaches(
-    start: fx.Node,
-    held: Held,
-    live: Collection[fx.Node],
-    read: Collection[fx.Node],
-    made: dict[fx.Node, Any],
-    rng: torch.Generator,
-    computed: Collection[fx.Node],
-) -> bool:
-    """Go through what is computed from a node; ``held`` has the values that depend on the order, ``made`` the others."""
-    nodes = list(start.graph.nodes)
-    for node in nodes[nodes.index(start) + 1 :]:
-        if node not in live or held.keys().isdisjoint(node.all_input_nodes):
+    live = liveness(module, read)[0]
+    known = {n: n.meta["val"] for n in constants(node.graph)}
+    copied = _copies(node.graph)
+    for draw in (_small, _large):
+        values, index = draw(scores.shape, rng).topk(count, dim)
+        ahead = torch.arange(count).reshape([-1 if k == dim else 1 for k in range(index.dim())]).expand(index.shape)
+        orders = [ahead, ahead.flip(dim), torch.rand(index.shape, generator=rng).argsort(dim)]
+        held: Held = {node: [(values.gather(dim, o), index.gather(dim, o)) for o in orders]}
+        # rows that were copied for each choice are the same rows also in what is computed from them, which takes longer
+        trials = (_Trial(partial(draw, rng=rng), some, dict(known), dict(held)) for some in (set(), copied))
+        try:
+            with torch.no_grad(), double_precision():
+                if all(trial.reaches(node, live, read) for trial in trials):
+                    return True
+        except Exception:  # an operator that cannot be tried
             continue
-        if node.op == "output" or node in read:
-            return True
-        for n in node.all_input_nodes:
-            if n not in held:
-                _make_up(n, rng, made, computed)
-        values = [_computed(node, {**made, **{n: v[k] for n, v in held.items()}}) for k in range(len(held[start]))]
-        if all(_same(values[0], v) for v in values[1:]):
-            made[node] = values[0]
-        else:
-            held[node] = values
     return False
 
 
-def _computed(node: fx.Node, given: Mapping[fx.Node, Any]) -> Any:
-    args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), lambda a: given[a] if isinstance(a, fx.Node) else a)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+def _small(shape: Sequence[int], rng: torch.Generator) -> torch.Tensor:
+    """Numbers so small that no bound cuts their products off, and positive, so that roots of them exist."""
+    return 0.1 * torch.rand(shape, generator=rng, dtype=torch.float64) + 0.05
+
+
+def _large(shape: Sequence[int], rng: torch.Generator) -> torch.Tensor:
+    """Numbers on both sides of thresholds."""
+    return 10 * torch.randn(shape, generator=rng, dtype=torch.float64)
+
+
+@dataclass
+class _Trial:
+    """Made-up numbers, and what comes of them.
+
+    Attributes:
+        draw: makes numbers up.
+        computed: the nodes that are computed from others, not made up.
+        made: values that are the same in every order.
+        held: values in every order, of the others.
+    """
+
+    draw: Draw
+    computed: Collection[fx.Node]
+    made: dict[fx.Node, Any]
+    held: Held
+
+    def reaches(self, start: fx.Node, live: Collection[fx.Node], read: Collection[fx.Node]) -> bool:
+        """Go through what is computed from a node; whether that is an output, or read, before it is the same again."""
+        nodes = list(start.graph.nodes)
+        for node in nodes[nodes.index(start) + 1 :]:
+            if node not in live or self.held.keys().isdisjoint(node.all_input_nodes):
+                continue
+            if node.op == "output" or node in read:
+                return True
+            for n in node.all_input_nodes:
+                if n not in self.held:
+                    self.make_up(n)
+            orders = range(len(self.held[start]))
+            values = [_computed(node, {**self.made, **{n: v[k] for n, v in self.held.items()}}) for k in orders]
+            if all(_same(values[0], v) for v in values[1:]):
+                self.made[node] = values[0]
+            else:
+                self.held[node] = values
+        return False
+
+    def make_up(self, node: fx.Node) -> None:
+        """Any numbers in the place of a tensor; whole numbers and masks as they were recorded.
+
+        Those that are made from whole numbers alone are computed: where rows are left unsorted, others were recorded. So is
+        what an operator only moves, or changes by itself: a row that is read for each of several choices is the same row.
+        """
+        value = node.meta["val"]
+        if node in self.made:
+            return
+        whole = all(map(_is_whole, (node, *node.all_input_nodes)))
+        if node.op == "call_function" and (whole or node in self.computed or _entry_by_entry(node)):
+            for n in node.all_input_nodes:
+                self.make_up(n)
+            self.made[node] = _computed(node, self.made)
+        else:
+            self.made[node] = _any(value, self.draw) if isinstance(value, torch.Tensor) else value
 
 
 def _copies(graph: fx.Graph) -> set[fx.Node]:
@@ -97,32 +135,17 @@ def _numel(node: fx.Node) -> int:
     return value.numel() if isinstance(value, torch.Tensor) else 0
 
 
-def _make_up(node: fx.Node, rng: torch.Generator, made: dict[fx.Node, Any], computed: Collection[fx.Node]) -> None:
-    """Any numbers in the place of a tensor, in ``made``; whole numbers and masks as they were recorded.
-
-    Those that are made from whole numbers alone are computed: where rows are left unsorted, others were recorded. So is what
-    an operator only moves, or changes by itself: a row that is read for each of several choices is the same row. So is what
-    is ``computed``.
-    """
-    value = node.meta["val"]
-    if node in made:
-        return
-    whole = all(map(_is_whole, (node, *node.all_input_nodes)))
-    if node.op == "call_function" and (whole or node in computed or _entry_by_entry(node)):
-        for n in node.all_input_nodes:
-            _make_up(n, rng, made, computed)
-        made[node] = _computed(node, made)
-    else:
-        made[node] = _any(value, rng) if isinstance(value, torch.Tensor) else value
+def _computed(node: fx.Node, given: Mapping[fx.Node, Any]) -> Any:
+    args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), lambda a: given[a] if isinstance(a, fx.Node) else a)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _any(value: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+def _any(value: torch.Tensor, draw: Draw) -> torch.Tensor:
     if value.numel() > _MAX_ENTRIES or (value.is_meta and not value.is_floating_point()):
         raise ValueError("cannot be made up")
     if not value.is_floating_point():
         return value.cpu()
-    # small, so that no bound cuts their products off, and positive, so that roots of them exist
-    return 0.1 * torch.rand(value.shape, generator=rng, dtype=torch.float64) + 0.05
+    return draw(value.shape)
 
 
 def _entry_by_entry(node: fx.Node) -> bool:
