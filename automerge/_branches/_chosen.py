@@ -25,6 +25,7 @@ from automerge._branches._distinct import EMPTY, ZEROS, once
 from automerge._branches._graph import Workbench
 from automerge._branches._joins import SORTS, aten, keeps_rows, order_of
 from automerge._double import double_precision
+from automerge._made_up import Draw, signed, small
 
 _SCATTERS = (aten.scatter_add.default, aten.scatter_reduce.two)
 _WRITES = (aten.index_add.default, aten.index_put.default, *_SCATTERS)
@@ -108,22 +109,31 @@ class Choice:
         return env
 
     def alike(self, constant: set[fx.Node]) -> bool:
-        """Whether every row is treated as it would be among others; fewer are tried, also where all were chosen."""
+        """Whether every row is treated as it would be among others, also where all were chosen.
+
+        Tried are as many as were recorded, and both halves: each row is left out of one, and so is the first and the last.
+        """
         rng = torch.Generator().manual_seed(0)
+        size = self.mask.meta["val"].numel()
+        if size < 2:
+            return False
+        some = min(self.rows[0].meta["val"].shape[0] or 2, size - 1)
+        drawn = torch.randperm(size, generator=rng)[:some].sort().values
+        parts = [drawn, torch.arange(size // 2), torch.arange(size // 2, size)]
+        return all(self._same_among(parts, constant, draw, rng) for draw in (small, signed))
+
+    def _same_among(self, parts: list[torch.Tensor], constant: set[fx.Node], draw: Draw, rng: torch.Generator) -> bool:
+        """Whether the rows at some positions of the mask are the same without the others, for made-up numbers."""
         known: dict[fx.Node, Any] = {}
         for n in self.outside:
-            _make_up(n, constant, rng, known)
-        size = known[self.mask].numel()
-        some = min(self.rows[0].meta["val"].shape[0] or 2, size - 1)
-        if some < 1:
-            return False
+            _make_up(n, constant, draw, rng, known)
+        size = self.mask.meta["val"].numel()
         with torch.no_grad(), double_precision():
             whole = self.values(known, torch.arange(size))[self.added]
-            places = torch.randperm(size, generator=rng)[:some].sort().values
-            part = self.values(known, places)[self.added]
-        if whole.shape[0] != size or not (whole != 0).flatten(1).any(1).all():
-            return False  # what is zero shows nothing
-        return bool(torch.allclose(whole[places], part, rtol=1e-9, atol=1e-12))
+            if whole.shape[0] != size or (draw is small and not (whole != 0).flatten(1).any(1).all()):
+                return False  # what is zero shows nothing
+            found = [(whole[places], self.values(known, places)[self.added]) for places in parts]
+        return all(torch.allclose(a, b, rtol=1e-9, atol=1e-12, equal_nan=True) for a, b in found)
 
 
 def chooses(graph: fx.Graph) -> bool:
@@ -397,22 +407,26 @@ def _orders(node: fx.Node) -> bool:
     return source.target in SORTS and order_of(source) is node
 
 
-def _make_up(node: fx.Node, constant: set[fx.Node], rng: torch.Generator, known: dict[fx.Node, Any]) -> None:
-    """Any numbers in the place of a value; places that rows came from are some order of them, or made from one."""
+def _make_up(
+    node: fx.Node, constant: set[fx.Node], draw: Draw, rng: torch.Generator, known: dict[fx.Node, Any]
+) -> None:
+    """Any numbers in the place of a value; places that rows came from are some order of them, or made from one.
+
+    Other whole numbers are 0 and 1, so that what they are indices of has them.
+    """
     value = node.meta["val"]
     if node in known:
         return
     if node in constant:
         known[node] = value
     elif value.is_floating_point() or value.is_complex():
-        # small, so that nothing saturates
-        known[node] = 0.1 * torch.rand(value.shape, generator=rng, dtype=torch.float64) + 0.05
+        known[node] = draw(value.shape, rng)
     elif node.op == "call_function" and _orders(node):
         known[node] = torch.rand(value.shape, generator=rng).argsort(-1)
     elif node.op == "call_function" and node.target in _KEPT:
         for n in node.all_input_nodes:
-            _make_up(n, constant, rng, known)
+            _make_up(n, constant, draw, rng, known)
         args, kwargs = tree_map(lambda a: known[a] if isinstance(a, fx.Node) else a, (node.args, node.kwargs))
         known[node] = node.target(*args, **kwargs)
     else:
-        known[node] = torch.zeros(value.shape, dtype=value.dtype)
+        known[node] = (torch.rand(value.shape, generator=rng) < 0.5).to(value.dtype)

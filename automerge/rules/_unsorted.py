@@ -8,7 +8,7 @@ threshold may hide the order of small numbers (``relu(v - 1)``) and that of larg
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,13 +17,13 @@ import torch
 from torch import fx
 
 from automerge._double import double_precision
+from automerge._made_up import Draw, signed, small
 from automerge.rules._reads import MOVING, SAME, constants, liveness, schema_name
 
 _MAX_ENTRIES = 4_000_000
 _TOLERANCE = 1e-6
 
 Held = dict[fx.Node, list[Any]]
-Draw = Callable[[Sequence[int]], torch.Tensor]
 
 
 def order_matters(node: Any, dim: int) -> bool:
@@ -40,13 +40,13 @@ def order_matters(node: Any, dim: int) -> bool:
     live = liveness(module, read)[0]
     known = {n: n.meta["val"] for n in constants(node.graph)}
     copied = _copies(node.graph)
-    for draw in (_small, _large):
+    for draw in (small, partial(signed, scale=10.0)):
         values, index = draw(scores.shape, rng).topk(count, dim)
         ahead = torch.arange(count).reshape([-1 if k == dim else 1 for k in range(index.dim())]).expand(index.shape)
         orders = [ahead, ahead.flip(dim), torch.rand(index.shape, generator=rng).argsort(dim)]
         held: Held = {node: [(values.gather(dim, o), index.gather(dim, o)) for o in orders]}
         # rows that were copied for each choice are the same rows also in what is computed from them, which takes longer
-        trials = (_Trial(partial(draw, rng=rng), some, dict(known), dict(held)) for some in (set(), copied))
+        trials = (_Trial(draw, rng, some, dict(known), dict(held)) for some in (set(), copied))
         try:
             with torch.no_grad(), double_precision():
                 if all(trial.reaches(node, live, read) for trial in trials):
@@ -56,28 +56,19 @@ def order_matters(node: Any, dim: int) -> bool:
     return False
 
 
-def _small(shape: Sequence[int], rng: torch.Generator) -> torch.Tensor:
-    """Numbers so small that no bound cuts their products off, and positive, so that roots of them exist."""
-    return 0.1 * torch.rand(shape, generator=rng, dtype=torch.float64) + 0.05
-
-
-def _large(shape: Sequence[int], rng: torch.Generator) -> torch.Tensor:
-    """Numbers on both sides of thresholds."""
-    return 10 * torch.randn(shape, generator=rng, dtype=torch.float64)
-
-
 @dataclass
 class _Trial:
     """Made-up numbers, and what comes of them.
 
     Attributes:
-        draw: makes numbers up.
+        draw: makes numbers up, with ``rng``.
         computed: the nodes that are computed from others, not made up.
         made: values that are the same in every order.
         held: values in every order, of the others.
     """
 
     draw: Draw
+    rng: torch.Generator
     computed: Collection[fx.Node]
     made: dict[fx.Node, Any]
     held: Held
@@ -116,7 +107,7 @@ class _Trial:
                 self.make_up(n)
             self.made[node] = _computed(node, self.made)
         else:
-            self.made[node] = _any(value, self.draw) if isinstance(value, torch.Tensor) else value
+            self.made[node] = _any(value, self.draw, self.rng) if isinstance(value, torch.Tensor) else value
 
 
 def _copies(graph: fx.Graph) -> set[fx.Node]:
@@ -140,12 +131,12 @@ def _computed(node: fx.Node, given: Mapping[fx.Node, Any]) -> Any:
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _any(value: torch.Tensor, draw: Draw) -> torch.Tensor:
+def _any(value: torch.Tensor, draw: Draw, rng: torch.Generator) -> torch.Tensor:
     if value.numel() > _MAX_ENTRIES or (value.is_meta and not value.is_floating_point()):
         raise ValueError("cannot be made up")
     if not value.is_floating_point():
         return value.cpu()
-    return draw(value.shape)
+    return draw(value.shape, rng)
 
 
 def _entry_by_entry(node: fx.Node) -> bool:

@@ -619,6 +619,36 @@ def test_rows_that_are_put_back_by_their_place_stay() -> None:
     assert not [g for g in infer(Put(), X, verify=False).generators() if g.size == 5]
 
 
+@pytest.mark.parametrize(
+    ("read", "free"),
+    [
+        (lambda rows, flags: rows.tanh(), True),
+        (lambda rows, flags: rows * rows[0], False),
+        (lambda rows, flags: rows * rows[-1], False),
+        (lambda rows, flags: rows * (rows[0] < 0), False),
+        (lambda rows, flags: rows * (1 + flags[0]), False),
+        (lambda rows, flags: rows * torch.where(flags[0] > 0, 2.0, 3.0), False),
+    ],
+    ids=["alike", "first", "last", "sign", "whole numbers", "mask"],
+)
+def test_units_of_which_the_first_that_data_choose_counts_stay(read: Callable[[Any, Any], Any], free: bool) -> None:
+    class Chosen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inp, self.out = nn.Linear(4, 6), nn.Linear(6, 3)
+            self.parts = nn.ModuleList(nn.Linear(4, 3) for _ in range(3))
+
+        def forward(self, x: torch.Tensor, flags: torch.Tensor) -> torch.Tensor:
+            h = self.inp(x)
+            mask, made = h.mean(0) > h.mean(), torch.zeros_like(h.T)
+            made[mask] = read(h.T[mask], flags[mask])
+            return self.out(made.T) + sum(part(x) for part in self.parts)
+
+    torch.manual_seed(0)
+    found = infer(Chosen(), (X, torch.arange(6) % 2), verify=False)
+    assert [g.size for g in found.generators()] == [6] * free
+
+
 def test_two_like_branches_among_three() -> None:
     def mix(h: Any, scores: Any, experts: Any) -> Any:
         return experts[0](h) + experts[1](h) + experts[2](h).relu()
