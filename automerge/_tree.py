@@ -12,6 +12,7 @@ by permutations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -149,7 +150,8 @@ def derive(generators: Sequence[Generator], ignore: Iterable[int] = ()) -> Struc
     """The trees of some generators.
 
     A generator that fits no tree (nested in two units that are not nested in each other, or without a counterpart in
-    another outer unit) is left out: what remains is a subgroup, hence sound.
+    another outer unit) is left out: what remains is a subgroup, hence sound. Of the two units and what is nested in both,
+    what permutes less is left out: a grid of experts with hidden units of their own keeps these.
 
     Args:
         generators: the flat normal form.
@@ -177,8 +179,16 @@ class _Builder:
         self.containers = _containers(generators, self.alive)
         self.kids: dict[int, dict[int, list[int]]] = {}
         self.top: list[int] = []
+        self.crossed: dict[Path, list[int]] = {}  # two that are not nested -> what is nested in both
         for t in self.alive:
             self._place(t)
+        for outer, inner in self.crossed.items():
+            least = min(outer, key=self._order)
+            self.odd |= {least} if self._order(least) < sum(map(self._order, inner)) else set(inner)
+
+    def _order(self, t: int) -> float:
+        """The logarithm of the number of permutations of a generator."""
+        return math.lgamma(self.generators[t].size + 1)
 
     def _place(self, t: int) -> None:
         around = self.containers[t]
@@ -186,14 +196,15 @@ class _Builder:
             self.top.append(t)
             return
         s = max(around, key=lambda i: len(self.containers[i]))
-        if set(self.containers[s]) | {s} != set(around):
-            self.odd.add(t)
+        apart = set(around) - set(self.containers[s]) - {s}
+        if apart:
+            self.crossed.setdefault((s, min(apart)), []).append(t)
             return
         self.kids.setdefault(s, {}).setdefault(around[s], []).append(t)
 
     def build(self) -> list[Role]:
         roles: list[Role] = []
-        for g in self.top:
+        for g in self.top if not self.odd else ():
             base = len(roles)
             for path, draft in self._subtree(g):
                 size = self.generators[next(iter(draft.values())).generator].size

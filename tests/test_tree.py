@@ -14,6 +14,7 @@ from automerge._assignment import assign
 from automerge._oracle import maximise
 from automerge._tree import Perms, Structure
 from automerge.blocks import decompose
+from automerge.symmetry import Generator, Slot, Symmetry
 from tests import _symmetries as hand
 
 SHARED = {"grouped_query"}
@@ -117,3 +118,18 @@ def test_roles_of_attention() -> None:
         (1, 2, 3),
         (1, 2, 3),
     ]
+
+
+@pytest.mark.parametrize(
+    ("count", "outer"),
+    [(4, [[[0, 2], [1, 3]], [[0, 1], [2, 3]]]), (3, [[[0], [1], [2]], [[1], [2]]])],
+    ids=["a grid", "some of others"],
+)
+def test_what_permutes_least_of_what_overlaps_is_left_out(count: int, outer: list[list[list[int]]]) -> None:
+    """Experts that may be exchanged in two ways, each with five units of its own."""
+    hidden = [Generator(5, (Slot("w", 1, hand.units(5), ((0, e, e + 1),)),)) for e in range(count)]
+    experts = [Generator(len(units), (Slot("w", 0, np.array(units)),)) for units in outer]
+    structure = decompose(Symmetry({"w": (count, 5)}, (*hidden, *experts))).structure
+    (left,) = structure.dropped
+    assert left >= count
+    assert sorted(len(r.members) for r in structure.roles) in ([1, count], [1, 2, 2])
