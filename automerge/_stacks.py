@@ -8,7 +8,7 @@ generators (blocks, trees of nested groups, matchers) sees this form; state dict
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -235,17 +235,26 @@ def _fills(boxes: Sequence[Sequence[tuple[int, int, int]]], shape: tuple[int, ..
     return bool(filled.all())
 
 
-def joined(sets: Sequence[Generator], found: Sequence[Generator]) -> tuple[Generator, ...]:
-    """Some generators, with those of others that say more than they do, and without those that say less than these."""
+def joined(
+    sets: Sequence[Generator], found: Sequence[Generator], unused: Collection[str] = ()
+) -> tuple[Generator, ...]:
+    """Some generators, with those of others that say more than they do, and without those that say less than these.
+
+    Args:
+        sets: the generators.
+        found: the others.
+        unused: parameters of which the first ones know nothing, such as those of an expert that is not reached.
+    """
     more = _beyond(sets, found)
-    return (*(g for g in sets if not any(_inside_of(g, m) for m in more)), *more)
+    return (*(g for g in sets if not any(_inside_of(g, m, unused) for m in more)), *more)
 
 
-def _inside_of(small: Generator, large: Generator) -> bool:
-    """Whether the units of a generator are some of those of another."""
+def _inside_of(small: Generator, large: Generator, unused: Collection[str]) -> bool:
+    """Whether the units of a generator are some of those of another, which may also own positions of unused parameters."""
     units: np.ndarray | None = None
     slots = {(s.param, s.axis, s.within): s.index for s in large.slots}
-    if not len(small.slots) == len(large.slots) == len(slots):
+    known = [s for s in large.slots if s.param not in unused]
+    if len(large.slots) > len(slots) or len(small.slots) != len(known):
         return False
     for slot in small.slots:
         rows = slots.get((slot.param, slot.axis, slot.within))

@@ -255,11 +255,11 @@ def _of_branches(
     buffers = graphs[0].meta["trace"].buffers
     read = (_read(e, partly, buffers) for e in found if isinstance(e, Exchange))
     exchanges = tuple(e for e in read if e.size > 1)
-    sets = joined(symmetry.sets, [g for g in found if isinstance(g, Generator)])
+    before = [n for n in symmetry.shapes if n not in analysis.states]
+    sets = joined(symmetry.sets, [g for g in found if isinstance(g, Generator)], before)
     if not exchanges and sets == symmetry.sets:
         return symmetry
     out = replace(symmetry, sets=sets, exchanges=exchanges)
-    before = [n for n in symmetry.shapes if n not in analysis.states]
     unused = [n for n in before if n not in out.moved]
     moved = [*sets, *(Generator(e.size, e.slots) for e in exchanges)]
     pins = tuple(assembler.pins(moved, dict(symmetry.shapes), unused))

@@ -698,6 +698,25 @@ def test_an_expert_that_no_row_is_sent_to_is_one_of_them() -> None:
     assert_sound(net, X, infer(net, X))
 
 
+def test_an_expert_that_no_row_is_sent_to_moves_with_the_others() -> None:
+    """What permutes the others' inputs permutes its inputs, though the recorded pass does not show it."""
+
+    def mix(h: Any, scores: Any, experts: Any) -> Any:
+        chosen, out = scores.argmax(-1), torch.zeros_like(h)
+        for e, expert in enumerate(experts):
+            rows = (chosen == e) & (h[:, 0] > 0)
+            out[rows] += expert(h[rows])
+        return out
+
+    net = Mixture(mix)
+    with torch.no_grad():
+        net.gate.bias[1] = -1e6
+    symmetry = infer(net, X, verify=False)
+    moving = [{s.param for s in g.slots} for g in symmetry.generators() if g.size == WIDTH - 1]
+    for names in (names for names in moving if "inp.weight" in names):
+        assert names >= {f"experts.{e}.0.weight" for e in range(COUNT)}
+
+
 def test_an_exchange_that_does_not_hold_is_left_out_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mistake in what branches show must not end inference; what the recorded graph shows is kept."""
     sound = infer(Mixture(_summed), X)
