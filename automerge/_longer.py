@@ -54,12 +54,12 @@ def longer_inputs(
 
 
 def other_sizes(
-    args: Any, kwargs: Any, seed: int, sizes: Collection[int] = ()
+    args: Any, kwargs: Any, seed: int, sizes: Collection[int] = (), single: bool = False
 ) -> Iterator[Sequence[Callable[[], Inputs]]]:
     """`longer_inputs`, and for every length inputs that are longer by one, and half as long; groups as above.
 
     What is longer than a table is refused by the model, and where it is cut shows one position further; in a half, what was
-    symmetric about the middle is not.
+    symmetric about the middle is not. With ``single`` also inputs of length one: one token reaches few of the experts.
     """
     yield from longer_inputs(args, kwargs, seed, sizes)
     shapes = [tuple(t.shape) for t in tensors_of((args, kwargs))]
@@ -69,13 +69,15 @@ def other_sizes(
         if sum(_entries(shape, n, ranks, 2) for shape in shapes) <= 2 * _ENTRIES:
             yield [partial(_lengthened, args, kwargs, n, axes, 2, seed, size=n + 1) for axes in where]
         if n > 1:
-            yield [partial(_halved, args, kwargs, n, axes) for axes in where]
+            yield [partial(_cut, args, kwargs, n, axes, n // 2) for axes in where]
+        if n > 3 and single:
+            yield [partial(_cut, args, kwargs, n, axes, 1) for axes in where]
 
 
-def _halved(args: Any, kwargs: Any, n: int, axes: Sequence[int]) -> Inputs:
+def _cut(args: Any, kwargs: Any, n: int, axes: Sequence[int], size: int) -> Inputs:
     def cut(_: str, x: torch.Tensor) -> torch.Tensor:
         for k in axes:
-            x = x.narrow(k, 0, n // 2) if k < x.dim() and x.shape[k] == n else x
+            x = x.narrow(k, 0, size) if k < x.dim() and x.shape[k] == n else x
         return x.clone()
 
     return map_tensors(cut, args), map_tensors(cut, kwargs)

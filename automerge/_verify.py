@@ -222,7 +222,7 @@ def _check_longer(
         return
     sizes = {n for shape in symmetry.shapes.values() for n in shape}
     example = setting.inputs[0]
-    for group in other_sizes(*example, seed, sizes):
+    for group in other_sizes(*example, seed, sizes, single=bool(symmetry.exchanges)):
         for i, make in enumerate(group):
             given = make()
             try:

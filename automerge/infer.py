@@ -184,11 +184,15 @@ def _verified(
     """
     notes: list[str] = []
     recorded, plain = list(graphs), False
+    before: Any = None
     while True:
         try:
             return symmetry, check_symmetry(model, args, symmetry, kwargs)
         except InvarianceError as error:
-            if isinstance(error, OtherPathError) and len(graphs) <= _MAX_PATHS:
+            # a path that does not reach all branches is not read with them, and then changes nothing
+            claimed, before = before, (symmetry.sets, symmetry.exchanges)
+            settled = not plain and symmetry.exchanges and claimed == before
+            if isinstance(error, OtherPathError) and len(graphs) <= _MAX_PATHS and not settled:
                 graphs.append(error.graph)
                 notes.append(f"{str(error).partition(': ')[0]}; they were inferred again to hold on both")
             elif not plain and "branches_seconds" in symmetry.stats:

@@ -601,6 +601,26 @@ def test_units_that_python_lists_stay() -> None:
     assert not infer(Listed(), X, verify=False).generators()
 
 
+def test_experts_that_python_counts_among_those_hit_stay() -> None:
+    """All are hit here; one token reaches two, and then the third meets the second row of the table."""
+
+    class Counted(Mixture):
+        def __init__(self) -> None:
+            super().__init__(_summed)
+            self.table = nn.Parameter(torch.randn(COUNT, WIDTH))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.inp(x)
+            weight, chosen = self.gate(h).softmax(-1).topk(2, -1)
+            out = torch.zeros_like(h)
+            for turn, e in enumerate(F.one_hot(chosen, COUNT).sum((0, 1)).nonzero()):
+                token, slot = torch.where(chosen == e)
+                out.index_add_(0, token, self.experts[e](h[token]) * weight[token, slot, None] * self.table[turn])
+            return self.out(out)
+
+    assert not infer(Counted(), X).exchanges
+
+
 def test_rows_that_are_put_back_by_their_place_stay() -> None:
     """Every row is chosen here; where some are not, the others meet other rows of the table."""
 
