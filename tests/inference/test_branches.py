@@ -692,6 +692,33 @@ def test_a_module_that_is_used_elsewhere_too_stays() -> None:
     infer(Twice(_summed), X)
 
 
+@pytest.mark.parametrize("how", ["stacked", "side by side", "mapped"])
+def test_modules_whose_parameters_are_joined_before_they_are_used(how: str) -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList(
+                nn.Sequential(nn.Linear(4, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 3)) for _ in range(COUNT)
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if how == "mapped":
+                state, _ = torch.func.stack_module_state(list(self.parts))
+
+                def one(own: Any) -> torch.Tensor:
+                    return torch.func.functional_call(self.parts[0], own, (x,))
+
+                return torch.vmap(one)(state).mean(0)
+            up, down = ([part[k].weight.T for part in self.parts] for k in (0, 2))
+            if how == "stacked":
+                return ((x @ torch.stack(up)).relu() @ torch.stack(down)).mean(0)
+            return (x @ torch.cat(up, 1)).relu() @ torch.cat(down)
+
+    symmetry = infer(Joined(), X)
+    assert [size for size, _ in _modules(symmetry)] == [COUNT]
+    assert [g.size for g in symmetry.generators()] == [HIDDEN] * COUNT
+
+
 def test_an_output_for_every_branch_pins_them() -> None:
     class Apart(Mixture):
         def forward(self, x: torch.Tensor) -> Any:
