@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +26,6 @@ SORTS = (aten.sort.default, aten.sort.stable, aten.argsort.default, aten.argsort
 _SIZED = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default)
 ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu.default
 
-NOWHERE: Mapping[tuple[fx.Node, fx.Node], int] = {}
 Same = tuple[fx.Node, ...]  # the nodes that correspond to each other, one for each branch
 
 
@@ -39,57 +37,17 @@ def alike(
     join: fx.Node,
     operands: list[Any],
     hashes: dict[fx.Node, int],
-    elsewhere: Mapping[tuple[fx.Node, fx.Node], int] = NOWHERE,
 ) -> list[Same]:
-    """The sets of operands that may be the same branch, and whose parameters the same joins tell apart."""
-    kinds: dict[Any, list[fx.Node]] = {}
+    """The sets of operands that may be the same branch."""
+    kinds: dict[int, list[fx.Node]] = {}
     for operand in operands:
         if isinstance(operand, fx.Node):
-            kinds.setdefault((hashes[operand], elsewhere.get((join, operand))), []).append(operand)
+            kinds.setdefault(hashes[operand], []).append(operand)
     return [
         tuple(nodes)
         for nodes in kinds.values()
         if 1 < len(nodes) == len(set(nodes)) and together(join, operands, nodes)
     ]
-
-
-def told_apart(graph: fx.Graph, hashes: dict[fx.Node, int]) -> dict[tuple[fx.Node, fx.Node], int]:
-    """For the like operands of every join, the joins behind which their parameters meet those of others, as bits.
-
-    (Of the experts that one task has for itself and those that it shares with another, the latter's are in two joins.)
-    """
-    reads: dict[fx.Node, int] = {}  # node -> the parameters that it is made from, as bits
-    behind: dict[fx.Node, int] = {}  # node -> the joins that it is made from, as bits
-    joins: list[tuple[fx.Node, Same, list[int]]] = []
-    met: dict[int, int] = {}
-    states = {
-        n: 1 << i for i, n in enumerate(n for n in graph.nodes if n.op == "placeholder" and n.meta["kind"] == "state")
-    }
-    for node in graph.nodes:
-        reads[node], behind[node] = states.get(node, 0), 0
-        for source in node.all_input_nodes:
-            reads[node] |= reads[source]
-            behind[node] |= behind[source]
-        for same in alike(node, operands_of(node), hashes):
-            shared = functools.reduce(operator.and_, (reads[n] for n in same))
-            own = [reads[n] & ~shared for n in same]
-            number = 1 << len(joins)
-            behind[node] |= number
-            joins.append((node, same, own))
-            for bit in _bits(functools.reduce(operator.or_, own)):
-                met[bit] = met.get(bit, 0) | number
-    return {
-        (join, node): functools.reduce(operator.or_, (met[bit] for bit in _bits(bits)), 0) & ~behind[node]
-        for join, same, own in joins
-        for node, bits in zip(same, own, strict=True)
-    }
-
-
-def _bits(number: int) -> Iterator[int]:
-    while number:
-        lowest = number & -number
-        yield lowest
-        number ^= lowest
 
 
 def operands_of(node: fx.Node) -> list[Any]:
@@ -122,7 +80,7 @@ def _goes_on(a: fx.Node, b: fx.Node) -> bool:
     return bool(a.meta["val"].shape == b.meta["val"].shape and a.meta["val"].dtype == b.meta["val"].dtype)
 
 
-def together(join: fx.Node, operands: list[Any], nodes: list[fx.Node]) -> bool:
+def together(join: fx.Node, operands: list[Any], nodes: Sequence[fx.Node]) -> bool:
     """Whether like operands are side by side where their order matters."""
     if folds(join):
         return True

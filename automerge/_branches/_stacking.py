@@ -17,7 +17,9 @@ that positions are compared with.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +42,6 @@ from automerge._branches._joins import (
     piece,
     promising,
     together,
-    told_apart,
     whole,
 )
 from automerge._branches._mapping import Branch, Leaf, joined, mapped, numbers, sources_of
@@ -109,11 +110,10 @@ class _Work(Workbench):
         take_all_rows(self)
         take_writes_apart(self)
         found = False
-        elsewhere = told_apart(self.graph, self.hashes)
         for node in list(self.graph.nodes):
             self.know(node)
             operands = operands_of(node)
-            kinds = alike(node, operands, self.hashes, elsewhere)
+            kinds = alike(node, operands, self.hashes)
             if kinds and node not in self.constant:
                 found = self._stack(node, operands, kinds) or found
         if found:
@@ -128,9 +128,13 @@ class _Work(Workbench):
         apart (``chosen == e``): that they are alike is no reason why the program should go on alike for each.
         """
         looked: dict[Any, list[fx.Node]] = {}
+        told = {node: number for number, same in enumerate(self.telling) for node in same}
         for node in self.graph.nodes:
             if node.name in self.reads and "seen" in node.meta and isinstance(node.meta["val"], torch.Tensor):
-                looked.setdefault((self.hashes[node], node.meta["seen"]), []).append(node)
+                by = frozenset(
+                    told[n] for n in self._made_from(node, told)
+                )  # an expert's first choices, and its second
+                looked.setdefault((self.hashes[node], node.meta["seen"], by), []).append(node)
         for nodes in (tuple(nodes) for nodes in looked.values() if len(nodes) > 1):
             try:
                 known = _telling(self._branch(nodes)) <= self.telling
@@ -168,15 +172,9 @@ class _Work(Workbench):
     # ---------------------------------------------------------------- branches
     def _stack(self, join: fx.Node, operands: list[Any], kinds: list[Same]) -> bool:
         """Stack the like operands of a join."""
-        branches = []
-        # the factors of a product (a weight and its mask) are no branches
-        todo = [nodes for nodes in kinds if not folds(join) or any(n.op != "placeholder" for n in nodes)]
-        while todo:
-            nodes = todo.pop(0)
-            try:
-                branches.append(self._branch(nodes))
-            except MismatchError:
-                todo += self._parted(join, operands, nodes)
+        branches = [b for nodes in kinds for b in self._branches(join, operands, nodes)]
+        if folds(join):  # the factors of one product (a weight and its mask) are no modules
+            branches = [b for b in branches if b.nodes[0].op != "placeholder"]
         taken: dict[fx.Node, fx.Node] = {}
         for same in [s for b in branches for s in b.parameters]:
             if all(n.meta["name"] in self.states for n in same):
@@ -192,22 +190,51 @@ class _Work(Workbench):
         self.telling |= set().union(*map(_telling, branches))
         return True
 
-    def _parted(self, join: fx.Node, operands: list[Any], nodes: Same) -> list[Same]:
-        """Like operands that are not all the same branch, as fewer that are: some may be in a stack already."""
-        sets: list[list[fx.Node]] = []
-        for node in nodes:
-            for some in sets:
-                if not together(join, operands, [*some, node]):
-                    continue
-                try:
-                    self._branch((some[0], node))
-                except MismatchError:
-                    continue
-                some.append(node)
-                break
-            else:
-                sets.append([node])
-        return [tuple(s) for s in sets if 1 < len(s) < len(nodes)]
+    def _branches(self, join: fx.Node, operands: list[Any], nodes: Same) -> list[Branch]:
+        """What corresponds in some operands, all of them or as far as they can be told apart by their parameters.
+
+        A join may hold the same expert several times (``for k in range(2): for e, expert in enumerate(experts)``), and beside
+        those that belong to it others that it shares with a join before it.
+        """
+        with contextlib.suppress(MismatchError):
+            return [self._branch(nodes)]
+        out = []
+        for part in self._parts(nodes):
+            if 1 < len(part) < len(nodes) and together(join, operands, part):
+                with contextlib.suppress(MismatchError):
+                    out.append(self._branch(part))
+        return out
+
+    def _parts(self, nodes: Same) -> list[Same]:
+        """Operands whose parameters are in the same stacks, each parameter once."""
+        read = [self._read(node) for node in nodes]
+        shared = frozenset.intersection(*read)
+        found: dict[Any, list[fx.Node]] = {}
+        often: Counter[Any] = Counter()
+        for node, own in zip(nodes, (r - shared for r in read), strict=True):
+            stacks = frozenset(n.args[0] for n in own if n.op == "call_function")
+            found.setdefault((stacks, often[own]), []).append(node)
+            often[own] += 1
+        return [tuple(part) for part in found.values()]
+
+    def _read(self, node: fx.Node) -> frozenset[fx.Node]:
+        """The parameters that a node is made from, and the pieces of stacks that are in their place."""
+        stacks = {self.states[name] for name in self.stacks}
+        pieces = {n for stack in stacks for n in stack.users if n.target is aten.select.int}
+        return self._made_from(node, {*self.states.values(), *pieces})
+
+    def _made_from(self, node: fx.Node, ends: Collection[fx.Node]) -> frozenset[fx.Node]:
+        """The first of some nodes on every way back from a node."""
+        out, seen, todo = set(), {node}, [node]
+        while todo and len(seen) < _MOST:
+            one = todo.pop()
+            if one in ends:
+                out.add(one)
+                continue
+            more = [n for n in one.all_input_nodes if n not in seen]
+            seen.update(more)
+            todo += more
+        return frozenset(out)
 
     def _branch(self, nodes: Same) -> Branch:
         """What corresponds in some operands.

@@ -187,10 +187,33 @@ def _choosing_rows_in_place(h: Any, scores: Any, experts: Any) -> Any:
     return out
 
 
+def _sent_by_rank(h: Any, scores: Any, experts: Any) -> Any:
+    """All first choices, then all second ones: every expert is there twice."""
+    weight, chosen = scores.softmax(-1).topk(2, -1)
+    out = torch.zeros_like(h)
+    for k in range(2):
+        for e, expert in enumerate(experts):
+            mask = chosen[:, k] == e
+            if mask.any():
+                out[mask] += weight[mask, k, None] * expert(h[mask])
+    return out
+
+
+def _sent_rank_by_rank(h: Any, scores: Any, experts: Any) -> Any:
+    weight, chosen = scores.softmax(-1).topk(2, -1)
+    out = torch.zeros_like(h)
+    for e, expert in enumerate(experts):
+        for k in range(2):
+            mask = chosen[:, k] == e
+            out[mask] += weight[mask, k, None] * expert(h[mask])
+    return out
+
+
 SPELLINGS = (
     *(_summed, _written, _stacked, _joined, _residual, _best),
     *(_sent, _sent_one_hot, _sent_added, _sent_added_one_hot, _sent_to_one, _sent_to_empty, _sent_if_any),
     *(_sent_to_those_hit, _sent_to_those_hit_of_one_more, _choosing_rows, _choosing_rows_in_place),
+    *(_sent_by_rank, _sent_rank_by_rank),
 )
 
 
@@ -435,6 +458,17 @@ def _differently(h: Any, scores: Any, experts: Any) -> Any:
     return g[:, :1] * experts[0](h).relu() + g[:, 1:2] * experts[1](h).tanh() + g[:, 2:] * experts[2](h).sigmoid()
 
 
+def _shifted_by_rank(h: Any, scores: Any, experts: Any) -> Any:
+    """The second choice is served by the next expert."""
+    weight, chosen = scores.softmax(-1).topk(2, -1)
+    out = torch.zeros_like(h)
+    for k in range(2):
+        for e in range(COUNT):
+            mask = chosen[:, k] == e
+            out[mask] += weight[mask, k, None] * experts[(e + k) % COUNT](h[mask])
+    return out
+
+
 def _moved_on(h: Any, scores: Any, experts: Any) -> Any:
     return sum(expert(h.roll(e, 0)) for e, expert in enumerate(experts))
 
@@ -527,7 +561,7 @@ def _choosing_over(h: Any, scores: Any, experts: Any) -> Any:
 
 DIFFERENT = (
     *(_choosing_in_turn, _choosing_over),
-    *(_weighed, _in_turn, _differently, _moved_on, _mean_of_rows, _overwritten),
+    *(_weighed, _in_turn, _differently, _shifted_by_rank, _moved_on, _mean_of_rows, _overwritten),
     *(_overwritten_by_second_choice, _added_or_put, _compared_by_python),
 )
 
@@ -717,6 +751,30 @@ def test_modules_whose_parameters_are_joined_before_they_are_used(how: str) -> N
     symmetry = infer(Joined(), X)
     assert [size for size, _ in _modules(symmetry)] == [COUNT]
     assert [g.size for g in symmetry.generators()] == [HIDDEN] * COUNT
+
+
+@pytest.mark.parametrize("how", ["stack", "sum"])
+def test_experts_of_one_task_beside_those_of_all(how: str) -> None:
+    """Those that tasks share are joined with other experts in each of them."""
+
+    class Tasks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared = nn.ModuleList(nn.Linear(4, HIDDEN) for _ in range(3))
+            self.own = nn.ModuleList(nn.ModuleList(nn.Linear(4, HIDDEN) for _ in range(2)) for _ in range(2))
+            self.gates, self.outs = (nn.ModuleList(nn.Linear(*n) for _ in range(2)) for n in ((4, 5), (HIDDEN, 2)))
+
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            shared, out = [m(x).tanh() for m in self.shared], []
+            for own, gate, last in zip(self.own, self.gates, self.outs, strict=True):
+                g, parts = gate(x).softmax(-1), [*(m(x).tanh() for m in own), *shared]
+                if how == "stack":
+                    out.append(last(torch.einsum("bed,be->bd", torch.stack(parts, 1), g)))
+                else:
+                    out.append(last(sum(g[:, i, None] * part for i, part in enumerate(parts))))
+            return out
+
+    assert sorted(e.size for e in infer(Tasks(), X).exchanges) == [2, 2, 3]
 
 
 def test_an_output_for_every_branch_pins_them() -> None:
