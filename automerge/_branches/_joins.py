@@ -33,21 +33,14 @@ class MismatchError(Exception):
     """Two operands are different branches."""
 
 
-def alike(
-    join: fx.Node,
-    operands: list[Any],
-    hashes: dict[fx.Node, int],
-) -> list[Same]:
+def alike(join: fx.Node, operands: list[Any], hashes: dict[fx.Node, int]) -> list[Same]:
     """The sets of operands that may be the same branch."""
     kinds: dict[int, list[fx.Node]] = {}
     for operand in operands:
         if isinstance(operand, fx.Node):
             kinds.setdefault(hashes[operand], []).append(operand)
-    return [
-        tuple(nodes)
-        for nodes in kinds.values()
-        if 1 < len(nodes) == len(set(nodes)) and together(join, operands, nodes)
-    ]
+    runs = (run for nodes in kinds.values() for run in side_by_side(join, operands, nodes))
+    return [run for run in runs if 1 < len(run) == len(set(run))]
 
 
 def operands_of(node: fx.Node) -> list[Any]:
@@ -80,12 +73,17 @@ def _goes_on(a: fx.Node, b: fx.Node) -> bool:
     return bool(a.meta["val"].shape == b.meta["val"].shape and a.meta["val"].dtype == b.meta["val"].dtype)
 
 
-def together(join: fx.Node, operands: list[Any], nodes: Sequence[fx.Node]) -> bool:
-    """Whether like operands are side by side where their order matters."""
+def side_by_side(join: fx.Node, operands: list[Any], nodes: Sequence[fx.Node]) -> list[Same]:
+    """Like operands, in runs of those that are side by side where their order matters."""
     if folds(join):
-        return True
-    places = [operands.index(n) for n in nodes]
-    return places == list(range(places[0], places[0] + len(places)))
+        return [tuple(nodes)]
+    out: list[list[fx.Node]] = []
+    for node in nodes:
+        if out and operands.index(node) == operands.index(out[-1][-1]) + 1:
+            out[-1].append(node)
+        else:
+            out.append([node])
+    return [tuple(run) for run in out]
 
 
 def promising(graph: fx.GraphModule) -> bool:

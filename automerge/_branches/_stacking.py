@@ -41,7 +41,7 @@ from automerge._branches._joins import (
     operands_of,
     piece,
     promising,
-    together,
+    side_by_side,
     whole,
 )
 from automerge._branches._mapping import Branch, Leaf, joined, mapped, numbers, sources_of
@@ -199,10 +199,10 @@ class _Work(Workbench):
         with contextlib.suppress(MismatchError):
             return [self._branch(nodes)]
         out = []
-        for part in self._parts(nodes):
-            if 1 < len(part) < len(nodes) and together(join, operands, part):
+        for run in (run for part in self._parts(nodes) for run in side_by_side(join, operands, part)):
+            if 1 < len(run) < len(nodes):
                 with contextlib.suppress(MismatchError):
-                    out.append(self._branch(part))
+                    out.append(self._branch(run))
         return out
 
     def _parts(self, nodes: Same) -> list[Same]:

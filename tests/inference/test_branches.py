@@ -921,3 +921,41 @@ def test_experts_that_tasks_share_are_exchanged_among_themselves(join: str) -> N
     groups = {frozenset(names[0].rsplit(".", 2)[0] for names in e.params) for e in found.exchanges}
     assert groups == {frozenset({f"{n}.{i}" for i in range(c)}) for n, c in (("first", 2), ("second", 2), ("both", 3))}
     assert_sound(net, X, found)
+
+
+class Levels(nn.Module):
+    """Two tasks at two levels (CGC): at the first, a gate of its own joins what both tasks share with all the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp = nn.Linear(4, WIDTH)
+        self.experts = nn.ModuleList(nn.ModuleList(_expert() for _ in range(2)) for _ in range(6))
+        self.gates = nn.ModuleList(nn.Linear(WIDTH, n) for n in (4, 4, 6, 4, 4))
+        self.towers = nn.ModuleList(nn.Linear(WIDTH, 1) for _ in range(2))
+
+    def mix(self, parts: Any, gate: nn.Module, h: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bed,be->bd", torch.stack(parts, 1), gate(h).softmax(-1))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        h = self.inp(x)
+        a, b, s = ([expert(h) for expert in experts] for experts in self.experts[:3])
+        ha, hb, hs = (self.mix(p, g, h) for p, g in zip((a + s, b + s, a + b + s), self.gates[:3], strict=True))
+        a, b, s = ([e(v) for e in experts] for experts, v in zip(self.experts[3:], (ha, hb, hs), strict=True))
+        ends = zip((a + s, b + s), self.gates[3:], (ha, hb), self.towers, strict=True)
+        return [tower(self.mix(p, g, v)) for p, g, v, tower in ends]
+
+
+def test_experts_of_tasks_at_two_levels() -> None:
+    net = Levels()
+    found = infer(net, X)
+    groups = {frozenset(names[0].rsplit(".", 2)[0] for names in e.params) for e in found.exchanges}
+    assert groups == {frozenset({f"experts.{k}.{i}" for i in range(2)}) for k in range(6)}
+    assert_sound(net, X, found)
+
+
+def test_like_branches_beside_others() -> None:
+    def mix(h: Any, scores: Any, experts: Any) -> Any:
+        return torch.cat([experts[0](h), experts[1](h), h.relu(), experts[2](h)], 1).view(-1, 4, WIDTH).sum(1)
+
+    (exchange,) = infer(Mixture(mix), X).exchanges
+    assert {n.split(".")[1] for names in exchange.params for n in names} == {"0", "1"}
