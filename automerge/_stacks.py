@@ -260,8 +260,8 @@ def _inside_of(small: Generator, large: Generator, unused: Collection[str]) -> b
         rows = slots.get((slot.param, slot.axis, slot.within))
         if rows is None or rows.shape[1] != slot.index.shape[1]:
             return False
-        number = {row.tobytes(): u for u, row in enumerate(np.ascontiguousarray(rows))}
-        own = np.array([number.get(row.tobytes(), -1) for row in np.ascontiguousarray(slot.index)])
+        number = {row.tobytes(): u for u, row in enumerate(np.sort(rows, 1))}
+        own = np.array([number.get(row.tobytes(), -1) for row in np.sort(slot.index, 1)])
         if (own < 0).any() or (units is not None and not np.array_equal(own, units)):
             return False
         units = own

@@ -260,7 +260,9 @@ def _of_branches(
     read = (_read(e, partly, buffers) for e in found if isinstance(e, Exchange))
     exchanges = tuple(e for e in read if e.size > 1)
     before = [n for n in symmetry.shapes if n not in analysis.states]
-    sets = joined(symmetry.sets, [g for g in found if isinstance(g, Generator)], before)
+    generators = [g for g in found if isinstance(g, Generator)]
+    # where nothing was recorded of some rows, what the recorded graph leaves free may be free in no other
+    sets = tuple(generators) if branches.complete else joined(symmetry.sets, generators, before)
     if not exchanges and sets == symmetry.sets:
         return symmetry
     out = replace(symmetry, sets=sets, exchanges=exchanges)

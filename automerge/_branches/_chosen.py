@@ -208,10 +208,15 @@ def _views(node: fx.Node, reads: set[str]) -> tuple[list[int], bool]:
     return seen, used
 
 
-def take_all_rows(bench: Workbench) -> None:
-    """Read rows that a mask chooses as all rows, and multiply those that it does not choose by zero."""
+def take_all_rows(bench: Workbench) -> bool:
+    """Read rows that a mask chooses as all rows, and multiply those that it does not choose by zero.
+
+    Returns:
+        Whether some mask chose none, so that nothing was recorded of what happens to them.
+    """
     if not chooses(bench.graph):
-        return
+        return False
+    none = False
     order = {node: i for i, node in enumerate(bench.graph.nodes)}
     masks = dict.fromkeys(
         mask
@@ -232,10 +237,12 @@ def take_all_rows(bench: Workbench) -> None:
             continue
         made = bench.put(choice.write, choice.compute, choice.outside)
         if made is not None:
+            none = none or choice.added.meta["val"].shape[0] == 0
             masks_so_far = choice.masks(put)
             if masks_so_far is not None:
                 put[made[0]] = masks_so_far
             bench.erase([*choice.closure, choice.write])
+    return none
 
 
 def _masks(node: fx.Node) -> list[fx.Node]:

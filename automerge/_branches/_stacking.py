@@ -60,10 +60,12 @@ class Stacked:
     Attributes:
         graphs: the graphs; the recorded ones stay as they are.
         stacks: name of a stack -> the state-dict names along its leading axes.
+        complete: whether they hold more than the recorded ones: what happens to rows of which a mask chose none there.
     """
 
     graphs: tuple[fx.GraphModule, ...]
     stacks: dict[str, np.ndarray]
+    complete: bool = False
 
 
 def stacked(graphs: Sequence[fx.GraphModule]) -> Stacked | None:
@@ -80,7 +82,8 @@ def stacked(graphs: Sequence[fx.GraphModule]) -> Stacked | None:
     most = max(works, key=lambda work: work.stacked)
     # others did not reach all branches: an expert that no row was sent to
     fitting = [work for work in works if work.stacked == most.stacked and work.adopt(most.stacks)]
-    return Stacked(tuple(work.finished() for work in fitting), most.stacks)
+    complete = len(fitting) == len(works) and any(work.complete for work in works)
+    return Stacked(tuple(work.finished() for work in fitting), most.stacks, complete)
 
 
 def _hopeful(graph: fx.GraphModule) -> bool:
@@ -100,6 +103,7 @@ class _Work(Workbench):
         self.pinned = shared | set(graph.meta["trace"].rewritten)
         self.stacks: dict[str, np.ndarray] = {}
         self.side_by_side: dict[Same, fx.Node] = {}  # what corresponds in branches that were joined -> its stack
+        self.complete = False
         self.stacked = 0  # how many branches
         self.telling: set[Same] = set()  # what told them apart
 
@@ -107,7 +111,7 @@ class _Work(Workbench):
         """Stack what can be; whether anything was."""
         take_all_places(self)
         take_runs(self)
-        take_all_rows(self)
+        self.complete = take_all_rows(self)
         take_writes_apart(self)
         found = False
         for node in list(self.graph.nodes):

@@ -822,6 +822,26 @@ def test_an_expert_that_no_row_is_sent_to_moves_with_the_others() -> None:
         assert names >= {f"experts.{e}.0.weight" for e in range(COUNT)}
 
 
+def test_rows_of_which_none_was_chosen_leave_nothing_free() -> None:
+    """An expert that is used for all rows, too, has its outputs in two places, though no row is sent to it here."""
+
+    def mix(h: Any, scores: Any, experts: Any) -> Any:
+        chosen, out = scores.argmax(-1), torch.zeros_like(h)
+        for e, expert in enumerate(experts):
+            out[chosen == e] += expert(h[chosen == e])
+        return torch.cat([out, *(expert(h) for expert in experts)], 1)
+
+    net = Mixture(mix)
+    net.out = nn.Linear(4 * WIDTH, 3)
+    with torch.no_grad():
+        net.gate.bias[1] = -1e6
+    symmetry = infer(net, X, verify=False)
+    with torch.no_grad():
+        net.gate.bias[1] = 0
+    assert_sound(net, X, symmetry)
+    assert sorted(g.size for g in symmetry.generators()) == [HIDDEN] * 3 + [WIDTH] * 2
+
+
 def test_an_exchange_that_does_not_hold_is_left_out_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mistake in what branches show must not end inference; what the recorded graph shows is kept."""
     sound = infer(Mixture(_summed), X)
