@@ -252,11 +252,11 @@ def joined(
 def _inside_of(small: Generator, large: Generator, unused: Collection[str]) -> bool:
     """Whether the units of a generator are some of those of another, which may also own positions of unused parameters."""
     units: np.ndarray | None = None
-    slots = {(s.param, s.axis, s.within): s.index for s in large.slots}
-    known = [s for s in large.slots if s.param not in unused]
-    if len(large.slots) > len(slots) or len(small.slots) != len(known):
+    mine, others = _merged(small.slots), _merged(large.slots)
+    slots = {(s.param, s.axis, s.within): s.index for s in others}
+    if len(others) > len(slots) or len(mine) != sum(s.param not in unused for s in others):
         return False
-    for slot in small.slots:
+    for slot in mine:
         rows = slots.get((slot.param, slot.axis, slot.within))
         if rows is None or rows.shape[1] != slot.index.shape[1]:
             return False
