@@ -753,6 +753,19 @@ def test_modules_whose_parameters_are_joined_before_they_are_used(how: str) -> N
     assert [g.size for g in symmetry.generators()] == [HIDDEN] * COUNT
 
 
+def test_the_factors_of_a_weight_stay() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.mask = (nn.Parameter(torch.randn(HIDDEN, 4)) for _ in range(2))
+            self.out = nn.Linear(HIDDEN, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(F.linear(x, self.weight * self.mask).relu())
+
+    assert not infer(Masked(), X).exchanges
+
+
 @pytest.mark.parametrize("how", ["stack", "sum"])
 def test_experts_of_one_task_beside_those_of_all(how: str) -> None:
     """Those that tasks share are joined with other experts in each of them."""
