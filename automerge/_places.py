@@ -17,9 +17,9 @@ import torch
 from torch import fx
 
 from automerge._assemble import Assembler
+from automerge._derive import infer_recorded
 from automerge._search import search
 from automerge._structure import Structure
-from automerge.infer import infer_recorded
 from automerge.rules import Analysis, Value
 from automerge.rules._registry import is_pointwise
 from automerge.symmetry import Generator, Symmetry

@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.weak import TensorWeakRef
 
 from automerge import SymmetryError, TraceError, infer, merge, trace, verify
-from automerge.infer import infer_graph
+from automerge._derive import infer_graph
 from automerge.testing import Network, networks
 from tests.inference.networks_hostile import Program
 from zoo.coverage._peak import Peak

@@ -28,9 +28,10 @@ import torch
 from torch import fx
 
 from automerge._aliases import shadow
-from automerge._branches._chosen import chooses, take_all_places, take_all_rows
+from automerge._branches._chosen import chooses, take_all_rows
 from automerge._branches._counts import counts_of
 from automerge._branches._graph import Workbench
+from automerge._branches._hits import take_all_places
 from automerge._branches._joins import (
     MismatchError,
     Same,

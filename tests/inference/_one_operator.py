@@ -17,7 +17,7 @@ from sympy.combinatorics import Permutation, PermutationGroup
 from torch import fx, nn
 
 from automerge import Symmetry
-from automerge.infer import infer_graph
+from automerge._derive import infer_graph
 from automerge.testing._assertions import difference, permuted
 from automerge.trace import TraceInfo
 

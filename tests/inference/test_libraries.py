@@ -7,8 +7,8 @@ import warnings
 import pytest
 import torch
 
+from automerge._derive import infer_graph
 from automerge._verify import verify
-from automerge.infer import infer_graph
 from automerge.trace import trace
 
 

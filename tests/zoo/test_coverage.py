@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from automerge.infer import infer_graph
+from automerge._derive import infer_graph
 from automerge.trace import trace
 from zoo.coverage import __main__ as command
 from zoo.coverage._case import Case, short

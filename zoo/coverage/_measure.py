@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from automerge._derive import infer_graph
 from automerge._diagnosis import OtherPathError
 from automerge._errors import InvarianceError
 from automerge._verify import verify
-from automerge.infer import infer_graph
 from automerge.symmetry import Generator, Symmetry
 from automerge.trace import trace
 from zoo.coverage._case import Case, catalogue, short

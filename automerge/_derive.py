@@ -1,0 +1,182 @@
+"""From traced graphs to a `Symmetry`: as they are, and with what only stacked branches show."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import fx
+
+from automerge._assemble import Assembler, halved
+from automerge._branches import stacked
+from automerge._notes import of_reach, of_trace
+from automerge._search import search
+from automerge._stacks import joined, taken_apart
+from automerge._structure import Structure
+from automerge.rules import DEBUG, Analysis, analyse, is_state
+from automerge.symmetry import Exchange, Generator, Symmetry
+from automerge.trace import TraceInfo
+
+_MAX_PASSES = 8
+
+
+def infer_graph(*graphs: fx.GraphModule) -> tuple[Symmetry, Analysis]:
+    """The symmetry of a traced graph, unverified, and the analysis it rests on; of several, what holds for all.
+
+    The analysis knows nothing of what only stacked branches show: exchanges of modules, and of pieces that a loop takes.
+    """
+    symmetry, analysis, assembler = infer_recorded(*graphs)
+    start = time.perf_counter()
+    try:
+        found = _of_branches(symmetry, analysis, assembler, graphs)
+    except Exception:  # what cannot be stacked must not take the model down with it
+        if DEBUG:
+            raise
+        found = None
+    if found is None:
+        return symmetry, analysis
+    return replace(found, stats={**found.stats, "branches_seconds": time.perf_counter() - start}), analysis
+
+
+def _of_branches(
+    symmetry: Symmetry, analysis: Analysis, assembler: Assembler, graphs: Sequence[fx.GraphModule]
+) -> Symmetry | None:
+    """The symmetry with what only stacked branches show; None where nothing is stacked."""
+    branches = stacked(graphs)
+    if branches is None:
+        return None
+    other, seen, _ = infer_recorded(*branches.graphs, splits=_nested(branches.stacks))
+    found = [taken_apart(generator, branches.stacks, other.shapes) for generator in other.sets]
+    partly = {*analysis.unread, *(n for stack in seen.unread for n in branches.stacks.get(stack, np.array([])).flat)}
+    buffers = graphs[0].meta["trace"].buffers
+    read = (_read(e, partly, buffers) for e in found if isinstance(e, Exchange))
+    exchanges = tuple(e for e in read if e.size > 1)
+    before = [n for n in symmetry.shapes if n not in analysis.states]
+    generators = [g for g in found if isinstance(g, Generator)]
+    # where nothing was recorded of some rows, what the recorded graph leaves free may be free in no other
+    sets = tuple(generators) if branches.complete else joined(symmetry.sets, generators, before)
+    if not exchanges and sets == symmetry.sets:
+        return symmetry
+    out = replace(symmetry, sets=sets, exchanges=exchanges)
+    unused = [n for n in before if n not in out.moved]
+    moved = [*sets, *(Generator(e.size, e.slots) for e in exchanges)]
+    pins = tuple(assembler.pins(moved, dict(symmetry.shapes), unused))
+    kept = [n for n in symmetry.notes if n not in of_reach(analysis, before)]
+    notes = tuple(dict.fromkeys((*kept, *of_reach(analysis, unused), *seen.engine.notes)))
+    return replace(out, pins=pins, notes=notes)
+
+
+def _read(exchange: Exchange, partly: Collection[str], buffers: Mapping[str, torch.Tensor]) -> Exchange:
+    """An exchange of those units of which all is read.
+
+    Of a table that is read in part, nothing says whether the rest may be exchanged; of a buffer that is the same in all
+    units (a mask; not zeros, which training may fill), its values do.
+    """
+    same = {name for column in zip(*exchange.params, strict=True) if _equal(column, buffers) for name in column}
+    units = [u for u, params in enumerate(exchange.params) if same.issuperset(n for n in params if n in partly)]
+    slots = tuple(replace(s, index=s.index[units]) for s in exchange.slots)
+    return Exchange(len(units), tuple(exchange.params[u] for u in units), slots, exchange.name)
+
+
+def _equal(names: Sequence[str], buffers: Mapping[str, torch.Tensor]) -> bool:
+    values = [buffers.get(name) for name in names]
+    first = values[0]
+    if first is None or not first.numel() or bool((first == first.flatten()[0]).all()):
+        return False
+    return all(v is not None and torch.equal(v, first) for v in values[1:])
+
+
+def _nested(stacks: Mapping[str, np.ndarray]) -> dict[tuple[str, int, int], np.ndarray]:
+    """Modules within several outer ones have an order for each of these."""
+    return {
+        (stack, names.ndim - 1, outer): np.arange(names.shape[outer])
+        for stack, names in stacks.items()
+        for outer in range(names.ndim - 1)
+    }
+
+
+def infer_recorded(
+    *graphs: fx.GraphModule, splits: Mapping[tuple[str, int, int], np.ndarray] | None = None
+) -> tuple[Symmetry, Analysis, Assembler]:
+    """The symmetry of some graphs as they are, the analysis it rests on, and what makes its generators.
+
+    Args:
+        graphs: traced graphs of one model.
+        splits: parameter axes that have an order for every class of positions of another axis, from the first pass on.
+    """
+    graph = graphs[0]
+    clock = time.perf_counter()
+    splits = dict(splits or {})
+    passes = 0
+    while True:
+        analysis = analyse(graphs, splits)
+        passes += 1
+        if set(analysis.engine.requests) == set(splits) or passes >= _MAX_PASSES:
+            break
+        splits = dict(analysis.engine.requests)
+    ruled = time.perf_counter()
+    axes = analysis.engine.axes
+    structure = Structure(axes)
+    assembler = Assembler(axes, structure)
+    info: TraceInfo = graph.meta["trace"]
+    shapes = _shapes(graph)
+    generators: list[Generator] = []
+    dropped = 0
+    for units in search(structure, assembler.wanted()):
+        made = assembler.generator(units)
+        if made is None or halved(made, analysis.unread):
+            dropped += 1
+        else:
+            generators.append(made)
+            analysis.units.append(assembler.plain(units))
+    analysis.united = structure.index
+    unused = [n for n in shapes if n not in analysis.states]
+    symmetry = Symmetry(
+        shapes=shapes,
+        sets=tuple(generators),
+        statistics=frozenset(analysis.statistics),
+        aliases={a: n for a, n in info.aliases.items() if n in shapes},
+        pins=tuple(assembler.pins(generators, shapes, unused)),
+        unruled=tuple(analysis.unruled),
+        notes=(*of_trace(info), *of_reach(analysis, unused), *analysis.engine.notes),
+        flow=_flow(graph),
+        axis_graph=axes.graph,
+        stats={
+            "passes": passes,
+            "rules_seconds": ruled - clock,
+            "search_seconds": time.perf_counter() - ruled,
+            "vertices": int(axes.count),
+            "edges": int(structure.source.size),
+            "unrepresentable": dropped,
+        },
+    )
+    return symmetry, analysis, assembler
+
+
+def _shapes(graph: fx.GraphModule) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for node in graph.graph.nodes:
+        if node.op == "placeholder" and node.meta["kind"] == "state" and is_state(node.meta["val"]):
+            shapes[node.meta["name"]] = tuple(node.meta["val"].shape)
+    return shapes
+
+
+def _flow(graph: fx.GraphModule) -> tuple[tuple[str, str], ...]:
+    """Module paths between which tensors pass; inputs and outputs are ``"input"`` and ``"output"``."""
+    pairs: dict[tuple[str, str], None] = {}
+
+    def home(node: fx.Node) -> str | None:
+        if node.op == "placeholder":
+            return "input" if node.meta["kind"] == "input" else None
+        return "output" if node.op == "output" else node.meta.get("module", "")
+
+    for node in graph.graph.nodes:
+        to = home(node)
+        for source in node.all_input_nodes:
+            here = home(source)
+            if here is not None and to is not None and here != to:
+                pairs[here, to] = None
+    return tuple(pairs)

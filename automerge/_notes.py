@@ -1,0 +1,62 @@
+"""What a reader of a symmetry must know of how it was found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils._pytree import keystr, tree_flatten_with_path
+
+from automerge.rules import Analysis
+from automerge.trace import TraceInfo
+
+
+def of_numbers(positional: Any, keywords: Any) -> str | None:
+    """What a reader must know of inputs that are numbers of Python: the recorded pass holds their values."""
+    found = []
+    for what, given in (("args", positional), ("kwargs", keywords)):
+        leaves, _ = tree_flatten_with_path(given)
+        found += [f"{what}{keystr(path)} = {value!r}" for path, value in leaves if type(value) in (int, float)]
+    return f"the groups hold for the numbers that were given as inputs ({some(found)})" if found else None
+
+
+def of_reach(analysis: Analysis, unused: list[str]) -> list[str]:
+    """What the inputs did not reach."""
+    notes = []
+    if analysis.unread:
+        cut = [f"{name} ({int(m.sum()):,} of {m.size:,} numbers)" for name, m in analysis.unread.items()]
+        notes.append(
+            f"these inputs do not read all of {some(cut)}; the positions left out stay in place, and their other axes "
+            "move with what is read"
+        )
+    if unused:
+        notes.append(
+            f"the output on these inputs does not depend on {some(unused)}; these stay as they are while the rest moves, so "
+            "give inputs that reach them if others do"
+        )
+    return notes
+
+
+def some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def of_trace(info: TraceInfo) -> list[str]:
+    notes = []
+    if info.data_dependent:
+        places = ", ".join(dict.fromkeys(info.data_dependent[:3]))
+        notes.append(
+            f"python read values that depend on the data ({places}); the groups hold for the path that these inputs took"
+        )
+    if info.unregistered:
+        places = ", ".join(list(dict.fromkeys(info.unregistered))[:3])
+        notes.append(
+            f"the model computes with weights that its state dict does not hold ({places}); they are neither matched nor "
+            "merged, so keep their modules in an nn.ModuleList, or run the model once if its first pass makes them"
+        )
+    if info.carried:
+        notes.append(
+            f"the model holds tensors of an earlier pass ({some(info.carried)}), which were taken as constants: the units "
+            "that meet them stay in place; reset them, or give a model that has not run"
+        )
+    return notes
