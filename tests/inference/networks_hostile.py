@@ -1788,10 +1788,10 @@ def _masked_tokens(s: Any, x: torch.Tensor) -> torch.Tensor:
     return s.out(h)
 
 
-# where the queries of each head are written depends on the head, which is pinned; its dimensions are not
+# where the queries of each head are written moves with the head
 add(
     "WriteChosenQueries",
-    "6 3x4",
+    "6 2 3x4",
     (seq,),
     _chosen_queries,
     **{n: lin(6, 6) for n in "qkvp"},
