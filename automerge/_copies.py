@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from automerge._aliases import memory_of, overlaps
 from automerge._errors import CheckpointError
 from automerge._offload import Store
+from automerge._uncopyable import uncopyable
 from automerge.io import tied_names
 
 
@@ -48,7 +49,13 @@ def duplicate(network: nn.Module, memo: dict[Any, Any]) -> nn.Module:
         network: the module.
         memo: what stands for what in the copy, by identity.
     """
-    own = deepcopy(network, memo)
+    known = dict(memo)
+    try:
+        own = deepcopy(network, memo)
+    except Exception:  # python modules, locks, open files, ...: a copy uses the same
+        memo.clear()
+        memo.update(known | {key: value for key, value in uncopyable(network).items() if key not in known})
+        own = deepcopy(network, memo)
     closures = _Closures(memo)
     for module in own.modules():
         closures.within(vars(module))

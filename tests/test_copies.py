@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import queue
+import tempfile
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from automerge import infer, merge
@@ -102,3 +107,59 @@ def test_hooks_of_a_copy_read_the_copy() -> None:
         own.embed.weight.mul_(-3)
     assert not torch.allclose(own(x), before)
     assert torch.equal(model(x), before)
+
+
+class Holder:
+    """An object of a user's with a lock, and with the network."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network, self.lock = network, threading.Lock()
+
+
+def _closed(file: Any) -> Any:
+    file.close()
+    return file
+
+
+UNCOPYABLE: dict[str, Callable[[], Any]] = {
+    "a python module": lambda: F,
+    "a lock": threading.Lock,
+    "an event": threading.Event,
+    "a queue": queue.Queue,
+    "a file": lambda: _closed(tempfile.TemporaryFile()),
+    "a static method": lambda: staticmethod(math.sin),
+    "a generator": lambda: (i for i in range(3)),
+    "the keys of a dict": lambda: {"a": 1}.keys(),
+    "a handle whose module is gone": lambda: nn.Linear(1, 1).register_forward_hook(lambda *_: None),
+    "a distribution with gradients": lambda: torch.distributions.Normal(torch.ones(1, requires_grad=True) * 2, 1.0),
+}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("what", UNCOPYABLE)
+def test_what_cannot_be_copied_is_shared(what: str, nested: bool) -> None:
+    net = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+    held = UNCOPYABLE[what]()
+    net.held = {"here": [held]} if nested else held
+    own = copied(net)
+    assert own[0].weight is not net[0].weight
+    assert [g.size for g in infer(net, torch.randn(2, 3)).generators()] == [5]
+
+
+def test_what_holds_a_lock_and_the_network_reads_the_copy() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 5), nn.Linear(5, 2)
+            self.__dict__["helper"] = Holder(self.a)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(self.helper.network(x).relu())
+
+    net = Wrapped()
+    own = copied(net)
+    assert own.helper.network is own.a
+    assert own.helper.lock is net.helper.lock
+    assert [g.size for g in infer(net, torch.randn(2, 3)).generators()] == [5]
+    merged = merge([Wrapped(), Wrapped()], torch.randn(2, 3), repair="none")
+    assert set(merged.state_dict) == set(net.state_dict())

@@ -1,0 +1,65 @@
+"""What ``deepcopy`` refuses, among all that a module holds."""
+
+from __future__ import annotations
+
+import contextvars
+import io
+import queue
+import threading
+import types
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+_SHARED: tuple[type, ...] = (  # nothing of a network is in these; a copy may use the very same ones
+    *(types.ModuleType, staticmethod, classmethod, io.IOBase, types.GeneratorType, memoryview, types.MappingProxyType),
+    *(contextvars.ContextVar, threading.local, queue.SimpleQueue, type(threading.Lock()), type(threading.RLock())),
+    *(type({}.keys()), type({}.values()), type({}.items())),
+)
+
+
+def uncopyable(held: Any) -> dict[Any, Any]:
+    """What stands in a copy for the things reachable from an object that ``deepcopy`` refuses, by identity.
+
+    Python modules, locks, open files and the like stand for themselves, tensors that a pass with gradients left for their
+    values.
+    """
+    out: dict[Any, Any] = {}
+    for one in _reachable(held):
+        if isinstance(one, torch.Tensor):
+            if not one.is_leaf:
+                out[id(one)] = one.detach().clone()
+        elif isinstance(one, _SHARED) or (isinstance(one, RemovableHandle) and one.hooks_dict_ref() is None):
+            out[id(one)] = one
+    return out
+
+
+def _reachable(held: Any) -> Iterator[Any]:
+    """An object and everything that it holds."""
+    seen: dict[int, Any] = {}
+    todo = [held]
+    while todo:
+        one = todo.pop()
+        if id(one) in seen or isinstance(one, type | types.FunctionType):
+            continue
+        seen[id(one)] = one  # kept, so that no other gets its identity
+        yield one
+        if not isinstance(one, (torch.Tensor, *_SHARED)):
+            todo += _within(one)
+
+
+def _within(one: Any) -> Iterable[Any]:
+    if isinstance(one, dict):
+        return [*one.keys(), *one.values()]
+    if isinstance(one, list | tuple | set | frozenset | deque):
+        return list(one)
+    return [*getattr(one, "__dict__", {}).values(), *(getattr(one, name, None) for name in _slots(type(one)))]
+
+
+def _slots(kind: type) -> Iterator[str]:
+    for base in kind.__mro__:
+        names = base.__dict__.get("__slots__", ())
+        yield from [names] if isinstance(names, str) else names
