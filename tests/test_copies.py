@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
 import queue
-import tempfile
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -116,17 +116,12 @@ class Holder:
         self.network, self.lock = network, threading.Lock()
 
 
-def _closed(file: Any) -> Any:
-    file.close()
-    return file
-
-
 UNCOPYABLE: dict[str, Callable[[], Any]] = {
     "a python module": lambda: F,
     "a lock": threading.Lock,
     "an event": threading.Event,
     "a queue": queue.Queue,
-    "a file": lambda: _closed(tempfile.TemporaryFile()),
+    "a file": lambda: io.TextIOWrapper(io.BytesIO()),
     "a static method": lambda: staticmethod(math.sin),
     "a generator": lambda: (i for i in range(3)),
     "the keys of a dict": lambda: {"a": 1}.keys(),
