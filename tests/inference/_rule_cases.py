@@ -60,7 +60,7 @@ def on_dim(d: Draw, *rest: Any, least: int = 2, keep: bool = False, listed: bool
 def attention(d: Draw) -> Case:
     b, h, s, t, e = (d.n(2, 3) for _ in range(5))
     options: Any = d.pick({}, {"attn_mask": p(s, t)}, {"attn_mask": p(b, 1, s, t)})
-    causal = not options and d.flag()
+    causal = not options and s <= t and d.flag()  # of more queries than keys the last see all; the rule pins them, too
     served = d.n(1, 2)  # heads of queries for each of the keys and values
     q, k, v = p(b, h * served, s, e), p(b, h, t, e), p(b, h, t, e)
     return call(q, k, v, 0.0, causal, **options, outs=d.pick((0,), (0, 1)))
