@@ -216,3 +216,16 @@ def each_set(
         for number, seeds in enumerate(disjoint(lab.profile.sets, count, count)):
             key = {"setting": setting, "n": count, "set": number, "seeds": span(seeds)}
             yield Unit(key, partial(work, lab, setting, seeds))
+
+
+def each_length(
+    lab: Lab, settings: Iterable[str], lengths: Iterable[int], work: Callable[[Lab, str, list[int]], Iterable[Row]]
+) -> Iterator[Unit]:
+    """A unit for every disjoint set of networks of every setting, for several numbers of networks."""
+    wanted = [n for n in lengths if n <= lab.profile.most]
+    stride = 5 if lab.profile.full else lab.profile.most
+    for setting in settings:
+        for length in wanted:
+            for number, seeds in enumerate(disjoint(lab.profile.sets, stride, length)):
+                key = {"setting": setting, "n": length, "set": number, "seeds": span(seeds)}
+                yield Unit(key, partial(work, lab, setting, seeds))

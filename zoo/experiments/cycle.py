@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import automerge
 from automerge import Element, FrankWolfe, Identity, MergeMany, PairwiseFrankWolfe, WeightMatching
 from zoo.experiments._bench import Bench, State
-from zoo.experiments._experiment import Experiment, Lab, Record, Row, Unit, disjoint, span
+from zoo.experiments._experiment import Experiment, Lab, Record, Row, Unit, each_length
 from zoo.experiments._figures import bars, legend_below, style, tiles
 from zoo.experiments._tables import Mean, grid, mean
 
@@ -60,12 +60,7 @@ def _distance(a: State, b: State) -> float:
 def _units(lab: Lab) -> Iterator[Unit]:
     small = ("digits-mlp", "digits-resnet")
     more = ("digits-vit", "mnist-mlp", "fashion-resnet", "fashion-vgg")
-    for setting in (*small, *more) if lab.profile.full else small:
-        for length in (n for n in _LENGTHS if n <= lab.profile.most):
-            stride = 5 if lab.profile.full else lab.profile.most
-            for number, seeds in enumerate(disjoint(lab.profile.sets, stride, length)):
-                key = {"setting": setting, "n": length, "set": number, "seeds": span(seeds)}
-                yield Unit(key, partial(_work, lab, setting, seeds))
+    yield from each_length(lab, (*small, *more) if lab.profile.full else small, _LENGTHS, _work)
 
 
 def _draw(record: Record) -> Figure:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import automerge
 from automerge import FrankWolfe, Symmetry, WeightMatching
 from zoo.experiments._bench import Bench
-from zoo.experiments._experiment import Experiment, Lab, Record, Row, Unit, disjoint, span
+from zoo.experiments._experiment import Experiment, Lab, Record, Row, Unit, each_length
 from zoo.experiments._figures import bars, legend_below, style, tiles
 from zoo.experiments._tables import grid, mean
 
@@ -55,12 +54,8 @@ def _exchanged(matching: automerge.Matching) -> float:
 
 
 def _units(lab: Lab) -> Iterator[Unit]:
-    for setting in ("digits-experts", "mnist-experts") if lab.profile.full else ("digits-experts",):
-        for length in (n for n in _LENGTHS if n <= lab.profile.most):
-            stride = 5 if lab.profile.full else lab.profile.most
-            for number, seeds in enumerate(disjoint(lab.profile.sets, stride, length)):
-                key = {"setting": setting, "n": length, "set": number, "seeds": span(seeds)}
-                yield Unit(key, partial(_work, lab, setting, seeds))
+    settings = ("digits-experts", "mnist-experts") if lab.profile.full else ("digits-experts",)
+    yield from each_length(lab, settings, _LENGTHS, _work)
 
 
 def _draw(record: Record) -> Figure:
