@@ -21,7 +21,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_map
 
-from automerge._branches._distinct import EMPTY, ZEROS, once
+from automerge._branches._distinct import EMPTY, ZEROS, exclusive, once
 from automerge._branches._graph import Workbench
 from automerge._branches._joins import SORTS, aten, keeps_rows, order_of
 from automerge._double import double_precision
@@ -298,18 +298,12 @@ def _reads(node: Any, base: fx.Node, index: list[Any]) -> bool:
 def _fresh(base: fx.Node, mask: fx.Node, known: dict[fx.Node, list[fx.Node]]) -> bool:
     """Whether a base holds nothing wherever a mask chooses: new, and written to under masks that exclude this one."""
     before = known.get(base, [] if base.target in (*ZEROS, *EMPTY) else None)
-    return before is not None and all(_exclusive(mask, other) for other in before)
+    return before is not None and all(exclusive(mask, other) for other in before)
 
 
 def _everywhere(at: tuple[int, ...], mask: fx.Node) -> bool:
     """Whether the places that rows are put to are the positions of the mask, so that others are for other masks."""
     return at == tuple(range(mask.meta["val"].dim()))
-
-
-def _exclusive(a: fx.Node, b: fx.Node) -> bool:
-    """Whether two masks choose different positions: those where one tensor is equal to different numbers."""
-    same = a.target is b.target is aten.eq.Scalar
-    return same and a.args[0] is b.args[0] and a.args[1] != b.args[1]
 
 
 def _axes(index: list[Any], mask: fx.Node, rows: list[fx.Node]) -> tuple[int, ...] | None:

@@ -47,6 +47,12 @@ def distinct(index: fx.Node) -> bool:
     return bool(entries.unique().numel() == entries.numel() and (sets == sets[:1]).all())
 
 
+def exclusive(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two masks choose different positions: those where one tensor is equal to different numbers."""
+    same = a.target is b.target is aten.eq.Scalar
+    return same and a.args[0] is b.args[0] and a.args[1] != b.args[1]
+
+
 def _chosen(node: fx.Node, compared: bool = False) -> tuple[torch.Tensor, torch.Tensor] | None:
     """For each entry of a mask which entry of chosen positions it tells of, and of which set of different positions.
 

@@ -1,9 +1,11 @@
 """Writes that add to what is there, one after the other, as a sum of what each adds.
 
-Experts that choose their rows add to these in turn; a sum is a join like others::
+Experts that choose their rows add to these in turn, and each of several masks lets one expert through; a sum is a join like
+others::
 
     for e, expert in enumerate(experts):
         out.index_add_(0, rows[e], expert(x[rows[e]]))           out = out + zeros.index_add(0, rows[e], ...)
+        out = torch.where(chosen == e, expert(x), out)           out = out + torch.where(chosen == e, expert(x), 0)
 """
 
 from __future__ import annotations
@@ -13,13 +15,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from automerge._branches._distinct import ZEROS, distinct
+from automerge._branches._distinct import ZEROS, distinct, exclusive
 from automerge._branches._graph import Workbench
 from automerge._branches._joins import aten
 
+_SPREADS = (aten.unsqueeze.default, aten.expand.default, aten.view.default, aten.reshape.default)
+
 
 def take_writes_apart(bench: Workbench) -> None:
-    """Read two and more writes that add to one tensor as a sum."""
+    """Read two and more writes that add to one tensor as a sum, and so choices between zeros and values."""
+    _take_wheres_apart(bench)
     for node in list(bench.graph.nodes):
         rows = _added(node)
         if rows is None or not _in_turn(node):
@@ -41,8 +46,56 @@ def take_writes_apart(bench: Workbench) -> None:
 
 
 def adds_in_turn(graph: fx.Graph) -> bool:
-    """Whether two writes of a graph add to one tensor."""
-    return any(_added(node) is not None and _added(node.args[0]) is not None for node in graph.nodes)
+    """Whether two writes of a graph add to one tensor, or two masks choose what stands there."""
+    return any(
+        (_added(node) is not None and _added(node.args[0]) is not None) or (_chooses(node) and _chooses(node.args[2]))
+        for node in graph.nodes
+    )
+
+
+def _take_wheres_apart(bench: Workbench) -> None:
+    """Where masks that exclude each other choose what is put over zeros, each adds its values."""
+    masks: dict[fx.Node, list[tuple[fx.Node, list[Any]]]] = {}  # what was put over zeros so far -> where
+    for node in list(bench.graph.nodes):
+        if not _chooses(node):
+            continue
+        condition, value, base = node.args
+        mask = _mask_of(condition)
+        before = [] if base.target in ZEROS else masks.get(base)
+        if mask is None or before is None:
+            continue
+        if not all(exclusive(mask[0], other) and mask[1] == spread for other, spread in before):
+            continue
+        with bench.graph.inserting_before(node):
+            alone = bench.graph.call_function(aten.where.ScalarOther, (condition, value, 0.0))
+            alone.meta = dict(node.meta)
+            total = bench.graph.call_function(aten.add.Tensor, (base, alone))
+            total.meta = dict(node.meta)
+        masks[total] = [*before, mask]
+        node.replace_all_uses_with(total)
+        bench.graph.erase_node(node)
+    for node in bench.graph.nodes:
+        bench.know(node)
+
+
+def _chooses(node: Any) -> bool:
+    """Whether a node takes what a mask chooses of one tensor, and the rest of another as large as the result."""
+    if not isinstance(node, fx.Node) or node.target is not aten.where.self:
+        return False
+    value, base = node.args[1:]
+    shapes = [n.meta["val"].shape for n in (node, value, base) if isinstance(n, fx.Node)]
+    floats = all(n.meta["val"].is_floating_point() for n in (value, base) if isinstance(n, fx.Node))
+    return len(shapes) == 3 and len(set(shapes)) == 1 and floats
+
+
+def _mask_of(condition: Any) -> tuple[fx.Node, list[Any]] | None:
+    """The comparison that a condition is, and how that is spread over further axes."""
+    spread = []
+    while isinstance(condition, fx.Node) and condition.target in _SPREADS:
+        spread.append((condition.target, condition.args[1:]))
+        condition = condition.args[0]
+    compares = isinstance(condition, fx.Node) and condition.target is aten.eq.Scalar
+    return (condition, spread) if compares else None
 
 
 def _added(node: Any) -> tuple[fx.Node, fx.Node] | None:

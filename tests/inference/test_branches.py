@@ -170,6 +170,20 @@ def _sent_to_those_hit_of_one_more(h: Any, scores: Any, experts: Any) -> Any:
     return out
 
 
+def _let_through(h: Any, scores: Any, experts: Any) -> Any:
+    """Every expert works on all rows, and a mask lets the chosen ones through."""
+    weight, chosen = scores.softmax(-1).max(-1)
+    out = torch.zeros_like(h)
+    for e, expert in enumerate(experts):
+        out = torch.where((chosen == e)[:, None], expert(h) * weight[:, None], out)
+    return out
+
+
+def _let_through_beside_zeros(h: Any, scores: Any, experts: Any) -> Any:
+    chosen = scores.argmax(-1, keepdim=True)
+    return sum(torch.where(chosen == e, expert(h), 0.0) for e, expert in enumerate(experts))
+
+
 def _choosing_rows(h: Any, scores: Any, experts: Any) -> Any:
     """Experts choose their rows, not rows their experts."""
     weight, rows = scores.softmax(-1).t().topk(5, -1)
@@ -213,7 +227,7 @@ SPELLINGS = (
     *(_summed, _written, _stacked, _joined, _residual, _best),
     *(_sent, _sent_one_hot, _sent_added, _sent_added_one_hot, _sent_to_one, _sent_to_empty, _sent_if_any),
     *(_sent_to_those_hit, _sent_to_those_hit_of_one_more, _choosing_rows, _choosing_rows_in_place),
-    *(_sent_by_rank, _sent_rank_by_rank),
+    *(_sent_by_rank, _sent_rank_by_rank, _let_through, _let_through_beside_zeros),
 )
 
 
@@ -559,7 +573,33 @@ def _choosing_over(h: Any, scores: Any, experts: Any) -> Any:
     return out
 
 
+def _let_through_over(h: Any, scores: Any, experts: Any) -> Any:
+    """Masks that do not exclude each other: a later expert covers an earlier one."""
+    out = torch.zeros_like(h)
+    for e, expert in enumerate(experts):
+        out = torch.where((scores[:, e] > 0)[:, None], expert(h), out)
+    return out
+
+
+def _let_through_or_as_before(h: Any, scores: Any, experts: Any) -> Any:
+    """Each expert works on what the others left."""
+    chosen, out = scores.argmax(-1, keepdim=True), h
+    for e, expert in enumerate(experts):
+        out = torch.where(chosen == e, expert(out), out.roll(1, 0))
+    return out
+
+
+def _let_through_along_another_axis(h: Any, scores: Any, experts: Any) -> Any:
+    """The masks exclude each other by number, but are laid along different axes."""
+    chosen, square = scores.argmax(-1)[:WIDTH], torch.zeros(WIDTH, WIDTH)
+    square = torch.where((chosen == 0)[:, None], experts[0](h[:WIDTH]), square)
+    square = torch.where((chosen == 1)[None], experts[1](h[:WIDTH]), square)
+    return torch.where((chosen == 2)[:, None], experts[2](h[:WIDTH]), square)
+
+
 DIFFERENT = (
+    _let_through_along_another_axis,
+    *(_let_through_over, _let_through_or_as_before),
     *(_choosing_in_turn, _choosing_over),
     *(_weighed, _in_turn, _differently, _shifted_by_rank, _moved_on, _mean_of_rows, _overwritten),
     *(_overwritten_by_second_choice, _added_or_put, _compared_by_python),
