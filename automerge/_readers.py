@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 _FEW = 4096
 
@@ -23,7 +24,8 @@ class Readers(TorchFunctionMode):
             node = self.recorder.node_of(args[0])
             self.recorder.note_read(node)
             if isinstance(node, fx.Node) and args[0].numel() <= _FEW:
-                node.meta["listed"] = args[0].detach().cpu().clone()
+                with _disable_current_modes():
+                    node.meta["listed"] = args[0].detach().cpu().clone()
         for tensor in (*args[_PART_READS[func] :], *(kwargs or {}).values()) if func in _PART_READS else ():
             if isinstance(tensor, torch.Tensor):
                 self.recorder.note_read(self.recorder.node_of(tensor))

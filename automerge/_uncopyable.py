@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 _SHARED: tuple[type, ...] = (  # nothing of a network is in these; a copy may use the very same ones
@@ -24,17 +25,34 @@ _SHARED: tuple[type, ...] = (  # nothing of a network is in these; a copy may us
 def uncopyable(held: Any) -> dict[Any, Any]:
     """What stands in a copy for the things reachable from an object that ``deepcopy`` refuses, by identity.
 
-    Python modules, locks, open files and the like stand for themselves, tensors that a pass with gradients left for their
-    values.
+    Python modules, locks, open files and the like stand for themselves, unless a network is seen in them; tensors that a pass
+    with gradients left for their values.
     """
     out: dict[Any, Any] = {}
     for one in _reachable(held):
         if isinstance(one, torch.Tensor):
             if not one.is_leaf:
                 out[id(one)] = one.detach().clone()
-        elif isinstance(one, _SHARED) or (isinstance(one, RemovableHandle) and one.hooks_dict_ref() is None):
+        elif _shared(one) and not any(isinstance(n, torch.Tensor | nn.Module) for n in _reachable(_inside(one))):
             out[id(one)] = one
     return out
+
+
+def _shared(one: Any) -> bool:
+    return isinstance(one, _SHARED) or (isinstance(one, RemovableHandle) and one.hooks_dict_ref() is None)
+
+
+def _inside(one: Any) -> list[Any]:
+    """What something shared would give a copy to read, as far as it can be seen."""
+    if isinstance(one, types.MappingProxyType):
+        return list(one.values())
+    if isinstance(one, type({}.values()) | type({}.items())):
+        return list(one)
+    if isinstance(one, types.GeneratorType):
+        return list(one.gi_frame.f_locals.values()) if one.gi_frame is not None else []
+    if isinstance(one, staticmethod | classmethod):
+        return [c.cell_contents for c in getattr(one.__func__, "__closure__", None) or () if c != types.CellType()]
+    return []
 
 
 def _reachable(held: Any) -> Iterator[Any]:

@@ -8,6 +8,7 @@ import queue
 import threading
 from collections.abc import Callable
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from automerge import infer, merge
+from automerge import TraceError, infer, merge
 from automerge._copies import copied
 
 
@@ -158,3 +159,20 @@ def test_what_holds_a_lock_and_the_network_reads_the_copy() -> None:
     assert [g.size for g in infer(net, torch.randn(2, 3)).generators()] == [5]
     merged = merge([Wrapped(), Wrapped()], torch.randn(2, 3), repair="none")
     assert set(merged.state_dict) == set(net.state_dict())
+
+
+@pytest.mark.parametrize("how", ["proxy", "values", "generator", "static method"])
+def test_what_cannot_be_copied_and_holds_the_network_is_refused(how: str) -> None:
+    """A copy that shared it would read the original's weights."""
+    net = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+    inner = net[0]
+    net.held = {
+        "proxy": lambda: MappingProxyType({"a": inner}),
+        "values": lambda: {"a": inner}.values(),
+        "generator": lambda: (inner(x) for x in ()),
+        "static method": lambda: staticmethod(lambda x: inner(x)),
+    }[how]()
+    with pytest.raises(TypeError):
+        copied(net)
+    with pytest.raises(TraceError, match="cannot be copied"):
+        infer(net, torch.randn(2, 3))

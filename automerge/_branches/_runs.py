@@ -143,8 +143,9 @@ def _alike(
         if not owners:
             continue
         values = _written(node)
-        if node.target is aten.copy.default and _copied(node) is not node:
-            owner[node] = owners.pop()  # judged where it is written
+        if _only_written(node):
+            if _copied(node) in owner:
+                owner[node] = owner[_copied(node)]  # judged where it is written
             continue
         if values is None:
             if len(owners) > 1 or node.op == "output":
@@ -184,6 +185,11 @@ def _written(node: fx.Node) -> list[fx.Node] | None:
     if node.target is aten.slice_scatter.default and (len(args) < 3 or args[2] == 0):
         return [_copied(args[1])]
     return None
+
+
+def _only_written(node: fx.Node) -> bool:
+    """Whether a node only spreads a value over a slice, into which it is written next."""
+    return _copied(node) is not node and all(u.target is aten.slice_scatter.default for u in node.users)
 
 
 def _copied(node: fx.Node) -> fx.Node:

@@ -45,15 +45,22 @@ def order_matters(node: Any, dim: int) -> bool:
         ahead = torch.arange(count).reshape([-1 if k == dim else 1 for k in range(index.dim())]).expand(index.shape)
         orders = [ahead, ahead.flip(dim), torch.rand(index.shape, generator=rng).argsort(dim)]
         held: Held = {node: [(values.gather(dim, o), index.gather(dim, o)) for o in orders]}
-        # rows that were copied for each choice are the same rows also in what is computed from them, which takes longer
-        trials = (_Trial(draw, rng, some, dict(known), dict(held)) for some in (set(), copied))
-        try:
-            with torch.no_grad(), double_precision():
-                if all(trial.reaches(node, live, read) for trial in trials):
-                    return True
-        except Exception:  # an operator that cannot be tried
-            continue
+        # rows that were copied for each choice are the same rows also in what is computed from them, which takes longer; what
+        # cannot be tried like this is left as it was seen
+        if _seen(_Trial(draw, rng, set(), dict(known), dict(held)), node, live, read, False) and _seen(
+            _Trial(draw, rng, copied, dict(known), held), node, live, read, True
+        ):
+            return True
     return False
+
+
+def _seen(trial: _Trial, node: fx.Node, live: Collection[fx.Node], read: Collection[fx.Node], otherwise: bool) -> bool:
+    """Whether a trial shows that the order matters; something else if an operator cannot be tried."""
+    try:
+        with torch.no_grad(), double_precision():
+            return trial.reaches(node, live, read)
+    except Exception:
+        return otherwise
 
 
 @dataclass

@@ -94,6 +94,13 @@ def test_windows_over_several_axes_in_one_line() -> None:
 
 
 # ------------------------------------------------------------ chosen in no particular order
+def _beside_copies(s: Any, h: torch.Tensor) -> torch.Tensor:
+    """What is computed from copies of the rows cannot be tried: whole numbers that depend on the data are not there."""
+    values = h.topk(4, sorted=False).values
+    copies = h[:, None].expand(-1, 4, -1) * (h.argmax(0) + 1)
+    return s.out(values * copies.sum(-1))
+
+
 @pytest.mark.parametrize(
     ("read", "sizes"),
     [
@@ -102,10 +109,11 @@ def test_windows_over_several_axes_in_one_line() -> None:
         (lambda s, h: s.out(h.topk(4, sorted=False).values.sort().values), "9"),
         (lambda s, h: h.gather(1, h.topk(4, sorted=False).indices).exp().sum(1) * s.out.weight.sum(), "2 4 9"),
         (lambda s, h: s.out((h.topk(4, sorted=False).values - 1).relu()), ""),
+        (_beside_copies, ""),
         (lambda s, h: s.out(F.hardtanh(h.topk(4, sorted=False).values, 2, 3)), ""),
         (lambda s, h: s.out(h.topk(4, sorted=False).values.floor()), ""),
     ],
-    ids=["values", "positions", "sorted", "summed", "threshold", "bounds", "whole"],
+    ids=["values", "positions", "sorted", "summed", "threshold", "beside copies", "bounds", "whole"],
 )
 def test_the_order_of_an_unsorted_choice_means_nothing(read: Callable[[Any, torch.Tensor], Any], sizes: str) -> None:
     """It depends on the order of what is chosen from, so that this stays where something is read in that order."""
