@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from automerge._search import UnitSet
+from automerge._stacks import stretches
 from automerge._structure import Structure
 from automerge.rules._axes import Axes, Family
 from automerge.symmetry import Generator, Pin, Slot
@@ -126,7 +127,7 @@ class Assembler:
         slots = []
         for line, owned in found.values():
             inside = np.isin(numbers, np.concatenate(owned))
-            windows = [()] if inside.all() else [((axis, a, b),) for a, b in _runs(np.flatnonzero(inside))]
+            windows = [()] if inside.all() else [((axis, a, b),) for a, b in stretches(np.flatnonzero(inside))]
             slots += [Slot(family.param or "", family.axis, line[:, None], within) for within in windows]
         return slots
 
@@ -236,20 +237,8 @@ def _windows(by: Sequence[tuple[int, np.ndarray]], key: tuple[int, ...]) -> list
     """The slices of the other axes that make up one class: contiguous runs, and every combination of them."""
     options: list[list[tuple[int, int, int]]] = []
     for (axis, classes), number in zip(by, key, strict=True):
-        options.append([(axis, a, b) for a, b in _runs(np.flatnonzero(classes == number))])
+        options.append([(axis, a, b) for a, b in stretches(np.flatnonzero(classes == number))])
     out: list[tuple[tuple[int, int, int], ...]] = [()]
     for choice in options:
         out = [(*o, c) for o in out for c in choice]
     return out
-
-
-def _runs(at: np.ndarray) -> list[tuple[int, int]]:
-    """The stretches ``(start, stop)`` of consecutive positions.
-
-    >>> _runs(np.array([0, 1, 4, 5, 6]))
-    [(0, 2), (4, 7)]
-    """
-    breaks = np.flatnonzero(np.diff(at) > 1)
-    starts = [int(at[0]), *(int(at[i + 1]) for i in breaks)]
-    stops = [*(int(at[i]) + 1 for i in breaks), int(at[-1]) + 1]
-    return list(zip(starts, stops, strict=True))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -57,26 +58,21 @@ class Stacks:
     def _within(self, slots: Iterable[Slot]) -> tuple[Slot, ...]:
         """Slots of parameters as slots of stacks: one for the same slot of parameters side by side."""
         place = self.place
-        out: list[Slot] = []
-        kept: dict[tuple[str, int, bytes, tuple[tuple[int, int, int], ...]], list[int]] = {}
-        for slot in slots:
+        found: dict[Any, tuple[Slot, list[int]]] = {}
+        for number, slot in enumerate(slots):
             if slot.param in place:
                 stack, at = place[slot.param]
-                kept.setdefault((stack, slot.axis, slot.index.tobytes(), slot.within), []).append(at)
-                if len(kept[stack, slot.axis, slot.index.tobytes(), slot.within]) > 1:
-                    continue
-            out.append(slot)
-        whole: list[Slot] = []
-        for slot in out:
-            if slot.param not in place:
-                whole.append(slot)
-                continue
-            stack = place[slot.param][0]
+                found.setdefault((stack, slot.axis, slot.index.tobytes(), slot.within), (slot, []))[1].append(at)
+            else:
+                found[number] = (slot, [])
+        out = [slot for slot, places in found.values() if not places]
+        for slot, places in ((slot, places) for slot, places in found.values() if places):
             inner = tuple((a + 1, b, c) for a, b, c in slot.within)
-            for start, stop in _runs(kept[stack, slot.axis, slot.index.tobytes(), slot.within]):
+            for start, stop in stretches(np.sort(places)):
+                stack = place[slot.param][0]
                 outer = () if stop - start == self.shapes[stack][0] else ((0, start, stop),)
-                whole.append(Slot(stack, slot.axis + 1, slot.index, (*outer, *inner)))
-        return tuple(whole)
+                out.append(Slot(stack, slot.axis + 1, slot.index, (*outer, *inner)))
+        return tuple(out)
 
     # ---------------------------------------------------------------- elements
     def apart(self, element: Element) -> Element:
@@ -157,15 +153,16 @@ def stack_name(names: Sequence[str], taken: Iterable[str]) -> str:
     return "|".join(names) if name in taken else name
 
 
-def _runs(places: Sequence[int]) -> list[tuple[int, int]]:
-    """The stretches of places that follow each other."""
-    out: list[tuple[int, int]] = []
-    for at in sorted(places):
-        if out and out[-1][1] == at:
-            out[-1] = (out[-1][0], at + 1)
-        else:
-            out.append((at, at + 1))
-    return out
+def stretches(at: np.ndarray) -> list[tuple[int, int]]:
+    """The stretches ``(start, stop)`` of consecutive positions; ``at`` is sorted.
+
+    >>> stretches(np.array([0, 1, 4, 5, 6]))
+    [(0, 2), (4, 7)]
+    """
+    breaks = np.flatnonzero(np.diff(at) > 1)
+    starts = [int(at[0]), *(int(at[i + 1]) for i in breaks)]
+    stops = [*(int(at[i]) + 1 for i in breaks), int(at[-1]) + 1]
+    return list(zip(starts, stops, strict=True))
 
 
 # -------------------------------------------------------------------- from inference
