@@ -181,6 +181,14 @@ class Objective:
         """The sum over models of the squared norms: what f is measured against."""
         return self.ranks.add(math.fsum(dot(b.weights, b.weights) for b in self.bundles))[0]
 
+    @property
+    def bound(self) -> float:
+        """What f exceeds nowhere: ``sum_{p<q} |X_p| |X_q|``, summed over bundles (Cauchy and Schwarz); copies reach it."""
+        squares = [[dot(x, x) for x in b.weights] for b in self.bundles]
+        own = [(math.fsum(map(math.sqrt, s)), math.fsum(s)) for s in squares]
+        sums = self.ranks.add(*(number for pair in own for number in pair))
+        return max(0.0, 0.5 * math.fsum(norms**2 - whole for norms, whole in zip(sums[::2], sums[1::2], strict=True)))
+
 
 def _given(block_weights: Mapping[str, float], models: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
     """The weights by the first name of each tensor."""

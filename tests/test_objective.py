@@ -119,6 +119,21 @@ def test_step_is_never_worse_than_a_dense_grid(coefficients: list[float]) -> Non
     assert gain == pytest.approx(np.polynomial.polynomial.polyval(step, c), abs=1e-12)
 
 
+@pytest.mark.parametrize("name", hand.ALL)
+@given(seed=st.integers(0, 2**30), count=st.integers(1, 4))
+@settings(max_examples=4, deadline=None)
+def test_no_element_exceeds_the_bound(name: str, seed: int, count: int) -> None:
+    objective = setup(name, seed, count)[0]
+    assert objective.value(random_vertex(objective, seed)) <= objective.bound + 1e-12 * objective.scale
+
+
+def test_scaled_copies_reach_the_bound() -> None:
+    symmetry = hand.mlp()
+    models = [{n: v * scale for n, v in hand.weights(symmetry, 0).items()} for scale in (1.0, 3.0, 0.5)]
+    objective = Objective(decompose(symmetry), models, dtype=torch.float64)
+    assert objective.value(objective.identity()) == pytest.approx(objective.bound, rel=1e-12)
+
+
 def test_normalised_weights_make_blocks_equal() -> None:
     symmetry = hand.mlp()
     models = [hand.weights(symmetry, i) for i in range(2)]

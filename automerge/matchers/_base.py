@@ -134,7 +134,11 @@ class Matching:
 
     def __str__(self) -> str:
         lines = [f"Matching of {len(self)} models by {self.matcher or 'hand'}"]
-        for key, label in (("objective", "objective"), ("start_objective", "  before matching")):
+        for key, label in (
+            ("objective", "objective"),
+            ("start_objective", "  before matching"),
+            ("bound", "  at most"),
+        ):
             if key in self.stats:
                 lines.append(f"  {label:<22} {self.stats[key]:.6g}")
         for key, label in (("iterations", "iterations"), ("converged", "converged"), ("interrupted", "interrupted")):

@@ -191,6 +191,17 @@ def test_progress_and_stats() -> None:
     assert stats["converged"]
 
 
+def test_copies_take_one_start() -> None:
+    symmetry = hand.residual(10, 3)
+    model = models_of(symmetry, 1)[0]
+    models = [symmetry.apply(model, symmetry.random_element(seed)) for seed in range(3)]
+    result = match(models, symmetry, FrankWolfe(restarts=2))
+    assert [run["start"] for run in result.stats["runs"]] == ["signature", "polish"]
+    assert result.stats["objective"] == pytest.approx(result.stats["bound"], rel=1e-6)
+    assert [run["start"] for run in match([model] * 3, symmetry, FrankWolfe()).stats["runs"]] == ["polish"]
+    assert match([model] * 3, symmetry, FrankWolfe(polish=0)).stats["objective"] > 0
+
+
 def test_more_restarts_are_never_worse() -> None:
     symmetry = hand.residual(10, 3)
     models = models_of(symmetry, 3)
