@@ -14,7 +14,7 @@ from automerge._assemble import Assembler, halved
 from automerge._branches import stacked
 from automerge._notes import of_reach, of_trace
 from automerge._search import search
-from automerge._stacks import joined, taken_apart
+from automerge._stacks import aligned, joined, taken_apart
 from automerge._structure import Structure
 from automerge.rules import DEBUG, Analysis, analyse, is_state
 from automerge.symmetry import Exchange, Generator, Symmetry
@@ -50,6 +50,9 @@ def _of_branches(
         return None
     other, seen, _ = infer_recorded(*branches.graphs, splits=_nested(branches.stacks))
     found = [taken_apart(generator, branches.stacks, other.shapes) for generator in other.sets]
+    left = [g for g, own in zip(other.sets, found, strict=True) if own is None]
+    parts = aligned(left, branches.stacks, other.shapes)
+    found += [taken_apart(generator, branches.stacks, other.shapes) for generator in parts]
     partly = {*analysis.unread, *(n for stack in seen.unread for n in branches.stacks.get(stack, np.array([])).flat)}
     buffers = graphs[0].meta["trace"].buffers
     read = (_read(e, partly, buffers) for e in found if isinstance(e, Exchange))

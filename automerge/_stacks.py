@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import networkx as nx
@@ -206,6 +206,49 @@ def taken_apart(
     if len({n for row in whole for n in row}) < sum(map(len, whole)):
         return None
     return Exchange(generator.size, tuple(tuple(row) for row in whole), tuple(slots), generator.name)
+
+
+def aligned(
+    generators: Sequence[Generator], names: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
+) -> list[Generator]:
+    """Generators that exchange the same modules, each a part of them, as one that exchanges all of those parts.
+
+    Branches of depthwise convolutions can be exchanged in every channel by itself. Whole parameters move where all
+    channels do alike, which is one exchange after the other; those that share positions are left out.
+
+    Args:
+        generators: on stacked parameters, none of which moves whole parameters.
+        names: stack -> the state-dict names along its leading axes.
+        shapes: of all parameters.
+    """
+    found: dict[Any, tuple[Generator, list[Slot]]] = {}
+    for generator in generators:
+        first = next(s for s in generator.slots if s.param in names and s.axis < names[s.param].ndim)
+        order = np.argsort(first.index[:, 0], kind="stable")
+        slots = [replace(s, index=s.index[order]) for s in generator.slots]
+        moving = {
+            (s.param, s.axis, s.index.tobytes(), _divided(s, names[s.param].ndim)[0])
+            for s in slots
+            if s.param in names and s.axis < names[s.param].ndim
+        }
+        found.setdefault((generator.size, frozenset(moving)), (generator, []))[1].extend(slots)
+    return [replace(generator, slots=tuple(slots)) for generator, slots in found.values() if _disjoint(slots, shapes)]
+
+
+def _disjoint(slots: Sequence[Slot], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether no two slots of one axis own a position of it at the same place of the other axes."""
+    owned: dict[tuple[str, int], list[Slot]] = {}
+    for slot in slots:
+        owned.setdefault((slot.param, slot.axis), []).append(slot)
+    for (param, axis), same in owned.items():
+        axes = sorted({axis, *(a for slot in same for a, _, _ in slot.within)})
+        count = np.zeros([shapes[param][a] for a in axes], np.int64)
+        for slot in same:
+            within = {a: np.arange(b, c) for a, b, c in slot.within} | {axis: slot.index.reshape(-1)}
+            count[np.ix_(*(within.get(a, np.arange(shapes[param][a])) for a in axes))] += 1
+        if count.max(initial=0) > 1:
+            return False
+    return True
 
 
 def _divided(slot: Slot, lead: int) -> tuple[tuple[tuple[int, int, int], ...], tuple[tuple[int, int, int], ...]]:
