@@ -11,10 +11,10 @@ import torch
 from torch import fx, nn
 
 from automerge._aliases import shadow
-from automerge._branches._joins import draws, likeness
+from automerge._branches._joins import likeness
 from automerge._errors import TraceError
 from automerge._lazy_module import LazyModule
-from automerge.rules import is_state
+from automerge.rules._nodes import draws, is_constant
 from automerge.trace import record
 
 
@@ -65,11 +65,7 @@ class Workbench:
     def know(self, node: fx.Node) -> None:
         """Note what a node is like, after those before it."""
         self.hashes[node] = likeness(node, self.hashes)
-        if node.op == "placeholder":
-            fixed = node.meta["kind"] == "state" and not is_state(node.meta["val"])
-        else:
-            fixed = node.op != "output" and all(n in self.constant for n in node.all_input_nodes)
-        if fixed and not draws(node):
+        if is_constant(node, self.constant):
             self.constant.add(node)
 
     def put(self, node: fx.Node, compute: Callable[..., Any], sources: list[fx.Node]) -> list[fx.Node] | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from automerge.rules import is_state
+from automerge.rules._nodes import draws, is_state
 
 aten = torch.ops.aten
 NUMBERED: dict[Any, Any] = {aten.eq.Scalar: aten.eq.Tensor, aten.ne.Scalar: aten.ne.Tensor}
@@ -24,7 +24,6 @@ FOLDS: dict[Any, Callable[[torch.Tensor], torch.Tensor]] = {  # operators that j
 
 SORTS = (aten.sort.default, aten.sort.stable, aten.argsort.default, aten.argsort.stable)
 _SIZED = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default)
-ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu.default
 
 Same = tuple[fx.Node, ...]  # the nodes that correspond to each other, one for each branch
 
@@ -109,14 +108,6 @@ def order_of(sort: fx.Node) -> fx.Node | None:
     if sort.target in (aten.argsort.default, aten.argsort.stable):
         return sort
     return next((u for u in sort.users if u.target is operator.getitem and u.args[1] == 1), None)
-
-
-def draws(node: fx.Node) -> bool:
-    """Whether an operator draws random numbers; attention does for its dropout."""
-    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
-        return False
-    dropout: Any = node.args[3] if len(node.args) > 3 else 0.0
-    return node.target is not ATTENTION or dropout != 0
 
 
 def likeness(node: fx.Node, hashes: dict[fx.Node, int]) -> int:

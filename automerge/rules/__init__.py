@@ -35,6 +35,7 @@ from automerge.rules._dispatch import without_dispatch
 from automerge.rules._engine import Engine
 from automerge.rules._exact import entries, in_double, told_apart
 from automerge.rules._movement import all_border
+from automerge.rules._nodes import is_constant, is_state
 from automerge.rules._parameters import Splits, parameter, share
 from automerge.rules._reads import counted, liveness, sizing, unread, viewed
 from automerge.rules._registry import (
@@ -131,11 +132,6 @@ def _analysed(graphs: Sequence[fx.GraphModule], splits: Splits, states: Collecti
     return out
 
 
-def is_state(tensor: torch.Tensor) -> bool:
-    """Whether a state-dict tensor is a block of numbers (integer and boolean buffers are constants)."""
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
 class _Run:
     def __init__(self, graph: fx.GraphModule, splits: Splits, out: Analysis) -> None:
         self.graph, self.splits = graph, splits
@@ -202,7 +198,7 @@ class _Run:
                 self.values[node] = self.out.states[name]
             else:
                 self.constant.add(node)
-        elif node.op == "get_attr" or self.is_constant(node):
+        elif is_constant(node, self.constant):
             self.constant.add(node)
             if not self.veiled.isdisjoint(node.all_input_nodes) or veils(node, self.live, self.engine.several):
                 self.veiled.add(node)  # known by its values, but its structure is that of what it was made from
@@ -218,10 +214,6 @@ class _Run:
             return plain(value.shape)
         dim = (args[1] if len(args) > 1 else 0) % value.dim()
         return all_border(self.engine, source, dim, 0)
-
-    def is_constant(self, node: fx.Node) -> bool:
-        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())  # drawn anew in every pass
-        return not random and all(n in self.constant for n in node.all_input_nodes)
 
     # ------------------------------------------------------------ operators
     def fetch(self, args: Any) -> Any:

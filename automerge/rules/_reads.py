@@ -46,21 +46,6 @@ _MAX_MIXED = 4_000_000
 SAME = _aten("clone", "_to_copy", "to", "lift_fresh_copy", "detach", "alias")
 
 
-def constants(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that depend neither on inputs nor on parameters."""
-    out: set[fx.Node] = set()
-    for node in graph.nodes:
-        value = node.meta.get("val")
-        if node.op == "placeholder":
-            fixed = node.meta["kind"] == "state" and not value.is_floating_point() and not value.is_complex()
-        else:
-            random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-            fixed = node.op != "output" and not random and all(n in out for n in node.all_input_nodes)
-        if fixed:
-            out.add(node)
-    return out
-
-
 def unread(
     graph: fx.GraphModule,
     live: Collection[fx.Node],

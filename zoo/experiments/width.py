@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
-
 from zoo.experiments._experiment import Experiment, Lab, Record, Row, Unit, disjoint, span
 from zoo.experiments._figures import curve, legend, panels, style
 from zoo.experiments._settings import Setting, mlp_of_width, resnet_of_width
@@ -24,9 +22,7 @@ _COUNT = 3
 def _plan(lab: Lab) -> list[tuple[str, float, Setting]]:
     """Family, width, setting."""
     mlp: tuple[int, ...] = (16, 32, 64, 128, 256) if lab.profile.full else (32, 64, 128)
-    resnet: tuple[float, ...] = (0.25, 0.5, 1, 2, 4) if lab.profile.full else (0.5, 1)
-    if lab.profile.full and torch.cuda.is_available():
-        resnet = (*resnet, 8)
+    resnet: tuple[float, ...] = (0.25, 0.5, 1, 2, 4, 8) if lab.profile.full else (0.5, 1)
     found: list[tuple[str, float, Setting]] = [("MLP", w, mlp_of_width(w)) for w in mlp]
     return [*found, *(("ResNet8", w, resnet_of_width(w)) for w in resnet)]
 
