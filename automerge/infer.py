@@ -104,9 +104,9 @@ def _reaching(
     (An expert that none of few tokens was sent to; what a recurrence multiplies its first state with.)
     """
     missing = {n for n in symmetry.shapes if n not in analysis.states}
-    missing |= {n for n, mask in analysis.unread.items() if mask.all()}
+    missing |= {n for n, mask in analysis.unseen.items() if mask.all()}
     # where the path depends on data, others may read more of what this one reads in part (experts stacked in one tensor)
-    partly = {n: mask for n, mask in analysis.unread.items() if n not in missing and depends}
+    partly = {n: mask for n, mask in analysis.unseen.items() if n not in missing and depends}
     if not (missing or partly) or any(t.device.type != "cpu" for t in (*model.parameters(), *model.buffers())):
         return
     for seed in range(_DRAWS):
@@ -114,8 +114,8 @@ def _reaching(
         for graph in _longer_traces(model, args, kwargs, constants, symmetry, seed):
             depends = depends or _by_data(graph)
             more = analyse([graph])
-            found = missing & {n for n in more.states if n not in more.unread or not more.unread[n].all()}
-            left = {n: mask & more.unread.get(n, False) for n, mask in partly.items() if n in more.states}
+            found = missing & {n for n in more.states if n not in more.unseen or not more.unseen[n].all()}
+            left = {n: mask & more.unseen.get(n, False) for n, mask in partly.items() if n in more.states}
             if found or any((left[n] != partly[n]).any() for n in left):
                 yield graph
             missing -= found

@@ -37,7 +37,7 @@ from automerge.rules._exact import entries, in_double, told_apart
 from automerge.rules._movement import all_border
 from automerge.rules._nodes import is_constant, is_state
 from automerge.rules._parameters import Splits, parameter, share
-from automerge.rules._reads import counted, liveness, sizing, unread, viewed
+from automerge.rules._reads import choosing_none, counted, liveness, sizing, unread, viewed
 from automerge.rules._registry import (
     Context,
     carries,
@@ -78,6 +78,7 @@ class Analysis:
         united: vertex -> united vertex; filled in by the search, as is ``units``.
         units: for each generator found its united vertices, ``(units, columns)``.
         unread: state-dict name -> which of its entries the traced pass does not read, for those read in part.
+        unseen: the same of what no value with entries was computed from, as where data chose no rows.
         sorted: nodes whose rows are in an order that depends on the data: row i is not the same sample in every model.
     """
 
@@ -89,6 +90,7 @@ class Analysis:
     united: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     units: list[np.ndarray] = field(default_factory=list)
     unread: dict[str, np.ndarray] = field(default_factory=dict)
+    unseen: dict[str, np.ndarray] = field(default_factory=dict)
     sorted: set[fx.Node] = field(default_factory=set)
 
 
@@ -142,12 +144,14 @@ class _Run:
         self.statistics: list[Value] = []
         info = graph.meta["trace"]
         self.reads = [n for n in graph.graph.nodes if n.name in info.reads]
-        self.live, self.used = liveness(graph, self.reads)
+        self.none = choosing_none(graph)
+        self.live, self.used = liveness(graph, self.reads, self.none)
         shaped = [(n, counted(node)) for node in graph.graph.nodes if node not in self.live for n in sizing(node)]
         self.counted = [n for n, alike in shaped if alike]
         if shaped:
             self.reads += [n for n, alike in shaped if not alike]
-            self.live, self.used = liveness(graph, self.reads + self.counted)
+            self.live, self.used = liveness(graph, self.reads + self.counted, self.none)
+        self.seen = liveness(graph, self.reads + self.counted)[0] if self.none else self.live
 
     def run(self) -> None:
         for node in self.graph.graph.nodes:
@@ -175,17 +179,15 @@ class _Run:
                 if family is not None and family.param is not None:
                     self.out.statistics.add(family.param)
 
-    def unread(self) -> dict[str, np.ndarray | None]:
-        """For every parameter that this graph reads, which of its entries it does not; None if it reads all."""
-        mine = {n.meta["name"] for n in self.live if n.op == "placeholder" and n.meta["name"] in self.out.states}
-        return dict.fromkeys(mine) | unread(
-            self.graph, self.live, self.constant, self.reads + self.counted, self.out.states
-        )
+    def unread(self, live: Collection[fx.Node]) -> dict[str, np.ndarray | None]:
+        """For every parameter that some nodes read, which of its entries they do not; None if they read all."""
+        mine = {n.meta["name"] for n in live if n.op == "placeholder" and n.meta["name"] in self.out.states}
+        return dict.fromkeys(mine) | unread(self.graph, live, self.constant, self.reads + self.counted, self.out.states)
 
     # ------------------------------------------------------------ leaves
     def visit(self, node: fx.Node) -> None:
         value = node.meta["val"]
-        if isinstance(value, torch.Tensor) and value.numel() == 0:
+        if isinstance(value, torch.Tensor) and value.numel() == 0 and node not in self.none:
             self.values[node] = self.empty(node, value)
         elif node.op == "placeholder":
             if node.meta["kind"] == "input":
@@ -339,15 +341,22 @@ class _Sub(_Run):
 def _settle_splits(runs: Sequence[_Run], out: Analysis) -> None:
     """Decide what to split in the next pass; what no graph reads stays in place."""
     engine = out.engine
-    reads = [run.unread() for run in runs]
-    for name in out.states:
-        masks = [found[name] for found in reads if name in found]
-        partly = [mask for mask in masks if mask is not None]
-        if len(partly) == len(masks):
-            out.unread[name] = np.logical_and.reduce(partly)
+    out.unread = _in_part([run.unread(run.live) for run in runs], out)
+    out.unseen = _in_part([run.unread(run.seen) for run in runs], out) if any(run.none for run in runs) else out.unread
     engine.settle_requests(out.unread)
     if out.unread:
         settle_unread(engine.axes, out.unread)
+
+
+def _in_part(reads: Sequence[dict[str, np.ndarray | None]], out: Analysis) -> dict[str, np.ndarray]:
+    """The entries that no graph reads, of parameters that none of them reads whole."""
+    found: dict[str, np.ndarray] = {}
+    for name, value in out.states.items():
+        masks = [of[name] for of in reads if name in of]
+        partly = [mask for mask in masks if mask is not None]
+        if len(partly) == len(masks):
+            found[name] = np.logical_and.reduce(partly) if partly else np.ones(value.shape, bool)
+    return found
 
 
 def _with_data(value: Any, tensor: Any) -> Any:

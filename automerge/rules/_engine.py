@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from automerge.rules._axes import settle_resized
+from automerge.rules._axes import Unruled, settle_resized
 from automerge.rules._combine import Combine
 from automerge.rules._constants import Pattern, pattern, slice_classes
 from automerge.rules._value import Factor, Value, drop_constant, new_letter, plain, split_letter, spread
@@ -65,13 +65,20 @@ class Engine(Combine):
     def reshape(self, value: Value, shape: Sequence[int]) -> Value:
         """View: regroup letters, splitting one where an axis ends inside it."""
         todo = list(value.letters)
+        none = next((axis for axis, n in zip(value.axes, value.shape, strict=True) if n == 0), ())
         axes: list[tuple[int, ...]] = []
         for n in shape:
             mine: list[int] = []
             have = 1
+            if n == 0 and none and tuple(todo[: len(none)]) == none:
+                todo = todo[len(none) :]
+                axes.append(none)
+                continue
             while have < n:
                 letter = todo.pop(0)
                 length = value.size[letter]
+                if length == 0:
+                    raise Unruled("a view that regroups an axis without positions")
                 need = n // have
                 if n % have == 0 and need % length == 0:
                     mine.append(letter)
@@ -86,6 +93,8 @@ class Engine(Combine):
                     todo = [one, *todo[used:]]
                     mine, have = [], 1
             axes.append(tuple(mine))
+        if none and todo:
+            raise Unruled("a view that regroups an axis without positions")
         return value.with_axes(axes)
 
     def _cut(self, value: Value, letter: int, outer: int) -> tuple[Value, tuple[int, int]]:

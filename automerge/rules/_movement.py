@@ -190,10 +190,16 @@ def unbind(context: Context, x: Value, dim: int = 0) -> tuple[Value | None, ...]
 @rule("cat", "concat", "concatenate", carries=True)
 def cat(context: Context, tensors: Sequence[Value], dim: int = 0) -> Value:
     nodes = context.node.args[0]
-    pairs = [(v, n) for v, n in zip(tensors, nodes, strict=True) if v.shape != (0,) and 0 not in v.shape]
+    pairs = [(v, n) for v, n in zip(tensors, nodes, strict=True) if v.shape != (0,)]
+    if not pairs:
+        return tensors[0]
+    dim %= len(pairs[0][0].axes)
+    none = [v for v, _ in pairs if v.shape[dim] == 0 and v.factors]
+    if none:
+        return _beside_none(context, none, [(v, n) for v, n in pairs if v.shape[dim]], dim)
+    pairs = [(v, n) for v, n in pairs if v.shape[dim]] or pairs[:1]
     if len(pairs) == 1:
         return pairs[0][0]
-    dim %= len(pairs[0][0].axes)
     whole, axis, joined, functions = _pieces([v for v, _ in pairs])
     if whole is not None and axis == dim and functions[:1] != SELECTED:
         taken = context.engine.take(rejoined(whole, functions), dim, joined)
@@ -202,6 +208,17 @@ def cat(context: Context, tensors: Sequence[Value], dim: int = 0) -> Value:
     if apart is not None:
         return context.engine.reshape(apart, context.shape).carry(apart)
     return _joined(context, [v for v, _ in pairs], dim, [n for _, n in pairs], context.node)
+
+
+def _beside_none(context: Context, none: Sequence[Value], pairs: Sequence[tuple[Value, Any]], dim: int) -> Value:
+    """A join with what data chose none of: its other axes are those of the rest, as where one position is added to all."""
+    engine = context.engine
+    values = [v.settle() for v, _ in pairs]
+    out = engine.concatenate(values, dim, [n for _, n in pairs]) if pairs else none[0].settle()
+    for value in none:
+        one = engine.reduce(value.settle(), set(value.axes[dim]))
+        out = engine.elementwise([out, one.with_axes(() if k == dim else axis for k, axis in enumerate(one.axes))])
+    return out
 
 
 @rule("stack", carries=True)

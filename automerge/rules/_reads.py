@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import networkx as nx
 import numpy as np
 import torch
 from torch import fx
@@ -334,8 +335,29 @@ def _empty(node: fx.Node) -> bool:
     return bool(tensors) and all(t.numel() == 0 for t in tensors)
 
 
-def liveness(graph: fx.GraphModule, reads: Sequence[fx.Node]) -> tuple[set[fx.Node], dict[fx.Node, set[int]]]:
-    """The nodes that the output (or a value read by python) depends on, and which outputs of a node are read."""
+def choosing_none(graph: fx.GraphModule) -> set[fx.Node]:
+    """The nodes without entries because data chose none: rows of an expert that no row was sent to.
+
+    Other data choose some, which are treated as the operators say; so their other axes are what they would be then. What
+    meets them without entries (a weight expanded to as many) has as many then, too.
+    """
+    empty = [node for node in graph.graph.nodes if _empty(node)]
+    chosen = (n for n in empty if torch.Tag.dynamic_output_shape in getattr(n.target, "tags", ()))
+    met = nx.Graph([(n, source) for n in empty for source in n.all_input_nodes if _empty(source)])
+    met.add_nodes_from(empty)
+    return {other for node in chosen for other in nx.node_connected_component(met, node)}
+
+
+def liveness(
+    graph: fx.GraphModule, reads: Sequence[fx.Node], none: Collection[fx.Node] = ()
+) -> tuple[set[fx.Node], dict[fx.Node, set[int]]]:
+    """The nodes that the output (or a value read by python) depends on, and which outputs of a node are read.
+
+    Args:
+        graph: the traced graph.
+        reads: the nodes whose values python read.
+        none: nodes without entries that have some on other inputs.
+    """
     live: set[fx.Node] = set()
     used: dict[fx.Node, set[int]] = {}
     todo = [n for n in graph.graph.nodes if n.op == "output"] + list(reads)
@@ -344,7 +366,7 @@ def liveness(graph: fx.GraphModule, reads: Sequence[fx.Node]) -> tuple[set[fx.No
         if node in live:
             continue
         live.add(node)
-        if _empty(node):  # holds nothing of what went into it
+        if node not in none and _empty(node):  # holds nothing of what went into it
             continue
         if node.target is operator.getitem:
             used.setdefault(node.args[0], set()).add(node.args[1])
