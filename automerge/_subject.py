@@ -181,12 +181,17 @@ def _own(name: str, value: torch.Tensor) -> torch.Tensor:
     return wide.clone() if wide is value else wide
 
 
+def doubled(model: nn.Module) -> nn.Module:
+    """A copy of a model in double precision and in eval mode; `nn.Module.double` leaves complex tensors as they are."""
+    return copied(model).double()._apply(lambda t: widen("", t)).eval()
+
+
 class Subject:
     """A float64 copy of the model whose weights can be set; one tensor at a time, so that no third copy is made."""
 
     def __init__(self, model: nn.Module) -> None:
         try:
-            self.model = copied(model).double().eval()
+            self.model = doubled(model)
         except Exception as error:
             raise TraceError(
                 f"{type(model).__name__} cannot be copied for verification ({type(error).__name__}: {error}); "

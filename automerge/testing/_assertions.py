@@ -16,11 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from automerge._copies import copied
 from automerge._double import double_precision
 from automerge._errors import AutomergeError
 from automerge._random import forked
-from automerge._subject import Change, fresh_inputs, randomised, runnable
+from automerge._subject import Change, doubled, fresh_inputs, randomised, runnable
 from automerge._tree_io import tensors_of
 from automerge._verify import within_rounding
 from automerge.groups import Element
@@ -209,7 +208,7 @@ class _Subject:
     """A float64 copy of a model, run with any state."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = copied(model).double().eval()
+        self.model = doubled(model)
         named = [
             *self.model.named_parameters(remove_duplicate=False),
             *self.model.named_buffers(remove_duplicate=False),

@@ -6,6 +6,7 @@ import copy
 import math
 import random
 import types
+import warnings
 from typing import Any
 
 import numpy as np
@@ -246,6 +247,29 @@ def test_a_model_that_cannot_be_copied_is_named():
     model = Stubborn(6, 2)
     with pytest.raises(TraceError, match=r"Stubborn cannot be copied.*verify=False"):
         verify(model, torch.randn(4, 3), by_hand(model))
+
+
+class Spectral(nn.Module):
+    """Complex weights that an operator meets which compares types before it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 6)
+        self.weight = nn.Parameter(torch.randn(6, 5, dtype=torch.complex64))
+        self.out = nn.Parameter(torch.randn(5, 2, dtype=torch.complex64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tensordot(self.inner(x).to(torch.complex64), self.weight, dims=1)
+        return torch.tensordot(h * h.abs(), self.out, dims=1)
+
+
+def test_complex_weights_are_in_double_precision_too():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        symmetry = infer(model := Spectral(), x := torch.randn(4, 3))
+    assert_sound(model, x, symmetry)
+    assert sorted(g.size for g in symmetry.generators()) == [5, 6]
+    assert symmetry.stats["verified"] < 1e-9
 
 
 def test_complex_weights_are_drawn_and_perturbed_too():
