@@ -206,11 +206,15 @@ def varies(value: Value, axis: int) -> bool:
     return bool(letters & value.pinned) or any(letters & set(f.letters) for f in value.factors)
 
 
-@rule("masked_select")
+@rule("masked_select", carries=True)
 def masked_select(context: Context, x: Value, mask: Value) -> Value:
     """The entries where a mask holds, in their order."""
     shape = torch.broadcast_shapes(x.shape, mask.shape)
-    return _masked(context, expanded(x, shape), [(0, expanded(mask, shape))])
+    x = x.settle()
+    if mask.data is not None:
+        where = torch.arange(int(np.prod(x.shape, dtype=np.int64))).reshape(x.shape)
+        return gathered(context.engine, x, where.masked_select(mask.data.cpu()).numpy())
+    return _masked(context, expanded(x, shape), [(0, expanded(mask.settle(), shape))])
 
 
 @rule("gather", "take_along_dim", carries=True)

@@ -199,11 +199,15 @@ def _put_exactly(
     return context.engine.elementwise([x, made]) if accumulate else made
 
 
-@rule("masked_scatter")
+@rule("masked_scatter", carries=True)
 def masked_scatter(context: Context, x: Value, mask: Value, source: Value) -> Value:
     """Entries under a mask replaced in order; where the mask is constant along trailing axes, whole rows are."""
     engine = context.engine
-    full = expanded(mask, x.shape)
+    x, source = x.settle(), source.settle()
+    if mask.data is not None and np.prod(x.shape) <= MAX_BESIDE:
+        fixed = mask.data.cpu()
+        return _pushed(context, x, source, lambda a, b: a.masked_scatter(fixed, b))
+    full = expanded(mask.settle(), x.shape)
     tail = 0
     while tail < len(x.axes) and not varies(full, len(x.axes) - 1 - tail):
         tail += 1

@@ -448,7 +448,11 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     "index_fill": lambda d: call(p(d.n(3, 4), d.n()), 0, ints(3, 2), 0.5),
     "index_put _index_put_impl _unsafe_index_put": put,
     "masked_fill": lambda d: call(p(3, 2), I(lambda rng: torch.rand(3, 2, generator=rng) > 0.5), 0.5),
-    "masked_scatter": lambda d: call(p(3, 2), I(lambda rng: torch.rand(3, 2, generator=rng) > 0.5), p(6), unruled=True),
+    "masked_scatter": lambda d: d.pick(
+        lambda: call(p(3, 2), I(lambda rng: torch.rand(3, 2, generator=rng) > 0.5), p(6), unruled=True),
+        lambda: call(p(3, 2), torch.tensor([[d.flag(), d.flag()] for _ in range(3)]), p(d.n(6, 8))),
+    )(),
+    "masked_select": lambda d: call(p(3, 2), torch.tensor([[True, d.flag()], [d.flag(), d.flag()], [False, True]])),
     "put": lambda d: call(p(3, 2), I(lambda rng: torch.randperm(6, generator=rng)[:3]), p(3), unruled=True),
     "sort": ranked,
     "topk": lambda d: ranked(d, 2),

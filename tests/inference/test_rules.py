@@ -26,7 +26,6 @@ WITHOUT: dict[str, str] = {
         ("_linalg_svd", "_linalg_eigh"), "refuses numbers that are none, which stand for what is not read; see networks"
     ),
     **dict.fromkeys(("_to_dense", "_sparse_addmm"), "for sparse tensors"),
-    "masked_select": "the shape of what comes out depends on values",
     "bincount": "takes integers, which parameters are not",
     "fake_quantize_per_channel_affine_cachemask": "takes scales in float32 only; see test_verify",
 }
