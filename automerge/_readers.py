@@ -1,7 +1,8 @@
-"""Looks of python at whole tensors, which no operator announces."""
+"""Looks of python at the values of tensors: operators that give it a number, and ways that no operator announces."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -9,7 +10,32 @@ from torch import fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+aten = torch.ops.aten
 _FEW = 4096
+_READS = {getattr(aten, name).default for name in ("_local_scalar_dense", "item", "equal", "is_nonzero", "allclose")}
+
+
+@cache
+def tells(func: Any) -> bool:
+    """Whether an operator gives python a number for the values of its tensors; ATen's others tell shapes and strides."""
+    returns = func._schema.returns
+    numbers = bool(returns) and not any("Tensor" in str(r.type) for r in returns)
+    return func in _READS or (numbers and func.namespace != "aten")
+
+
+def told(recorder: Any, func: Any, args: Any, kwargs: Any, node_args: Any, node_kwargs: Any) -> Any:
+    """Run an operator that gives python a number; whether two tensors are equal says nothing of their order."""
+    if func is aten.equal.default:
+        if args[0].shape != args[1].shape:
+            return func(*args, **kwargs)  # no value was looked at
+        where = torch.eq(*args)
+        same = recorder.emit(aten.eq.Tensor, node_args, {}, where)
+        node_args = (recorder.emit(aten.all.default, (same,), {}, where.all()),)
+    fx.node.map_arg((node_args, node_kwargs), recorder.note_read)
+    seen = func(*args, **kwargs)
+    if len(node_args) == 1 and isinstance(node_args[0], fx.Node):
+        node_args[0].meta["seen"] = seen
+    return seen
 
 
 class Readers(TorchFunctionMode):

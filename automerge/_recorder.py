@@ -8,7 +8,6 @@ import operator
 import re
 import warnings
 from collections.abc import Collection, Iterator
-from functools import cache
 from typing import Any, NoReturn
 
 import torch
@@ -22,6 +21,7 @@ from automerge._aliases import Tracked, overlaps, read, shadow, write, writes
 from automerge._double import plainly
 from automerge._errors import TraceError
 from automerge._lazy_module import LazyModule
+from automerge._readers import tells, told
 from automerge._trace_info import TraceInfo, source_line
 from automerge._tree_io import map_tensors, tensors_of
 from automerge._unfilled import NeedsValues, followed, looks, unfilled, unwritten
@@ -253,12 +253,8 @@ class Recorder(TorchDispatchMode):
             return self.node_of(tensor)
 
         node_args, node_kwargs = map_tensors(to_node, tuple(args)), map_tensors(to_node, dict(kwargs))
-        if _tells(func):
-            fx.node.map_arg((node_args, node_kwargs), self.note_read)
-            seen = func(*args, **kwargs)
-            if len(node_args) == 1 and isinstance(node_args[0], fx.Node):
-                node_args[0].meta["seen"] = seen
-            return seen
+        if tells(func):
+            return told(self, func, args, kwargs, node_args, node_kwargs)
         if self.blank and looks(func, args, node_args, self.blank):
             self.give_up()
         if writes(func, args):
@@ -375,15 +371,6 @@ NO_NESTED = "which has no shape to follow; pad the sequences (torch.nested.to_pa
 _ONE_OUTPUT = (aten.native_batch_norm.default,)  # what it keeps for a backward pass has no entries in evaluation
 _BARE_NAMES = ("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided")
 _BARE = tuple(getattr(aten, name) for name in _BARE_NAMES)
-_READS = {getattr(aten, name).default for name in ("_local_scalar_dense", "item", "equal", "is_nonzero", "allclose")}
-
-
-@cache
-def _tells(func: Any) -> bool:
-    """Whether an operator gives python a number for the values of its tensors; ATen's others tell shapes and strides."""
-    returns = func._schema.returns
-    numbers = bool(returns) and not any("Tensor" in str(r.type) for r in returns)
-    return func in _READS or (numbers and func.namespace != "aten")
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -1809,3 +1809,44 @@ add(
     i=lin(5, 6),
     out=lin(6, 2),
 )
+
+
+# ---------------------------------------------------------------- entries under a constant mask, in their order
+def _components(s: Any, x: torch.Tensor) -> torch.Tensor:
+    """A mixture whose components have triangular factors, with the entries below the diagonal in one row."""
+    below = torch.ones(3, 3, dtype=torch.bool).tril(-1).expand(4, 3, 3)
+    factors = torch.masked_scatter(torch.diag_embed(s.diagonal.exp()), below, s.below)
+    z = torch.einsum("kij,bkj->bki", factors, x[:, None, :3] - s.mean)
+    return torch.logsumexp(s.logits - z.square().sum(-1), -1)
+
+
+def _half_table(s: Any, x: torch.Tensor) -> torch.Tensor:
+    table = s.w.masked_select(torch.ones(3, 3, dtype=torch.bool).tril()).view(5, 6)
+    return s.out((s.a(x) @ table.T).tanh())
+
+
+add(
+    "WriteUnderConstantMask",
+    "4",
+    (x,),
+    _components,
+    mean=par(4, 3),
+    below=par(4, 3),
+    diagonal=par(4, 3),
+    logits=par(4),
+)
+add("ReadUnderConstantMask", "5", (x,), _half_table, a=lin(4, 6), w=par(5, 3, 3), out=lin(5, 2))
+
+
+# ---------------------------------------------------------------- whether two tensors are equal
+def _kernel(s: Any, x: torch.Tensor) -> torch.Tensor:
+    """Distances in a space of features, by a function that asks whether it was given one set of points twice."""
+    a, b = s.a(x) / s.width, s.points / s.width
+    return s.out(torch.zeros(len(a), len(b)) if torch.equal(a, b) else torch.cdist(a, b))
+
+
+add(
+    "EqualPoints", "6", (x,), _kernel, a=lin(4, 6), points=lambda: nn.Parameter(torch.randn(len(x), 6)), width=par(6),
+    out=lambda: nn.Linear(len(x), 2),
+)  # fmt: skip
+add("UnequalPoints", "6 9", (x,), _kernel, a=lin(4, 6), points=par(9, 6), width=par(6), out=lin(9, 2))

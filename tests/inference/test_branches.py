@@ -496,6 +496,27 @@ def test_what_python_asks_of_every_unit_pins_them() -> None:
     assert modules(found) == [(3, 2)]
 
 
+class Kernels(nn.Module):
+    """A sum of kernels, each of which asks whether it was given one set of points twice."""
+
+    def __init__(self, asked: Callable[[list[torch.Tensor]], Any]) -> None:
+        super().__init__()
+        self.points = nn.Parameter(torch.randn(5, 4))
+        self.widths = nn.ParameterList(nn.Parameter(torch.rand(4) + 0.5) for _ in range(COUNT))
+        self.asked = asked
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scaled = [(x / w, self.points / w) for w in self.widths]
+        self.asked([a for a, _ in scaled])
+        return sum(torch.eye(5) if torch.equal(a, b) else torch.cdist(a, b).neg().exp() for a, b in scaled)
+
+
+def test_branches_that_ask_whether_two_tensors_are_equal() -> None:
+    free, asked = Kernels(lambda points: None), Kernels(lambda points: torch.equal(points[0], points[1]))
+    assert [e.size for e in infer(free, X[:5]).exchanges] == [COUNT]
+    assert not infer(asked, X[:5]).exchanges  # two branches are held against each other
+
+
 def test_units_that_data_choose_by_their_place_stay() -> None:
     """All units are chosen here; where some are not, the others meet other rows of the table."""
 
