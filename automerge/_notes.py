@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import fx
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from automerge.rules import Analysis
@@ -17,6 +18,14 @@ def of_numbers(positional: Any, keywords: Any) -> str | None:
         leaves, _ = tree_flatten_with_path(given)
         found += [f"{what}{keystr(path)} = {value!r}" for path, value in leaves if type(value) in (int, float)]
     return f"the groups hold for the numbers that were given as inputs ({some(found)})" if found else None
+
+
+def of_writes(recorded: list[fx.GraphModule]) -> str | None:
+    """What the recorded pass set, where one after it was recorded, too."""
+    if len(recorded) < 2:
+        return None
+    names = some(recorded[0].meta["trace"].rewritten)
+    return f"the first pass writes to {names}; the groups hold for that pass and for later ones"
 
 
 def of_reach(analysis: Analysis, unused: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -15,7 +16,8 @@ from automerge._diagnosis import OtherPathError
 from automerge._errors import InvarianceError, TraceError, UnknownOperatorError
 from automerge._longer import longer_inputs
 from automerge._machine import physical_memory, readable
-from automerge._notes import of_numbers
+from automerge._notes import of_numbers, of_writes
+from automerge._settled import settled
 from automerge._verify import Verification, check_replay
 from automerge._verify import verify as check_symmetry
 from automerge.rules import Analysis, analyse
@@ -63,23 +65,40 @@ def infer(
     start = time.perf_counter()
     _check_constants(model, constants)
     graph = trace(model, args, kwargs, values=False, constants=constants)
+    recorded, model = _recorded(model, args, kwargs, constants, graph)
     traced = time.perf_counter()
-    symmetry, analysis = infer_graph(graph)
+    symmetry, analysis = infer_graph(*recorded)
     _check_rules(symmetry, strict)
     done = time.perf_counter()
     stats: dict[str, Any] = {"trace_seconds": traced - start, "infer_seconds": done - traced}
-    notes = [of_numbers(*normalise_args(args, kwargs)), _too_large(model) if verify else None]
+    notes = [of_numbers(*normalise_args(args, kwargs)), of_writes(recorded), _too_large(model) if verify else None]
     if verify and notes[-1] is None:
-        graphs = [graph, *_reaching(model, args, kwargs, constants, symmetry, analysis, _by_data(graph))]
-        if len(graphs) > 1:
+        graphs = [*recorded, *_reaching(model, args, kwargs, constants, symmetry, analysis, _by_data(graph))]
+        if len(graphs) > len(recorded):
             symmetry, _ = infer_graph(*graphs)
         symmetry, outcome = _verified(model, args, kwargs, symmetry, graphs)
         _check_rules(symmetry, strict)
-        notes += [check_replay(model, args, kwargs, graph), None if outcome.reacted else str(outcome)]
+        notes += [check_replay(model, args, kwargs, recorded[-1]), None if outcome.reacted else str(outcome)]
         stats |= {"verify_seconds": time.perf_counter() - done, "verified": outcome.error}
     object.__setattr__(symmetry, "notes", (*symmetry.notes, *(n for n in notes if n)))
     symmetry.stats.update(stats)  # type: ignore[attr-defined]
     return symmetry
+
+
+def _recorded(
+    model: nn.Module,
+    args: Any,
+    kwargs: Mapping[str, Any] | None,
+    constants: Collection[str],
+    graph: fx.GraphModule,
+) -> tuple[list[fx.GraphModule], nn.Module]:
+    """The recorded pass, and where it sets parameters that later ones read also such a later one, with the model for it."""
+    later = settled(model, args, kwargs, graph)
+    if later is None:
+        return [graph], model
+    with contextlib.suppress(TraceError):
+        return [graph, trace(later, args, kwargs, values=False, constants=constants)], later
+    return [graph], model
 
 
 def _check_rules(symmetry: Symmetry, strict: bool) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 
 from automerge import canonicalise, infer, verify
 from automerge._subject import Fresh, _may_index, runnable
+from automerge.testing import assert_sound
 from tests.inference.networks_hostile import Program
 from tests.inference.test_networks import parse, worst_change
 
@@ -776,3 +777,52 @@ def test_numbers_that_have_no_logarithm_or_are_codes_are_no_fresh_inputs() -> No
     assert not found.notes
     seen = verify(Mixed(), x, found)
     assert (seen.randomised, seen.inputs) == (True, 2)
+
+
+class _Normalised(nn.Module):
+    """Shift and scale that the first batch sets, as a flag in the state says."""
+
+    def __init__(self, write: Callable[[nn.Module, str, torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.shift, self.scale = nn.Parameter(torch.zeros(6)), nn.Parameter(torch.ones(6))
+        self.register_buffer("ready", torch.tensor(False))
+        self.write = write
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 1}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        pass
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.ready:
+            self.write(self, "shift", -x.mean(0))
+            self.write(self, "scale", 1 / x.std(0))
+            self.ready = torch.tensor(True)
+        return (x + self.shift) * self.scale
+
+
+def _copy(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    getattr(module, name).data.copy_(value)
+
+
+def _data(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    getattr(module, name).data = value
+
+
+def _new(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    setattr(module, name, nn.Parameter(value))
+
+
+@pytest.mark.parametrize("verified", [False, True])
+@pytest.mark.parametrize("write", [_copy, _data, _new])
+def test_parameters_that_the_first_pass_sets_move_as_later_ones_read_them(write: Any, verified: bool) -> None:
+    net = nn.Sequential(nn.Linear(4, 6), _Normalised(write), nn.ReLU(), nn.Linear(6, 2))
+    x = torch.randn(8, 4)
+    symmetry = infer(net, x, verify=verified)
+    assert [(g.size, len(g.slots)) for g in symmetry.generators()] == [(6, 5)]
+    assert any("the first pass writes to 1.shift" in note for note in symmetry.notes)
+    assert not net[1].ready
+    assert not net[1].shift.any()
+    net(x)
+    assert_sound(net, torch.randn(8, 4), symmetry)
