@@ -21,6 +21,7 @@ from automerge.rules import (  # noqa: F401  (they register themselves)
     _contraction,
     _creation,
     _indexing,
+    _joining,
     _movement,
     _ordering,
     _positions,
@@ -35,9 +36,9 @@ from automerge.rules._dispatch import without_dispatch
 from automerge.rules._engine import Engine
 from automerge.rules._exact import entries, in_double, told_apart
 from automerge.rules._movement import all_border
-from automerge.rules._nodes import is_constant, is_state
+from automerge.rules._nodes import choosing_none, counted, is_constant, is_state, liveness, sizing, viewed
 from automerge.rules._parameters import Splits, parameter, share
-from automerge.rules._reads import choosing_none, counted, liveness, sizing, unread, viewed
+from automerge.rules._reads import unread
 from automerge.rules._registry import (
     Context,
     carries,

@@ -23,8 +23,7 @@ import torch
 from torch import fx
 
 from automerge._double import double_precision
-from automerge.rules._nodes import constants
-from automerge.rules._reads import liveness, schema_name
+from automerge.rules._nodes import constants, liveness, schema_name
 from automerge.rules._row_order import GROUPED, Dispatch, Trial
 
 aten = torch.ops.aten

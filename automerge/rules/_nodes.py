@@ -1,14 +1,23 @@
-"""What a node of a traced graph is: a parameter, a random draw, or a constant."""
+"""What a node of a traced graph is: a parameter, a random draw, a constant, without entries; and which nodes count."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import operator
+from collections.abc import Collection, Sequence
 from typing import Any
 
+import networkx as nx
 import torch
 from torch import fx
 
+from automerge._tree_io import tensors_of
+
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+def aten_names(*names: str) -> frozenset[str]:
+    """The names of operators as their schemas have them."""
+    return frozenset(f"aten::{name}" for name in names)
 
 
 def is_state(tensor: torch.Tensor) -> bool:
@@ -43,3 +52,96 @@ def constants(graph: fx.Graph) -> set[fx.Node]:
         if is_constant(node, out):
             out.add(node)
     return out
+
+
+def schema_name(node: fx.Node) -> str:
+    """An operator's full name (``aten::addmm``); empty for what is none."""
+    schema = getattr(node.target, "_schema", None)
+    return schema.name if schema is not None else ""
+
+
+def _empty(node: fx.Node) -> bool:
+    value = node.meta.get("val", ())
+    tensors = [value] if isinstance(value, torch.Tensor) else tensors_of(value)
+    return bool(tensors) and all(t.numel() == 0 for t in tensors)
+
+
+def choosing_none(graph: fx.GraphModule) -> set[fx.Node]:
+    """The nodes without entries because data chose none: rows of an expert that no row was sent to.
+
+    Other data choose some, which are treated as the operators say; so their other axes are what they would be then. What
+    meets them without entries (a weight expanded to as many) has as many then, too.
+    """
+    empty = [node for node in graph.graph.nodes if _empty(node)]
+    chosen = (n for n in empty if torch.Tag.dynamic_output_shape in getattr(n.target, "tags", ()))
+    met = nx.Graph([(n, source) for n in empty for source in n.all_input_nodes if _empty(source)])
+    met.add_nodes_from(empty)
+    return {other for node in chosen for other in nx.node_connected_component(met, node)}
+
+
+def liveness(
+    graph: fx.GraphModule, reads: Sequence[fx.Node], none: Collection[fx.Node] = ()
+) -> tuple[set[fx.Node], dict[fx.Node, set[int]]]:
+    """The nodes that the output (or a value read by python) depends on, and which outputs of a node are read.
+
+    Args:
+        graph: the traced graph.
+        reads: the nodes whose values python read.
+        none: nodes without entries that have some on other inputs.
+    """
+    live: set[fx.Node] = set()
+    used: dict[fx.Node, set[int]] = {}
+    todo = [n for n in graph.graph.nodes if n.op == "output"] + list(reads)
+    while todo:
+        node = todo.pop()
+        if node in live:
+            continue
+        live.add(node)
+        if node not in none and _empty(node):  # holds nothing of what went into it
+            continue
+        if node.target is operator.getitem:
+            used.setdefault(node.args[0], set()).add(node.args[1])
+        todo += node.all_input_nodes
+    return live, used
+
+
+def viewed(node: fx.Node) -> list[fx.Node]:
+    """For a view of memory that may be outside its operand: the tensors that the operand is a view of."""
+    out: list[fx.Node] = []
+    last: Any = node if schema_name(node) == "aten::as_strided" else None
+    while last is not None:
+        schema = getattr(last.target, "_schema", None)
+        alias = schema is not None and schema.arguments and schema.arguments[0].alias_info is not None
+        last = last.args[0] if alias or last.target is operator.getitem else None
+        out += [last] if last is not None and isinstance(last.meta["val"], torch.Tensor) else []
+    return out
+
+
+_COUNTED = aten_names(
+    "nonzero",
+    "masked_select",
+    "index",
+    "_unsafe_index",
+    "bincount",
+    "_unique",
+    "_unique2",
+    "unique_dim",
+    "repeat_interleave",
+)
+
+
+def counted(node: fx.Node) -> bool:
+    """Whether the shape of what an operator gives is a symmetric function of the numbers that it depends on."""
+    return schema_name(node) in _COUNTED
+
+
+def sizing(node: fx.Node) -> list[fx.Node]:
+    """The operands whose numbers give the shape of what comes out: python may read it, though nothing else does."""
+    if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
+        return []
+    if schema_name(node) in ("aten::index", "aten::_unsafe_index"):
+        return [n for n in node.all_input_nodes[1:] if n.meta["val"].dtype in (torch.bool, torch.uint8)]
+    if schema_name(node) == "aten::bincount":
+        fewest = dict(enumerate(node.args)).get(2, node.kwargs.get("minlength", 0))
+        return [] if node.meta["val"].shape[0] == fewest else node.all_input_nodes[:1]
+    return node.all_input_nodes[-1:] if schema_name(node) == "aten::masked_select" else node.all_input_nodes[:1]

@@ -14,37 +14,31 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import networkx as nx
 import numpy as np
 import torch
 from torch import fx
 
-from automerge._tree_io import tensors_of
+from automerge.rules._nodes import aten_names, schema_name
 
-
-def _aten(*names: str) -> frozenset[str]:
-    return frozenset(f"aten::{name}" for name in names)
-
-
-_CUTTING = _aten(
+_CUTTING = aten_names(
     *("slice", "select", "index", "index_select", "embedding", "narrow", "split", "split_with_sizes", "unbind"),
     *("slice_copy", "select_copy", "narrow_copy", "split_copy", "split_with_sizes_copy", "unbind_copy"),
     *("gather", "take", "diagonal", "unfold", "as_strided", "constant_pad_nd"),
 )
-MOVING = _CUTTING | _aten(
+MOVING = _CUTTING | aten_names(
     *("view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "repeat"),
     *("flip", "roll", "contiguous", "flatten", "unflatten", "movedim", "diagonal", "cat", "stack", "unfold"),
 )
-_TABLES = _aten("slice", "narrow", "index_select", "select", "embedding", "index", "gather")
-_VIEWS = _aten(
+_TABLES = aten_names("slice", "narrow", "index_select", "select", "embedding", "index", "gather")
+_VIEWS = aten_names(
     *("slice", "select", "narrow", "split", "split_with_sizes", "unbind", "diagonal"),
     *("view", "permute", "transpose", "t", "unsqueeze", "squeeze", "alias", "detach"),
 )
-_PIECES = _aten("split", "split_with_sizes", "unbind", "split_copy", "split_with_sizes_copy", "unbind_copy")
-_PRODUCTS = _aten("mm", "bmm", "mv", "addmm", "baddbmm", "addmv", "dot", "matmul")
+_PIECES = aten_names("split", "split_with_sizes", "unbind", "split_copy", "split_with_sizes_copy", "unbind_copy")
+_PRODUCTS = aten_names("mm", "bmm", "mv", "addmm", "baddbmm", "addmv", "dot", "matmul")
 _CHOOSING = re.compile("max|min|sort|top|median|mode|kth|quantile")
 _MAX_MIXED = 4_000_000
-SAME = _aten("clone", "_to_copy", "to", "lift_fresh_copy", "detach", "alias")
+SAME = aten_names("clone", "_to_copy", "to", "lift_fresh_copy", "detach", "alias")
 
 
 def unread(
@@ -88,12 +82,6 @@ def unread(
         if node.op == "placeholder" and node in own and (node in tables or bool(mask.any())):
             out[node.meta["name"]] = ~mask.numpy()
     return dict(sorted(out.items()))
-
-
-def schema_name(node: fx.Node) -> str:
-    """An operator's full name (``aten::addmm``); empty for what is none."""
-    schema = getattr(node.target, "_schema", None)
-    return schema.name if schema is not None else ""
 
 
 def _cuts(node: fx.Node, constant: Collection[fx.Node]) -> bool:
@@ -291,8 +279,8 @@ def _summed(user: fx.Node, node: fx.Node, needed: torch.Tensor) -> Any:
 
 
 _OPERANDS = {  # which arguments are the factors of a product, and which axis of the output each of them lacks
-    **{name: {0: -1, 1: -2} for name in _aten("mm", "bmm")},
-    **{name: {1: -1, 2: -2} for name in _aten("addmm", "baddbmm")},
+    **{name: {0: -1, 1: -2} for name in aten_names("mm", "bmm")},
+    **{name: {1: -1, 2: -2} for name in aten_names("addmm", "baddbmm")},
     "aten::convolution": {},
 }
 
@@ -327,90 +315,3 @@ def _normalised(user: fx.Node, node: fx.Node, needed: Sequence[torch.Tensor]) ->
     rows = needed[0].flatten(-count).any(-1)
     rows = rows.reshape(*rows.shape, *[1] * count) | needed[1] | needed[2]
     return rows.expand(needed[0].shape)
-
-
-def _empty(node: fx.Node) -> bool:
-    value = node.meta.get("val", ())
-    tensors = [value] if isinstance(value, torch.Tensor) else tensors_of(value)
-    return bool(tensors) and all(t.numel() == 0 for t in tensors)
-
-
-def choosing_none(graph: fx.GraphModule) -> set[fx.Node]:
-    """The nodes without entries because data chose none: rows of an expert that no row was sent to.
-
-    Other data choose some, which are treated as the operators say; so their other axes are what they would be then. What
-    meets them without entries (a weight expanded to as many) has as many then, too.
-    """
-    empty = [node for node in graph.graph.nodes if _empty(node)]
-    chosen = (n for n in empty if torch.Tag.dynamic_output_shape in getattr(n.target, "tags", ()))
-    met = nx.Graph([(n, source) for n in empty for source in n.all_input_nodes if _empty(source)])
-    met.add_nodes_from(empty)
-    return {other for node in chosen for other in nx.node_connected_component(met, node)}
-
-
-def liveness(
-    graph: fx.GraphModule, reads: Sequence[fx.Node], none: Collection[fx.Node] = ()
-) -> tuple[set[fx.Node], dict[fx.Node, set[int]]]:
-    """The nodes that the output (or a value read by python) depends on, and which outputs of a node are read.
-
-    Args:
-        graph: the traced graph.
-        reads: the nodes whose values python read.
-        none: nodes without entries that have some on other inputs.
-    """
-    live: set[fx.Node] = set()
-    used: dict[fx.Node, set[int]] = {}
-    todo = [n for n in graph.graph.nodes if n.op == "output"] + list(reads)
-    while todo:
-        node = todo.pop()
-        if node in live:
-            continue
-        live.add(node)
-        if node not in none and _empty(node):  # holds nothing of what went into it
-            continue
-        if node.target is operator.getitem:
-            used.setdefault(node.args[0], set()).add(node.args[1])
-        todo += node.all_input_nodes
-    return live, used
-
-
-def viewed(node: fx.Node) -> list[fx.Node]:
-    """For a view of memory that may be outside its operand: the tensors that the operand is a view of."""
-    out: list[fx.Node] = []
-    last: Any = node if schema_name(node) == "aten::as_strided" else None
-    while last is not None:
-        schema = getattr(last.target, "_schema", None)
-        alias = schema is not None and schema.arguments and schema.arguments[0].alias_info is not None
-        last = last.args[0] if alias or last.target is operator.getitem else None
-        out += [last] if last is not None and isinstance(last.meta["val"], torch.Tensor) else []
-    return out
-
-
-_COUNTED = _aten(
-    "nonzero",
-    "masked_select",
-    "index",
-    "_unsafe_index",
-    "bincount",
-    "_unique",
-    "_unique2",
-    "unique_dim",
-    "repeat_interleave",
-)
-
-
-def counted(node: fx.Node) -> bool:
-    """Whether the shape of what an operator gives is a symmetric function of the numbers that it depends on."""
-    return schema_name(node) in _COUNTED
-
-
-def sizing(node: fx.Node) -> list[fx.Node]:
-    """The operands whose numbers give the shape of what comes out: python may read it, though nothing else does."""
-    if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
-        return []
-    if schema_name(node) in ("aten::index", "aten::_unsafe_index"):
-        return [n for n in node.all_input_nodes[1:] if n.meta["val"].dtype in (torch.bool, torch.uint8)]
-    if schema_name(node) == "aten::bincount":
-        fewest = dict(enumerate(node.args)).get(2, node.kwargs.get("minlength", 0))
-        return [] if node.meta["val"].shape[0] == fewest else node.all_input_nodes[:1]
-    return node.all_input_nodes[-1:] if schema_name(node) == "aten::masked_select" else node.all_input_nodes[:1]

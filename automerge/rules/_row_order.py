@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from automerge.rules._reads import schema_name
+from automerge.rules._nodes import schema_name
 from automerge.rules._registry import is_pointwise
 
 GROUPED = "aten::_grouped_mm"

@@ -18,8 +18,8 @@ from torch import fx
 
 from automerge._double import double_precision
 from automerge._made_up import Draw, signed, small
-from automerge.rules._nodes import constants
-from automerge.rules._reads import MOVING, SAME, liveness, schema_name
+from automerge.rules._nodes import constants, liveness, schema_name
+from automerge.rules._reads import MOVING, SAME
 
 _MAX_ENTRIES = 4_000_000
 _TOLERANCE = 1e-6
