@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from automerge._errors import AutomergeError, CheckpointError
 from automerge._machine import physical_memory
-from automerge._random import forked
+from automerge._random import drawing, forked, gpus
 from automerge._restoring import lent, restored
 from automerge.io import tied_names, with_ties
 
@@ -246,25 +246,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients inside; every module's own mode flag is restored on the way out.
 
     So is the state of the random generators (torch's, numpy's, Python's): a model that draws numbers takes none of the
-    caller's, and from one seed all passes start with the same. The fused fast path of multi-head attention is off inside, so
-    that its parts are visible to observers and every pass computes the same numbers.
+    caller's, and from one seed all passes of a batch draw the same (`run_batch`). The fused fast path of multi-head attention
+    is off inside, so that its parts are visible to observers and every pass computes the same numbers.
     """
     flags = [(module, module.training) for module in model.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         model.eval()
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad(), forked(devices=_gpus(model)):
+        with torch.no_grad(), forked(devices=gpus((*model.parameters(), *model.buffers()))):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for module, training in flags:
             module.training = training
-
-
-def _gpus(model: nn.Module) -> list[torch.device]:
-    tensors = (*model.parameters(), *model.buffers())
-    return list({t.device for t in tensors if t.is_cuda}) if torch.cuda.is_available() else []
 
 
 @contextmanager
@@ -288,16 +283,16 @@ def preserving(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None =
 def run_batch(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None, batch: Batch) -> Any:
     """The model's output on a batch, with its own weights or with those of a state dict.
 
-    What the pass binds to the modules (a hidden state, a weight computed anew) is gone after it.
+    What the pass binds to the modules (a hidden state, a weight computed anew) is gone after it. Random numbers are those of
+    the batch: other weights, other networks and later passes draw the same on it.
 
     Raises:
         AutomergeError: if the model does not run on it, with the model's own error as the cause.
     """
     try:
-        if state_dict is None:
-            with restored(model):
+        with drawing(batch.number, gpus(batch.tensors())), restored(model):
+            if state_dict is None:
                 return model(*batch.args, **batch.kwargs)
-        with restored(model):
             tensors = lent(model, state_dict)
             return torch.func.functional_call(model, tensors, batch.args, dict(batch.kwargs), tie_weights=False)
     except AutomergeError:

@@ -24,6 +24,7 @@ from automerge._copies import duplicate
 from automerge._data import Batch, Batches, run_batch
 from automerge._machine import physical_memory
 from automerge._observe import Event, Observer
+from automerge._random import Turns, gpus
 
 _MOST_RUNS = 64
 _SHARE = 0.25
@@ -116,9 +117,11 @@ class _Stopped(BaseException):
 class _Run:
     """A thread with a run of the model that waits at every awaited call until it is told to go on."""
 
-    def __init__(self, work: Callable[[Callable[[Event], None]], None], awaits: Callable[[Event], bool]) -> None:
+    def __init__(
+        self, work: Callable[[Callable[[Event], None]], None], awaits: Callable[[Event], bool], draws: Turns
+    ) -> None:
         self.event: Event | None = None
-        self._work, self._awaits = work, awaits
+        self._work, self._awaits, self._draws = work, awaits, draws
         self._thread = threading.Thread(target=contextvars.copy_context().run, args=(self._run,), daemon=True)
         self._go, self._waits = threading.Semaphore(0), threading.Semaphore(0)
         self._closing = False
@@ -147,11 +150,12 @@ class _Run:
 
     def advance(self) -> None:
         """Go on to the next awaited call, or to the end; raises what the run raised."""
-        if self._thread.ident is None:
-            self._thread.start()
-        else:
-            self._go.release()
-        self._waits.acquire()
+        with self._draws.turn():
+            if self._thread.ident is None:
+                self._thread.start()
+            else:
+                self._go.release()
+            self._waits.acquire()
         if self._error is not None:
             raise self._error
 
@@ -159,8 +163,9 @@ class _Run:
         """End it where it is."""
         if self._thread.ident is not None:
             self._closing = True
-            self._go.release()
-            self._thread.join()
+            with self._draws.turn():
+                self._go.release()
+                self._thread.join()
 
 
 @contextmanager
@@ -212,7 +217,8 @@ def run_together(
     if len(batches) == 1:
         _alone(work(models[0], batches[0]), place, meet)
         return
-    runs = [_Run(work(model, batch), awaits) for model, batch in zip(models, batches, strict=True)]
+    devices = gpus(tensors.values())
+    runs = [_Run(work(model, batch), awaits, Turns(devices)) for model, batch in zip(models, batches, strict=True)]
     try:
         for run in runs:
             run.advance()

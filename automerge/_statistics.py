@@ -18,7 +18,7 @@ from automerge._data import Batch, device_of
 from automerge._errors import CheckpointError, MatchingError, TraceError
 from automerge._moments import CrossMoments
 from automerge._places import Place, Survey, survey
-from automerge._random import forked
+from automerge._random import drawing, gpus
 from automerge._tree_io import map_tensors
 from automerge.io import tied_names
 from automerge.symmetry import Symmetry
@@ -159,16 +159,15 @@ def collect(
     run = _Run(network, states, symmetry)
     moments: dict[str, CrossMoments] = {}
     lost: set[str] = set()
-    with forked():  # what the models draw is not the caller's
-        for batch, counted in _parts(batches, mask):
-            values = run.observe(batch, counted)
-            for name in {n for v in values for n in v} | set(moments):
-                rows = [v.get(name) for v in values]
-                kept = [r for r in rows if r is not None]
-                if len(kept) < len(rows) or any(r.shape != kept[0].shape for r in kept):
-                    lost.add(name)
-                else:
-                    moments.setdefault(name, CrossMoments(reference)).update(kept)
+    for batch, counted in _parts(batches, mask):
+        values = run.observe(batch, counted)
+        for name in {n for v in values for n in v} | set(moments):
+            rows = [v.get(name) for v in values]
+            kept = [r for r in rows if r is not None]
+            if len(kept) < len(rows) or any(r.shape != kept[0].shape for r in kept):
+                lost.add(name)
+            else:
+                moments.setdefault(name, CrossMoments(reference)).update(kept)
     first = run.first
     assert first is not None
     measured = [p for p in first.places if p.node in moments and p.node not in lost and moments[p.node].count]
@@ -226,13 +225,18 @@ class _Run:
         self.places: dict[str, Place] = {}
 
     def observe(self, batch: Batch, mask: torch.Tensor | None) -> list[dict[str, torch.Tensor]]:
-        """For each model the activations ``(samples, positions)`` at every place."""
+        """For each model the activations ``(samples, positions)`` at every place; all draw the same random numbers."""
         graph = self._graph(batch)
-        if graph is None:
-            return [self._traced(state, batch, mask) for state in self.states]
-        fed = _inputs(batch)
-        info: TraceInfo = graph.meta["trace"]
-        return [self._replayed(graph, [state[n] for n in info.names.values()] + fed, mask) for state in self.states]
+        fed = [] if graph is None else _inputs(batch)
+        out = []
+        for state in self.states:
+            with drawing(batch.number, gpus(state.values())):
+                if graph is None:
+                    out.append(self._traced(state, batch, mask))
+                else:
+                    info: TraceInfo = graph.meta["trace"]
+                    out.append(self._replayed(graph, [state[n] for n in info.names.values()] + fed, mask))
+        return out
 
     def _graph(self, batch: Batch) -> fx.GraphModule | None:
         """The graph for a batch's shapes and layouts; None if the path depends on values, so that each run must be recorded."""
