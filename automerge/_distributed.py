@@ -18,9 +18,10 @@ from automerge._copies import carrying, is_empty, loaded
 from automerge._errors import MatchingError
 from automerge._fixed import infer_common, shared_constants
 from automerge._merge_checks import merge_integers
+from automerge._merge_task import Moved
 from automerge._offload import Store
 from automerge._ranks import Ranks
-from automerge._singular import measured_again
+from automerge._singular import agreed, marks, measured_again
 from automerge.io import StateDict, hash_state_dict, read_checkpoint, tied_names
 from automerge.matchers import FrankWolfe, Matching, Progress
 from automerge.symmetry import Symmetry
@@ -156,4 +157,6 @@ def _average(
     for alias, name in {**symmetry.aliases, **tied_names(network.state_dict())}.items():
         if alias in out and name in out:
             out[alias] = out[name]
-    return measured_again(network, out)[0] if ranks.rank == 0 else out
+    own = [marks(network, Moved(symmetry, state, elements[m])) for m, state in zip(mine, states, strict=True)]
+    kept = agreed([found for part in ranks.gather(own) for found in part], share)
+    return measured_again(network, out, kept)[0] if ranks.rank == 0 else out

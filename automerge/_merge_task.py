@@ -72,7 +72,7 @@ class Task:
     def moved(self, symmetry: Symmetry, elements: Sequence[Element], kept: bool) -> list[Mapping[str, torch.Tensor]]:
         """The models in other coordinates: held, or moved tensor by tensor when they are read."""
         moved: list[Mapping[str, torch.Tensor]] = [
-            _Moved(symmetry, d, e) for d, e in zip(self.states, elements, strict=True)
+            Moved(symmetry, d, e) for d, e in zip(self.states, elements, strict=True)
         ]
         if not kept:
             return moved
@@ -80,7 +80,7 @@ class Task:
             return [{name: self.store.keep(value) for name, value in m.items()} for m in moved]
 
 
-class _Moved(Mapping[str, torch.Tensor]):
+class Moved(Mapping[str, torch.Tensor]):
     """A state dict in other coordinates; every tensor is moved when it is read."""
 
     def __init__(self, symmetry: Symmetry, state: Mapping[str, torch.Tensor], element: Element) -> None:

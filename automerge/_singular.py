@@ -2,25 +2,31 @@
 
 ``torch.nn.utils.parametrizations.spectral_norm`` and the older ``torch.nn.utils.spectral_norm`` divide a weight by
 ``u^T W v``, with vectors that training keeps near the first singular vectors and evaluation takes as they are. Their sign
-is an accident, ``(-u, -v)`` serves as well, so the mean of two models' may be nothing at all.
+is an accident, ``(-u, -v)`` serves as well, so the mean of two models' may be nothing at all. Where all models agree on
+weight and vectors nothing is mixed, and they stay: training leaves the vectors some way off, and that is part of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from automerge.io import hash_state_dict
 
-def measured_again(model: nn.Module, state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
+
+def measured_again(
+    model: nn.Module, state: Mapping[str, torch.Tensor], kept: Collection[str] = ()
+) -> tuple[dict[str, torch.Tensor], list[str]]:
     """A state dict whose spectral norms are those of its own weights.
 
     Args:
         model: the architecture; only its modules matter.
         state: merged weights; not changed.
+        kept: weights whose vectors stay, see `agreed`.
 
     Returns:
         The state dict, and the names of the weights whose vectors are new.
@@ -36,7 +42,7 @@ def measured_again(model: nn.Module, state: Mapping[str, torch.Tensor]) -> tuple
     out = dict(state)
     names = []
     for weight, left, right, axis in _places(model):
-        if not {weight, left, right} <= out.keys() or out[weight].ndim < 2:
+        if weight in kept or not {weight, left, right} <= out.keys() or out[weight].ndim < 2:
             continue
         found = _first_singular(out[weight].movedim(axis, 0).flatten(1).detach().double())
         if found is not None:
@@ -44,6 +50,30 @@ def measured_again(model: nn.Module, state: Mapping[str, torch.Tensor]) -> tuple
                 out[name] = vector.to(out[name])
             names.append(weight)
     return out, names
+
+
+def marks(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Hashes of every normalised weight with its vectors."""
+    out = {}
+    for weight, *vectors, _ in _places(model):
+        if {weight, *vectors} <= state.keys():
+            out[weight] = hash_state_dict({name: state[name] for name in (weight, *vectors)})
+    return out
+
+
+def agreed(found: Sequence[Mapping[str, str]], weights: Sequence[float] | None = None) -> set[str]:
+    """The weights that are one and the same, with their vectors, in all models that count.
+
+    Args:
+        found: per model its `marks`, in the common coordinates.
+        weights: of the models; one of weight zero does not count. All count if None.
+
+    Examples:
+        >>> sorted(agreed([{"a": "1", "b": "1"}, {"a": "1", "b": "2"}]))
+        ['a']
+    """
+    counted = [m for m, w in zip(found, weights or [1.0] * len(found), strict=True) if w]
+    return {name for name, value in counted[0].items() if all(m.get(name) == value for m in counted[1:])}
 
 
 def _places(model: nn.Module) -> Iterator[tuple[str, str, str, int]]:

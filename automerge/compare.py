@@ -27,7 +27,7 @@ from automerge._merge_checks import Model, check_models, check_weights, listed_m
 from automerge._repair_report import Renormaliser
 from automerge._repair_stage import renormalise
 from automerge._scores import IGNORED, class_axis, counted, likely_axis
-from automerge._singular import measured_again
+from automerge._singular import agreed, marks, measured_again
 from automerge.datafree import GaussianRepair, RowNorms
 from automerge.evaluate import Network, Source, barrier, evaluate, predictions
 from automerge.fitting import LeastSquares
@@ -260,7 +260,8 @@ class _Work:
                 rows.append(Row(name, "all", error=_brief(error), seconds=time.perf_counter() - start))
                 continue
             aliases = {**self.symmetry.aliases, **tied_names(self.network.state_dict())}
-            plain, _ = measured_again(self.network, average(moved, self.share, aliases=aliases))
+            kept = agreed([marks(self.network, m) for m in moved], self.share)
+            plain, _ = measured_again(self.network, average(moved, self.share, aliases=aliases), kept)
             matched = time.perf_counter() - start
             fit = {n: r for n, r in self.repairs.items() if matcher.separable or r in ("none", "reset")}
             for j, (repair, mode) in enumerate(fit.items()):

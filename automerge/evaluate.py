@@ -36,7 +36,7 @@ from automerge._scores import (
     size_of,
 )
 from automerge._similarity import similarity
-from automerge._singular import measured_again
+from automerge._singular import agreed, marks, measured_again
 from automerge.renormalise import check_reset, reset_batchnorm
 
 Network = nn.Module | tuple[nn.Module, Mapping[str, torch.Tensor]]
@@ -354,11 +354,12 @@ def barrier(
     batches = Batches(data, inputs, kwargs)
     source = batches if repair_data is None else Batches(repair_data, inputs, kwargs)
     positions = tuple(k / (points - 1) for k in range(points))
+    kept = agreed([marks(model, checked_state(sd)) for sd in (sd_a, sd_b)])
     values = []
     for t in positions:
         weights = interpolate(sd_a, sd_b, t)
         if 0 < t < 1:
-            weights, _ = measured_again(model, weights)
+            weights, _ = measured_again(model, weights, kept)
         if repair is not None and 0 < t < 1:
             weights = _repaired(model, weights, sd_a, sd_b, t, source, repair, inputs, kwargs)
         values.append(evaluate((model, weights), batches, loss and {"loss": loss}, inputs=inputs, kwargs=kwargs))

@@ -13,7 +13,7 @@ from automerge._data import Batches, checked_state, reals
 from automerge._errors import AutomergeError, CheckpointError
 from automerge._measures import Evaluation, Plane
 from automerge._scores import Metric
-from automerge._singular import measured_again
+from automerge._singular import agreed, marks, measured_again
 from automerge.evaluate import evaluate
 from automerge.renormalise import check_reset, reset_batchnorm
 
@@ -72,12 +72,13 @@ def plane(
     batches = Batches(data, inputs, kwargs)
     source = batches if repair_data is None else Batches(repair_data, inputs, kwargs)
     own = copied(model)
+    kept = agreed([marks(own, sd) for sd in (sd_a, sd_b, sd_c)])
 
     def measured(x: float, y: float, touched: bool) -> Evaluation:
         share = _barycentric(places, x, y)
         weights = _combination((sd_a, sd_b, sd_c), share)
         if touched:
-            weights, _ = measured_again(own, weights)
+            weights, _ = measured_again(own, weights, kept)
         if repair is not None and touched:
             own.load_state_dict(weights)
             reset_batchnorm(own, source, inputs=inputs, kwargs=kwargs)

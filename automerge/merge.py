@@ -33,7 +33,7 @@ from automerge._merge_task import Clock, Task, provenance
 from automerge._offload import MEMORY, Store
 from automerge._repair_report import Renormaliser, RepairReport
 from automerge._repair_stage import renormalise
-from automerge._singular import measured_again
+from automerge._singular import agreed, marks, measured_again
 from automerge.groups import Element
 from automerge.io import SHARD_BYTES, buffer_names, check_state_dict, save_state_dict, tied_names
 from automerge.matchers import FrankWolfe, Matcher, Matching, Progress, check_matcher, match
@@ -219,7 +219,8 @@ def merge(
     clock.lap("match")
     moved = task.moved(symmetry, _elements(matching, coordinates), kept=mode != "none")
     aliases = {**symmetry.aliases, **tied_names(task.network.state_dict())}
-    merged, spectral = measured_again(task.network, average(moved, share, aliases=aliases, store=task.store))
+    kept = agreed([marks(task.network, m) for m in moved], share)
+    merged, spectral = measured_again(task.network, average(moved, share, aliases=aliases, store=task.store), kept)
     clock.lap("average")
     if batches is None and isinstance(mode, Renormaliser):
         batches = Batches.like([_example(args, kwargs)], args, kwargs, device_of(task.network))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from automerge._singular import measured_again
 from automerge.compare import compare
 from automerge.evaluate import barrier, evaluate
+from automerge.infer import infer
 from automerge.landscape import plane
 from automerge.matchers import Identity
 from automerge.merge import merge
@@ -66,6 +68,36 @@ def test_norms_are_those_of_the_weights(seed: int, kind: str) -> None:
             )
         weight = module.weight.detach()
         torch.testing.assert_close(weight, state[name] / torch.linalg.matrix_norm(matrix, 2), rtol=1e-4, atol=1e-6)
+
+
+def _unsettled(wrap: Wrap, seed: int = 0) -> nn.Module:
+    """Vectors after one step of the power iteration, far from the singular ones."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(wrap(nn.Linear(6, 16)), nn.ReLU(), wrap(nn.Linear(16, 16)), nn.ReLU(), nn.Linear(16, 3))
+    net(torch.randn(2, 6))
+    return net.eval()
+
+
+@pytest.mark.parametrize("weights", [None, (1.0, 0.0)])
+@pytest.mark.parametrize("wrap", KINDS.values(), ids=KINDS)
+def test_copies_of_one_model_are_merged_to_that_model(wrap: Wrap, weights: Any) -> None:
+    net, x = _unsettled(wrap), torch.randn(7, 6)
+    own = {n: v.detach() for n, v in net.state_dict().items()}
+    symmetry = infer(net, x)
+    states = [own, symmetry.apply(own, symmetry.random_element(1))]
+    if weights is not None:
+        states[1] = {n: v.detach() for n, v in _unsettled(wrap, 1).state_dict().items()}
+    result = merge(states, x, architecture=net, symmetry=symmetry, repair="none", weights=weights, coordinates=0)
+    for name in own:
+        torch.testing.assert_close(result.state_dict[name], own[name])
+    assert not any("spectral" in note for note in result.notes)
+
+
+def test_the_way_from_a_model_to_itself_is_flat() -> None:
+    net = _unsettled(KINDS["hook"])
+    own, data = net.state_dict(), [(torch.randn(20, 6), torch.arange(20) % 3)]
+    path = barrier(net, own, own, data, 3)
+    assert max(path.losses) - min(path.losses) < 1e-6
 
 
 def test_a_zero_weight_and_a_vector_are_left() -> None:
