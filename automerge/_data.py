@@ -299,12 +299,17 @@ def run_batch(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None, b
         raise
     except Exception as error:
         shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in batch.tensors())
-        few = batch.args and isinstance(error, TypeError) and "required positional argument" in str(error)
-        hint = f"; inputs= says how many items of a batch are inputs, and it is {len(batch.args)}" if few else ""
         raise AutomergeError(
             f"the model does not run on batch {batch.number} of the data ({shapes or 'no tensors'}): "
-            f"{type(error).__name__}: {error}{hint}"
+            f"{type(error).__name__}: {error}{few_inputs(batch, error)}"
         ) from error
+
+
+def few_inputs(batch: Batch, error: BaseException | None) -> str:
+    """What to do where a model was given fewer positional inputs than it needs; empty if that is not the error."""
+    if not batch.args or not isinstance(error, TypeError) or "required positional argument" not in str(error):
+        return ""
+    return f"; inputs= says how many items of a batch are inputs, and it is {len(batch.args)}"
 
 
 def logits_of(output: Any) -> torch.Tensor:

@@ -163,7 +163,8 @@ def _unseen(record: _Record, observer: Observer, tensors: Tensors, names: Mappin
     for name, tensor in tensors.items():
         if tensor.ndim > 1 and tensor.is_floating_point() and name not in seen and names[name][0] == name:
             by = ", ".join(dict.fromkeys(observer.uses.operators.get(name, ())))
-            out[name] = f"it is no plain linear or convolution weight (used by {by or 'nothing'})"
+            what = f"it is no plain linear or convolution weight (used by {by})"
+            out[name] = what if by else "the merged network does not use it on the first batch"
     return out
 
 

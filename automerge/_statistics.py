@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from automerge._copies import copied
-from automerge._data import Batch, device_of
+from automerge._data import Batch, device_of, few_inputs
 from automerge._errors import CheckpointError, MatchingError, TraceError
 from automerge._moments import CrossMoments
 from automerge._places import Place, Survey, survey
@@ -254,7 +254,8 @@ class _Run:
         try:
             return trace(self.network, batch.args, batch.kwargs, values=values)
         except TraceError as error:
-            raise TraceError(f"batch {batch.number} of the data: {error}") from error
+            hint = few_inputs(batch, error.__cause__)
+            raise TraceError(f"batch {batch.number} of the data: {error}{hint}") from error
 
     def _survey(self, graph: fx.GraphModule) -> None:
         if self.first is None:

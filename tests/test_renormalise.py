@@ -407,6 +407,21 @@ def test_shared_and_computed_weights_are_skipped_and_named() -> None:
     assert "table: left alone" in str(report)
 
 
+def test_a_layer_that_the_first_batch_does_not_reach_is_named_as_such() -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.out = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out((self.one if x.mean() > 0 else self.two)(x).relu())
+
+    net = Branch()
+    own = net.state_dict()
+    _, report = Repair()(net, own, [own, own], [torch.rand(9, 3), -torch.rand(9, 3)])
+    assert report.skipped["two.weight"] == "the merged network does not use it on the first batch"
+
+
 @pytest.mark.parametrize("sizes", [[24], [11, 13]])
 def test_repair_with_reset_leaves_normalised_layers_to_the_reset(sizes: list[int]) -> None:
     torch.manual_seed(0)

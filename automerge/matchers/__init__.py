@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from automerge._data import Batches
 from automerge.matchers._activations import ActivationMatching
 from automerge.matchers._base import Matcher, Matching, Model, Progress, check_matcher, check_models, state_dict
 from automerge.matchers._cca import CCA
@@ -62,6 +63,8 @@ def match(
     *,
     progress: Progress | None = None,
     data: Any = None,
+    inputs: int = 1,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> Matching:
     """Match N models of one architecture in a common universe.
 
@@ -72,6 +75,8 @@ def match(
         matcher: `FrankWolfe` with its defaults if None.
         progress: called with a dict of numbers as the work goes on.
         data: batches, for matchers that look at activations.
+        inputs: how many of a batch's items are positional inputs.
+        kwargs: keyword inputs for every batch.
 
     Returns:
         One map per model to the universe.
@@ -92,6 +97,7 @@ def match(
     """
     matcher = FrankWolfe() if matcher is None else matcher
     check_matcher(matcher)
+    data = data if data is None or isinstance(data, Batches) else Batches(data, inputs, kwargs)
     found = matcher.match(models, symmetry, progress=progress, data=data)
     apart = _apart(found, [state_dict(m) for m in models])
     if not apart:

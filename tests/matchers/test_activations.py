@@ -359,3 +359,25 @@ def test_scores_are_observed_before_some_are_struck_out(how: str) -> None:
         deepcopy(nets[0])
     )
     assert torch.allclose(merged(x), nets[0](x), atol=1e-6)
+
+
+class _Pair(nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.tower, self.head = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor, *, scale: float = 1.0) -> torch.Tensor:
+        return self.head((self.tower(a).tanh() - self.tower(b).tanh()).abs() * scale)
+
+
+def test_batches_of_several_inputs() -> None:
+    net, data = _Pair(0), [(torch.randn(20, 4), torch.randn(20, 4), torch.zeros(20))] * 2
+    symmetry = infer(net, data[0][:2])
+    planted = symmetry.element([[2, 0, 3, 1, 5, 4]])
+    models = [net, symmetry.apply(net.state_dict(), planted)]
+    found = match(models, symmetry, ActivationMatching(mix=1.0), data=data, inputs=2, kwargs={"scale": 2.0})
+    assert found.between(0, 1) == planted
+    assert found.stats["samples"] == 40
+    with pytest.raises(TraceError, match="inputs= says how many items of a batch are inputs, and it is 1"):
+        match(models, symmetry, ActivationMatching(), data=data)
