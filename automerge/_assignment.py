@@ -9,6 +9,8 @@ from functools import cache
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from automerge._errors import MatchingError
+
 _SMALL = 64  # units from which lapx is asked
 _LARGE = 128  # from which potentials may pay
 _TINY = np.float32(1e-30)
@@ -30,6 +32,9 @@ def assign(gain: np.ndarray) -> np.ndarray:
     Returns:
         int64, ``(n,)``.
 
+    Raises:
+        MatchingError: for gains that are not finite: weights are, so their products left the range of the numbers.
+
     Examples:
         >>> assign(np.array([[0.0, 2.0], [1.0, 0.0]]))
         array([1, 0])
@@ -37,6 +42,11 @@ def assign(gain: np.ndarray) -> np.ndarray:
     n = gain.shape[0]
     if n <= 1:
         return np.zeros(n, dtype=np.int64)
+    if not np.isfinite(gain).all():
+        raise MatchingError(
+            "the products of weights (or activations) exceed the range of the numbers that are matched in; did a training "
+            "diverge? else give the matcher dtype='float64'"
+        )
     solver = lapx_solver() if n >= _SMALL else None
     hard = n >= _LARGE and _wanted(gain) < (_CLEAR if solver is None else _CLEAR_TO_LAPX)
     cost = np.subtract(potentials(gain) if hard else 0.0, gain, dtype=np.float64)

@@ -388,6 +388,8 @@ def bind(model: nn.Module, state_dict: Mapping[str, torch.Tensor], *, copy: bool
 
 
 def check_eager(model: nn.Module) -> None:
-    """Weights cannot be lent to a module of TorchScript."""
+    """Weights cannot be lent to a module of TorchScript, nor to one that runs copies of itself."""
     if isinstance(model, torch.jit.ScriptModule):
         raise AutomergeError("a TorchScript module runs with its own weights only; give the module that was scripted")
+    if isinstance(model, nn.DataParallel):
+        raise AutomergeError("a DataParallel module runs copies of the module it wraps; give that, model.module")

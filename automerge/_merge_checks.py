@@ -51,7 +51,7 @@ def check_models(
     dicts: list[Mapping[str, torch.Tensor]] = []
     for number, model in enumerate(models):
         if isinstance(model, nn.Module):
-            network = network or model
+            network = model if network is None else network  # a module may have a length, and that may be zero
             dicts.append(model.state_dict())
         elif isinstance(model, Mapping):
             dicts.append(model)

@@ -512,6 +512,12 @@ _ODD = {
     "TorchScript and data": _Odd(
         AutomergeError, "give the module that was scripted", lambda: merge([_scripted(), _scripted()], _X, data=[_X])
     ),
+    "DataParallel and data": _Odd(
+        AutomergeError, r"give that, model\.module", lambda: merge([nn.DataParallel(_NET)] * 2, _X, data=[_X])
+    ),
+    "weights whose products are too large": _Odd(
+        MatchingError, "dtype='float64'", lambda: merge([_NET, {n: v * 1e30 for n, v in _SD.items()}], _X)
+    ),
     "frozen TorchScript": _Odd(
         TraceError, "infer on the module before freeze", lambda: infer(_scripted(frozen=True), _X)
     ),
@@ -548,6 +554,19 @@ def test_odd_calls_get_one_clear_error(name: str) -> None:
     odd = _ODD[name]
     with pytest.raises(odd.kind, match=odd.message):
         odd.call()
+
+
+def test_weights_whose_products_are_too_large_are_matched_in_float64() -> None:
+    large = {n: v * 1e30 for n, v in _SD.items()}
+    merged = merge([_NET, large], _X, matcher=FrankWolfe(dtype="float64")).state_dict
+    assert all(bool(v.isfinite().all()) for v in merged.values())
+
+
+def test_compiled_modules() -> None:
+    nets = [nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)) for _ in range(2)]
+    plain = merge(nets, _X, data=[_X]).state_dict
+    found = merge([torch.compile(net, backend="eager") for net in nets], _X, data=[_X]).state_dict
+    assert all(torch.equal(found[f"_orig_mod.{n}"], v) for n, v in plain.items())
 
 
 def test_weights_that_fit_modules_of_another_type_are_named() -> None:
