@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from automerge._errors import AutomergeError, CheckpointError
 from automerge._machine import physical_memory
+from automerge._numbers import is_whole
 from automerge._random import drawing, forked, gpus
 from automerge._restoring import lent, restored
 from automerge.io import tied_names, with_ties
@@ -88,8 +89,8 @@ class Batches:
             raise AutomergeError(
                 f"data is a {type(data).__name__}; give an iterable of batches, such as a list or a DataLoader{one}"
             )
-        if arity < 0:
-            raise AutomergeError(f"inputs={arity}: it says how many items of a batch are the model's inputs")
+        if not is_whole(arity) or arity < 0:
+            raise AutomergeError(f"inputs={arity!r}: it says how many items of a batch are the model's inputs")
         check_pair(data)
         self._data: Iterable[Any] = listed(_noted(data)) if isinstance(data, Iterator) else data
         self._arity: int = arity

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from automerge._aliases import overlaps
 from automerge._data import Batches, check_eager, device_of, evaluating, preserving, run_batch
 from automerge._errors import AutomergeError, CheckpointError, MatchingError, SymmetryError
+from automerge._numbers import is_whole
 from automerge._repair_report import Renormaliser
 from automerge.io import buffer_names, check_state_dict, tied_names, with_ties
 from automerge.matchers import Matching
@@ -151,14 +152,15 @@ def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     return values if abs(total - 1) < 1e-12 else [value / total for value in values]
 
 
-def check_coordinates(coordinates: object, count: int) -> None:
+def check_coordinates(coordinates: Any, count: int) -> Literal["universe"] | int:
     """The universe, or the number of a model."""
-    if coordinates == "universe":
-        return
-    if isinstance(coordinates, bool) or not isinstance(coordinates, int) or not 0 <= coordinates < count:
+    if isinstance(coordinates, str) and coordinates == "universe":
+        return "universe"
+    if not is_whole(coordinates) or not 0 <= coordinates < count:
         raise MatchingError(
             f"coordinates must be 'universe' or a model number from 0 to {count - 1}, got {coordinates!r}"
         )
+    return int(coordinates)
 
 
 def choose_repair(repair: str | Renormaliser, network: nn.Module, data: Any) -> str | Renormaliser:

@@ -86,7 +86,12 @@ def named_metrics(metrics: Mapping[str, Metric] | Sequence[Metric] | Metric | No
         named = dict(metrics)
     else:
         every = [metrics] if callable(metrics) or not isinstance(metrics, Sequence) else list(metrics)
-        named = {getattr(m, "__name__", type(m).__name__): m for m in every}
+        named = {}
+        for metric in every:
+            name = getattr(metric, "__name__", type(metric).__name__)
+            if name in named:
+                raise AutomergeError(f"two metrics are called {name!r}; give a mapping from names of your own")
+            named[name] = metric
     for name, metric in named.items():
         if isinstance(metric, type):
             raise AutomergeError(f"metric {name!r} is the class {metric.__name__}; give one: {metric.__name__}()")

@@ -17,6 +17,7 @@ from torch import fx, nn
 from automerge._diagnosis import OtherPathError, Setting, failure
 from automerge._errors import AutomergeError, InvarianceError, SymmetryError, TraceError
 from automerge._longer import other_sizes
+from automerge._numbers import is_whole
 from automerge._random import forked
 from automerge._subject import Change, Move, Subject, fresh_inputs, named_tensors, randomised, runnable
 from automerge._tree_io import map_tensors, tensors_of
@@ -129,7 +130,7 @@ def verify(
         InvarianceError: naming the first operator whose value differs, and the inputs where these are longer.
         SymmetryError: if the symmetry is of another architecture.
     """
-    if not isinstance(elements, int) or elements < 1:
+    if not is_whole(elements) or elements < 1:
         raise AutomergeError(f"elements={elements!r} would test nothing; give a whole number of at least one")
     if not tolerance >= 0:
         raise AutomergeError(f"tolerance={tolerance}: expected a relative difference, 0 or more")

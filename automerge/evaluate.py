@@ -19,6 +19,7 @@ from automerge._copies import copied
 from automerge._data import Batch, Batches, bind, checked_state, device_of, evaluating, logits_of, preserving, run_batch
 from automerge._errors import AutomergeError, CheckpointError, MatchingError
 from automerge._measures import Agreement, Barrier, CycleError, Evaluation, Similarity
+from automerge._numbers import is_number, is_whole
 from automerge._repair_report import Renormaliser
 from automerge._scores import (
     IGNORED,
@@ -300,7 +301,7 @@ def interpolate(
         >>> interpolate({"w": torch.zeros(2)}, {"w": torch.ones(2)}, 0.25)["w"]
         tensor([0.2500, 0.2500])
     """
-    if isinstance(position, bool) or not isinstance(position, int | float) or not abs(position) < float("inf"):
+    if not is_number(position) or not abs(position) < float("inf"):
         raise AutomergeError(f"position is the place on the line, a number from 0 to 1, got {position!r}")
     out = {}
     for name, a in checked_state(sd_a).items():
@@ -348,7 +349,7 @@ def barrier(
         AutomergeError: for fewer than two points, empty data, labels that are no classes without ``loss``, or a reset where
             there is no BatchNorm.
     """
-    if not isinstance(points, int) or points < 2:
+    if not is_whole(points) or points < 2:
         raise AutomergeError(f"a path needs a whole number of at least two points, got {points!r}")
     check_reset(model, repair)
     batches = Batches(data, inputs, kwargs)

@@ -212,9 +212,8 @@ def _prefix_hint(missing: Sequence[str], state_dict: Mapping[str, object]) -> st
             return f"its names lack {prefix!r}, as of a wrapper: give all models wrapped, or none"
         return ""
     prefix = longer[: -len(missing[0])]
-    return (
-        f"its names begin with {prefix!r}: remove that prefix" if all(prefix + n in state_dict for n in missing) else ""
-    )
+    whole = all(prefix + n in state_dict for n in missing) and all(k.startswith(prefix) for k in state_dict)
+    return f"its names begin with {prefix!r}: remove that prefix" if whole else ""
 
 
 def _same_infinities(value: torch.Tensor, want: torch.Tensor) -> bool:

@@ -12,6 +12,7 @@ from automerge._copies import copied
 from automerge._data import Batches, checked_state, reals
 from automerge._errors import AutomergeError, CheckpointError
 from automerge._measures import Evaluation, Plane
+from automerge._numbers import is_number, is_whole
 from automerge._scores import Metric
 from automerge._singular import agreed, marks, measured_again
 from automerge.evaluate import evaluate
@@ -63,8 +64,10 @@ def plane(
         >>> [round(v, 4) for v in found.losses[0]]
         [0.6931, 0.3133, 0.1269]
     """
-    if not isinstance(points, int) or points < 2:
+    if not is_whole(points) or points < 2:
         raise AutomergeError(f"a plane needs a whole number of at least two points along each axis, got {points!r}")
+    if not is_number(margin) or not 0 <= margin < float("inf"):
+        raise AutomergeError(f"margin={margin!r}: how far the grid reaches beyond the three, a number of at least 0")
     if repair not in (None, "reset"):
         raise AutomergeError(f"repair must be None or 'reset' in a plane, got {repair!r}")
     check_reset(model, repair)

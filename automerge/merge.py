@@ -199,7 +199,7 @@ def merge(
     matcher = _offloaded(matcher, offload, matching)
     task = Task.checked(models, architecture, Store(offload))
     share = check_weights(weights, len(task.states))
-    check_coordinates(coordinates, len(task.states))
+    coordinates = check_coordinates(coordinates, len(task.states))
     if matching is not None:
         check_matching(matching, symmetry, task.states)
         symmetry = matching.symmetry

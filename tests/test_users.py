@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,7 +26,16 @@ from automerge.gauges import canonicalise
 from automerge.infer import infer
 from automerge.io import load_state_dict, save_state_dict
 from automerge.landscape import plane
-from automerge.matchers import ActivationMatching, FrankWolfe, Identity, match
+from automerge.matchers import (
+    CCA,
+    ActivationMatching,
+    FrankWolfe,
+    Identity,
+    MergeMany,
+    Synchronised,
+    WeightMatching,
+    match,
+)
 from automerge.merge import average, merge
 from automerge.renormalise import Repair
 from tests import _factories
@@ -518,6 +529,21 @@ _ODD = {
     "weights whose products are too large": _Odd(
         MatchingError, "dtype='float64'", lambda: merge([_NET, {n: v * 1e30 for n, v in _SD.items()}], _X)
     ),
+    "inputs in a string": _Odd(AutomergeError, "inputs='1'", lambda: evaluate(_NET, [(_X, _Y)], inputs="1")),  # type: ignore[arg-type]
+    "two metrics of one name": _Odd(
+        AutomergeError, "two metrics are called '<lambda>'", lambda: evaluate(_NET, [(_X, _Y)], [lambda o, y: 1.0] * 2)
+    ),
+    "margin": _Odd(AutomergeError, "margin=nan", lambda: plane(_NET, _SD, _SD, _SD, [(_X, _Y)], margin=float("nan"))),
+    "reference that is true": _Odd(
+        MatchingError, r"FrankWolfe\(seed=True\): expected a whole number", lambda: FrankWolfe(seed=True)
+    ),
+    "restarts by halves": _Odd(MatchingError, "expected a whole number", lambda: MergeMany(restarts=0.5)),  # type: ignore[arg-type]
+    "seed below zero": _Odd(MatchingError, "expected a number of at least 0", lambda: WeightMatching(seed=-1)),
+    "tolerance in words": _Odd(MatchingError, "expected a number", lambda: FrankWolfe(gap_tolerance="x")),  # type: ignore[arg-type]
+    "reference in words": _Odd(MatchingError, "expected a whole number", lambda: CCA(reference="a")),  # type: ignore[arg-type]
+    "class as solver": _Odd(MatchingError, "expected a Matcher", lambda: ActivationMatching(WeightMatching)),  # type: ignore[arg-type]
+    "no pairwise matcher": _Odd(MatchingError, "expected a Pairwise", lambda: Synchronised(FrankWolfe())),  # type: ignore[arg-type]
+    "a name to go on from": _Odd(MatchingError, "expected a Matching", lambda: FrankWolfe(resume="a")),  # type: ignore[arg-type]
     "frozen TorchScript": _Odd(
         TraceError, "infer on the module before freeze", lambda: infer(_scripted(frozen=True), _X)
     ),
@@ -554,6 +580,15 @@ def test_odd_calls_get_one_clear_error(name: str) -> None:
     odd = _ODD[name]
     with pytest.raises(odd.kind, match=odd.message):
         odd.call()
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    best, half = np.argmax([0.1, 0.9]), np.float32(0.5)
+    result = merge([_NET, _NET], _X, coordinates=best, matcher=FrankWolfe(seed=best, block_weights={"0.weight": half}))
+    assert result.to_dict()["provenance"]["options"]["coordinates"] == 1
+    assert json.dumps(result.to_dict())
+    assert interpolate(_SD, _SD, half).keys() == _SD.keys()
+    assert len(barrier(_NET, _SD, _SD, [(_X, _Y)], best + 1).losses) == 2
 
 
 def test_weights_whose_products_are_too_large_are_matched_in_float64() -> None:

@@ -59,6 +59,7 @@ class ActivationMatching(Matcher):
     mask: Mask | None = field(default=attention_mask, repr=False)  # its text is an address in memory
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_options(self, {"kind": ("correlation", "inner")})
         if not 0 <= self.mix <= 1:
             raise MatchingError(f"ActivationMatching(mix={self.mix}): expected a share between 0 and 1")

@@ -7,10 +7,11 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from functools import partial
 from numbers import Integral
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard, get_args, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from automerge._errors import CheckpointError, MatchingError, SymmetryError
 from automerge._linear_maps import LinearElement, Matrix, linear_element
+from automerge._numbers import is_number, is_whole
 from automerge.groups import Element
 from automerge.io import check_state_dict, save_state_dict
 from automerge.symmetry import Symmetry
@@ -41,6 +43,10 @@ class Matcher(ABC):
     needs_data: ClassVar[bool] = False
     exact: ClassVar[bool] = True
     separable: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Check that options are of their kinds; implementations with checks of their own call it first."""
+        check_kinds(self)
 
     @abstractmethod
     def match(
@@ -234,6 +240,38 @@ class Matching:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
         except (SafetensorError, SymmetryError, KeyError, ValueError, IndexError) as error:
             raise CheckpointError(f"{path} cannot be read as a matching: {error}") from error
+
+
+def check_kinds(matcher: Matcher) -> None:
+    """Options that are numbers, matchers or matchings are such.
+
+    Raises:
+        MatchingError: naming the matcher, the option and what is expected.
+    """
+    try:
+        hints = get_type_hints(type(matcher))
+    except NameError:  # a matcher of the caller's, with types that only a type checker sees
+        return
+    options: Sequence[Field[Any]] = fields(matcher) if is_dataclass(matcher) else ()
+    for option in options:
+        value = getattr(matcher, option.name)
+        kinds = get_args(hints[option.name]) or (hints[option.name],)
+        wanted = [_KINDS[kind] for kind in kinds if kind in _KINDS]
+        wanted += [(partial(_is, kind), f"a {kind.__name__}") for kind in kinds if _is_ours(kind)]
+        if wanted and not (value is None and type(None) in kinds) and not any(fits(value) for fits, _ in wanted):
+            name, what = type(matcher).__name__, " or ".join(text for _, text in wanted)
+            raise MatchingError(f"{name}({option.name}={value!r}): expected {what}")
+
+
+_KINDS = {int: (is_whole, "a whole number"), float: (is_number, "a number")}
+
+
+def _is(kind: type, value: object) -> bool:
+    return isinstance(value, kind)
+
+
+def _is_ours(kind: object) -> TypeGuard[type]:
+    return isinstance(kind, type) and issubclass(kind, (Matcher, Matching))
 
 
 def check_matcher(matcher: object) -> None:

@@ -50,6 +50,7 @@ class CCA(LinearMatcher):
     def __post_init__(self) -> None:
         if not isinstance(self.ridge, Real) or not self.ridge >= 0:
             raise MatchingError(f"CCA(ridge={self.ridge!r}): expected a number of at least 0")
+        super().__post_init__()
 
     def solve(self, own: torch.Tensor, other: torch.Tensor, cross: torch.Tensor, nearest: torch.Tensor) -> Matrix:
         """See `LinearMatcher.solve`."""

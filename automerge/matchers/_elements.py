@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from automerge._errors import MatchingError
+from automerge._numbers import is_number
 from automerge._tree import Perms, Structure
 from automerge.matchers._base import Matching
 from automerge.matchers._starts import identity_elements, induced, vertices
@@ -129,7 +130,7 @@ def check_block_weights(matcher: object) -> None:
     given = getattr(matcher, "block_weights")  # noqa: B009 (a matcher has it)
     name = type(matcher).__name__
     if isinstance(given, Mapping):
-        wrong = next((n for n, w in given.items() if not (isinstance(w, int | float) and 0 <= w < float("inf"))), None)
+        wrong = next((n for n, w in given.items() if not (is_number(w) and 0 <= w < float("inf"))), None)
         if wrong is not None:
             raise MatchingError(
                 f"{name}(block_weights={{{wrong!r}: {given[wrong]!r}}}): expected finite numbers that are not negative"

@@ -88,11 +88,12 @@ class FrankWolfe(Matcher):
     block_weights: BlockWeights = "uniform"
     dtype: str = "float32"
     offload: str | os.PathLike[str] | None = field(default=None, repr=False)
-    max_memory: int | None = None
+    max_memory: float | None = None
     resume: Matching | None = field(default=None, repr=False)
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_block_weights(self)
         for name, value, allowed in (
             ("start", self.start, _STARTS),
@@ -101,7 +102,7 @@ class FrankWolfe(Matcher):
         ):
             if value not in allowed:
                 raise MatchingError(f"FrankWolfe({name}={value!r}): expected one of {', '.join(allowed)}")
-        for name in ("max_iterations", "restarts", "reheats", "polish", "gap_tolerance", "progress_tolerance"):
+        for name in ("max_iterations", "restarts", "reheats", "polish", "gap_tolerance", "progress_tolerance", "seed"):
             if getattr(self, name) < 0:
                 raise MatchingError(f"FrankWolfe({name}={getattr(self, name)}): expected a number of at least 0")
         for name in ("softness", "warmth"):

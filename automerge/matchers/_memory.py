@@ -38,7 +38,7 @@ def estimate(blocks: Blocks, count: int, dtype: torch.dtype, schedule: str = "cy
     return (count * per_model + once) * dtype.itemsize
 
 
-def check(needed: int, allowed: int | None, count: int, dtype: str, schedule: str, store: Store = MEMORY) -> None:
+def check(needed: int, allowed: float | None, count: int, dtype: str, schedule: str, store: Store = MEMORY) -> None:
     """Refuse work that does not fit.
 
     Args:

@@ -145,6 +145,7 @@ class PairwiseFrankWolfe(Pairwise):
     solver: FrankWolfe = field(default_factory=FrankWolfe)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.solver.anchor is not None:
             raise MatchingError(
                 f"PairwiseFrankWolfe(solver=FrankWolfe(anchor={self.solver.anchor})): the reference is the anchor of "

@@ -55,9 +55,10 @@ class WeightMatching(Pairwise):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         choices = {"start": STARTS, "dtype": ("float32", "float64")}
         check_block_weights(self)
-        check_options(self, choices, {"restarts": 0, "max_sweeps": 1})
+        check_options(self, choices, {"restarts": 0, "max_sweeps": 1, "seed": 0})
 
     def pair(self, blocks: Blocks, models: Sequence[StateDict], progress: Progress | None = None) -> Pair:
         """See `Pairwise.pair`."""
