@@ -68,12 +68,24 @@ def multiply(tensor: torch.Tensor, slot: Slot, factors: np.ndarray) -> None:
     part.mul_(along.to(part.device).view(-1, *[1] * (part.ndim - 1)))
 
 
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """Numbers in float64 or complex128; integers as they are.
+
+    Examples:
+        >>> widened(torch.ones(1, dtype=torch.complex64)).dtype, widened(torch.ones(1, dtype=torch.int8)).dtype
+        (torch.complex128, torch.int8)
+    """
+    if tensor.is_complex():
+        return tensor.to(torch.complex128)
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
 def _squares(state: StateDict, slots: Sequence[Slot]) -> np.ndarray:
     """The squared norm of each unit's entries."""
     total = np.zeros(slots[0].index.shape[0])
     for slot in slots:
         rows = _view(state[slot.param], slot).flatten(1) if state[slot.param].ndim > 1 else state[slot.param][:, None]
-        total += rows.square().sum(dim=1).cpu().numpy()[slot.index].sum(axis=1)
+        total += rows.abs().square().sum(dim=1).cpu().numpy()[slot.index].sum(axis=1)
     return total
 
 

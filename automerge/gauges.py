@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from automerge._data import checked_state
+from automerge._data import checked_state, reals
 from automerge._errors import CheckpointError, InvarianceError, SymmetryError
 from automerge._gauge_steps import (
     Candidate,
@@ -34,6 +34,7 @@ from automerge._gauge_steps import (
     carry,
     multiply,
     scale_units,
+    widened,
 )
 from automerge._longer import longer_inputs
 from automerge._norm_folds import NormFinder, NormFold
@@ -140,11 +141,11 @@ def canonicalise(
     out: list[StateDict] = []
     error = 0.0
     for number, state in enumerate(states):
-        wide = {n: v.detach().double().clone() if v.is_floating_point() else v for n, v in state.items()}
+        wide = {n: widened(v.detach().clone()) for n, v in state.items()}
         apply_gauges(wide, idle, folds, scalings, folded, symmetry)
         for k in range(2):
             inputs = probe.fresh(seed + 100 + k)
-            before = {n: v.double() if v.is_floating_point() else v for n, v in state.items()}
+            before = {n: widened(v) for n, v in state.items()}
             own = relative_difference(probe.subject.outputs(before, *inputs), probe.subject.outputs(wide, *inputs))
             error = max(error, own)
             if not own <= _EXACT:
@@ -175,7 +176,7 @@ class _Probe:
         self.subject, self.symmetry, self.given, self.seed = Subject(model), symmetry, given, seed
         self.rng = np.random.default_rng(seed)
         self.inputs: Sequence[Inputs] = ()
-        wide = {n: v.double() if v.is_floating_point() else v for n, v in state.items()}
+        wide = {n: widened(v) for n, v in state.items()}
         self.how, _ = runnable(partial(self.subject.outputs, wide), *given)
         self.start = self._random(state, seed)
         self._look(self.start, [self.fresh(seed + k) for k in range(2)])
@@ -204,7 +205,7 @@ class _Probe:
             yield self._random(self._shuffled(states[k % len(states)], k), self.seed + k + 1), inputs
         for state in states:
             inputs = [self.fresh(self.seed + 50 + i) for i in range(2)]
-            yield {n: v.double() if v.is_floating_point() else v for n, v in state.items()}, inputs
+            yield {n: widened(v) for n, v in state.items()}, inputs
         # on another device a wrong index of an input that is none ends the whole process
         if all(t.device.type == "cpu" for t in self.subject.tensors.values()):
             for group in longer_inputs(*self.given, self.seed):
@@ -276,7 +277,8 @@ class _Probe:
             state = dict(self.base)
             state[piece.param] = state[piece.param].clone()
             multiply(state[piece.param], piece, 1.0 + sign * _STEP * factors)
-            ends.append(torch.cat([t.reshape(-1).double() for t in self._outputs(state) if t.is_floating_point()]))
+            parts = (reals(t) for t in self._outputs(state))
+            ends.append(torch.cat([t.reshape(-1) for t in parts if t is not None]))
         return (ends[0] - ends[1]) / (2 * _STEP)
 
     def scaling(self, number: int, generator: Generator) -> Scaling | None:
@@ -328,7 +330,12 @@ class _Probe:
             if len(shape) != 2 or weight.axis != 1 or weight.within or weight.index.shape != bias.index.shape:
                 continue
             for into, size in self.symmetry.shapes.items():
-                if tuple(size) == (shape[0],) and into.rpartition(".")[0] == weight.param.rpartition(".")[0]:
+                kinds = {self.base[name].dtype for name in (bias.param, weight.param, into)}
+                if (
+                    len(kinds) == 1
+                    and tuple(size) == (shape[0],)
+                    and into.rpartition(".")[0] == weight.param.rpartition(".")[0]
+                ):
                     fold = Fold(bias, weight, into)
                     if self._holds(fold):
                         return fold

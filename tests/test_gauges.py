@@ -314,3 +314,32 @@ def test_a_canonical_model_stays(make: Callable[[], nn.Module], norms: bool) -> 
         _same_function(net, first, x)
         for name, value in first.items():
             torch.testing.assert_close(second[name], value, rtol=1e-7, atol=1e-9)
+
+
+class _Complex(nn.Module):
+    """Complex layers, a split nonlinearity, and a real head that reads absolute values."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.one = nn.Linear(4, 6, dtype=torch.complex64)
+        self.two = nn.Linear(6, 5, dtype=torch.complex64)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.one(x.to(torch.complex64))
+        h = torch.complex(h.real.relu(), h.imag.relu())
+        return self.head(self.two(h).abs())
+
+
+def test_complex_weights_are_balanced() -> None:
+    nets, x = [_Complex(s) for s in range(2)], torch.randn(7, 4)
+    out, report = canonicalise(nets[0], x, [state(n) for n in nets], infer(nets[0], x))
+    assert len(report.scalings) == 2
+    for net, new in zip(nets, out, strict=True):
+        before = net(x)
+        assert not torch.equal(new["one.weight"], net.one.weight)
+        net.load_state_dict(new)
+        torch.testing.assert_close(net(x), before, rtol=1e-4, atol=1e-5)
+    incoming = out[0]["one.weight"].abs().square().sum(1) + out[0]["one.bias"].abs().square()
+    torch.testing.assert_close(incoming, out[0]["two.weight"].abs().square().sum(0), rtol=1e-3, atol=1e-5)
