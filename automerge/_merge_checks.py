@@ -15,6 +15,7 @@ from automerge._data import Batches, check_eager, device_of, evaluating, preserv
 from automerge._errors import AutomergeError, CheckpointError, MatchingError, SymmetryError
 from automerge._numbers import is_whole
 from automerge._repair_report import Renormaliser
+from automerge._sketch import sketch
 from automerge.io import buffer_names, check_state_dict, tied_names, with_ties
 from automerge.matchers import Matching
 from automerge.renormalise import batchnorm_names
@@ -199,8 +200,10 @@ def check_symmetry(symmetry: object) -> None:
         )
 
 
-def check_matching(matching: Matching, symmetry: Symmetry | None, dicts: Sequence[Mapping[str, torch.Tensor]]) -> None:
-    """A given matching is of so many models of this architecture.
+def check_matching(
+    matching: Matching, symmetry: Symmetry | None, dicts: Sequence[Mapping[str, torch.Tensor]]
+) -> list[str]:
+    """A given matching is of so many models of this architecture; a note if it is of other ones.
 
     Raises:
         MatchingError: if it is not, or comes with another symmetry.
@@ -218,6 +221,14 @@ def check_matching(matching: Matching, symmetry: Symmetry | None, dicts: Sequenc
             raise MatchingError(
                 f"the matching is of another architecture: its {name}, of shape {tuple(shape)}, is {has}; match again"
             )
+    here = [sketch(state, matching.symmetry.shapes) for state in dicts]
+    known: Sequence[str] = matching.stats.get("models", here)
+    odd = [number for number, mark in enumerate(here) if mark != known[number]]
+    if not odd:
+        return []
+    same = sorted(here) == sorted(known)
+    other = "these models in another order" if same else f"other weights than those of model {odd[0]}"
+    return [f"the matching that was given was made of {other}; match again, unless that is meant"]
 
 
 def check_inseparable(

@@ -201,7 +201,7 @@ def merge(
     share = check_weights(weights, len(task.states))
     coordinates = check_coordinates(coordinates, len(task.states))
     if matching is not None:
-        check_matching(matching, symmetry, task.states)
+        task.notes.extend(check_matching(matching, symmetry, task.states))
         symmetry = matching.symmetry
     mode = choose_repair(repair, task.network, data)
     if not (matcher if matching is None else matching).separable:

@@ -465,6 +465,19 @@ def test_masks_that_differ_are_noted() -> None:
     assert not any("zeros and ones" in n for n in merge(models, X).notes)
 
 
+def test_a_matching_of_other_models_is_noted(tmp_path: Path) -> None:
+    nets = [nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)) for _ in range(3)]
+    x = torch.randn(4, 3)
+    file = tmp_path / "matching.safetensors"
+    match(nets[:2], infer(nets[0], x)).save(file)
+    known = Matching.load(file)
+    assert not merge(nets[:2], x, matching=known).notes
+    states = [dict(reversed(net.state_dict().items())) for net in nets[:2]]
+    assert not merge(states, x, matching=known, architecture=nets[0]).notes
+    assert any("these models in another order" in note for note in merge(nets[1::-1], x, matching=known).notes)
+    assert any("than those of model 1" in note for note in merge(nets[::2], x, matching=known).notes)
+
+
 def test_matcher_options_are_kept_and_stages_timed() -> None:
     start = time.perf_counter()
     result = merge([_mlp(0), _mlp(1)], X, matcher=FrankWolfe(), symmetry=_symmetry(_mlp(0).state_dict()))

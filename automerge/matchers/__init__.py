@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from automerge._data import Batches
+from automerge._sketch import sketch
 from automerge.matchers._activations import ActivationMatching
 from automerge.matchers._base import Matcher, Matching, Model, Progress, check_matcher, check_models, state_dict
 from automerge.matchers._cca import CCA
@@ -79,7 +80,7 @@ def match(
         kwargs: keyword inputs for every batch.
 
     Returns:
-        One map per model to the universe.
+        One map per model to the universe; ``stats["models"]`` tells the models again (`automerge._sketch.sketch`).
 
     Raises:
         MatchingError: for fewer than two models.
@@ -99,7 +100,10 @@ def match(
     check_matcher(matcher)
     data = data if data is None or isinstance(data, Batches) else Batches(data, inputs, kwargs)
     found = matcher.match(models, symmetry, progress=progress, data=data)
-    apart = _apart(found, [state_dict(m) for m in models])
+    states = [state_dict(m) for m in models]
+    known = {"models": [sketch(state, found.symmetry.shapes) for state in states]}
+    found = replace(found, stats={**found.stats, **known})
+    apart = _apart(found, states)
     if not apart:
         return found
     note = f"the same in all models, and moved apart by these maps: {', '.join(apart[:3])}; if these are no parameters but "
