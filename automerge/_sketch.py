@@ -27,7 +27,7 @@ def sketch(state: Mapping[str, torch.Tensor], names: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for name in sorted(names):
         flat = state[name].detach().reshape(-1)
-        at = torch.linspace(0, max(flat.numel() - 1, 0), min(_ENTRIES, flat.numel())).long()
+        at = torch.linspace(0, max(flat.numel() - 1, 0), min(_ENTRIES, flat.numel()), dtype=torch.float64).long()
         chosen = flat[at.to(flat.device)].cpu().resolve_conj().resolve_neg()
         values = torch.view_as_real(chosen) if chosen.is_complex() else chosen
         digest.update(f"{name}:{values.double().flatten().tolist()};".encode())

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from automerge._errors import AutomergeError, CheckpointError, MatchingError, OutputError
+from automerge._sketch import sketch
 from automerge.groups import Element
 from automerge.matchers import CCA, FrankWolfe, Matching, match
 from automerge.symmetry import Symmetry
@@ -114,3 +115,9 @@ def test_arguments_of_another_kind(call: Callable[[Symmetry, Matching], object],
     matching = Matching((symmetry.identity(), symmetry.identity()), symmetry)
     with pytest.raises(AutomergeError, match=message):
         call(symmetry, matching)
+
+
+def test_large_tensors_are_told_by_entries_that_they_have() -> None:
+    """The last of them is no float32 number."""
+    large = torch.zeros(1).expand(2**25 + 4)
+    assert sketch({"w": large}, ["w"]) != sketch({"w": large + 1}, ["w"])
