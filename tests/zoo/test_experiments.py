@@ -120,18 +120,9 @@ def made_up(done: list[int], stop_at: int | None = None) -> Experiment:
     )
 
 
-def test_with_a_gpu_width_eight_is_planned_and_its_network_is_that_wide(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lab = Lab(tmp_path, PROFILES["full"])
-
-    def wide() -> list[Unit]:
-        return [u for u in command.EXPERIMENTS["width"].units(lab) if u.key["width"] == 8]
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert not wide()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert [u.key["setting"] for u in wide()] == ["digits-resnet-w8"] * 3
+def test_width_eight_is_planned_and_its_network_is_that_wide(tmp_path: Path) -> None:
+    units = command.EXPERIMENTS["width"].units(Lab(tmp_path, PROFILES["full"]))
+    assert [u.key["setting"] for u in units if u.key["width"] == 8] == ["digits-resnet-w8"] * 3
     channels = {w: resnet_of_width(w).factory().state_dict()["stem.weight"].shape[0] for w in (1, 8)}
     assert channels[8] == 8 * channels[1]
 
