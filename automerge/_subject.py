@@ -74,7 +74,7 @@ _CHOICES = (
 
 
 def fresh_inputs(args: Any, kwargs: Any, seed: int, how: Fresh = _CHOICES[0]) -> tuple[Any, Any]:
-    """Other inputs of the same kind: new float values, integers in another order; masks stay.
+    """Other inputs of the same kind: new float and complex values, integers in another order; masks stay.
 
     Args:
         args: example inputs.
@@ -87,6 +87,8 @@ def fresh_inputs(args: Any, kwargs: Any, seed: int, how: Fresh = _CHOICES[0]) ->
     def change(_: str, x: torch.Tensor) -> torch.Tensor:
         if x.is_floating_point():
             return _other_floats(x, rng, how)
+        if x.is_complex() and x.dim():
+            return torch.view_as_complex(_other_floats(torch.view_as_real(x.resolve_conj()), rng, how).contiguous())
         if x.dtype in (torch.int64, torch.int32, torch.int16, torch.int8) and x.dim() and how.integers != "kept":
             return x.flip(x.dim() - 1 if how.integers == "reversed" else 0)
         return x

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from automerge import canonicalise, infer, verify
-from automerge._subject import Fresh, _may_index, runnable
+from automerge._subject import Fresh, _may_index, fresh_inputs, runnable
 from automerge.testing import assert_sound
 from tests.inference.networks_hostile import Program
 from tests.inference.test_networks import parse, worst_change
@@ -756,6 +756,16 @@ CODES = torch.tensor([[0, 8], [2, 5], [1, 1]])
 )
 def test_fresh_inputs_are_such_that_the_model_runs(run: Any, args: tuple[Any, ...], how: Fresh) -> None:
     assert runnable(run, args, {})[0] == how
+
+
+def test_complex_inputs_are_tried_with_other_numbers() -> None:
+    x = torch.randn(3, 4, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    ((new,), _) = fresh_inputs((x,), {}, 1)
+    assert new.dtype == x.dtype
+    assert new.shape == x.shape
+    assert not torch.isclose(torch.view_as_real(new), torch.view_as_real(x)).any()
+    ((turned,), _) = fresh_inputs((x,), {}, 1, Fresh("exchanged", "kept"))
+    assert torch.equal(turned, x.flip(0))
 
 
 def test_no_wrong_index_is_tried_where_it_would_end_the_process() -> None:
