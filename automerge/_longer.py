@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from automerge._subject import fresh_inputs
+from automerge._subject import Fresh, fresh_inputs
 from automerge._tree_io import map_tensors, tensors_of
 
 _ENTRIES, _FEW = 16_384, 1024
@@ -21,7 +21,7 @@ Inputs = tuple[Any, Any]
 
 
 def longer_inputs(
-    args: Any, kwargs: Any, seed: int, sizes: Collection[int] = ()
+    args: Any, kwargs: Any, seed: int, sizes: Collection[int] = (), growth: int = 1
 ) -> Iterator[Sequence[Callable[[], Inputs]]]:
     """For every length, inputs whose axes of that length are longer.
 
@@ -33,22 +33,24 @@ def longer_inputs(
         kwargs: keyword inputs.
         seed: of the values.
         sizes: the lengths of the parameters' axes. What is broadcast to one of these is no longer sequence.
+        growth: how many times as long as they need be, about; from two on floats are of either sign, to reach more.
 
     Yields:
         groups of functions that make inputs; none that are large.
     """
-    many = next(n for n in (7, 11, 13, 17, 19, 23) if n not in sizes or n == 23)
+    how = Fresh() if growth == 1 else Fresh("centred")
+    many = next(n for n in (7, 11, 13, 17, 19, 23, 29, 31, 37) if n >= 6 * growth and (n not in sizes or n > 30))
     shapes = [tuple(t.shape) for t in tensors_of((args, kwargs))]
     for n in sorted({n for shape in shapes for n in shape}):
         ranks = sorted({k for shape in shapes for k, m in enumerate(shape) if m == n})
         where: list[list[int]] = [ranks, *([k] for k in ranks if len(ranks) > 1)]
         group = []
         for axes in where:
-            times = many if n < 2 else 5 if n == 2 else 2
+            times = many if n < 2 else (5 if n == 2 else 2) * growth
             if sum(_entries(shape, n, axes, times) for shape in shapes) > _FEW:
                 times = 2
             if sum(_entries(shape, n, axes, times) for shape in shapes) <= _ENTRIES:
-                group.append(partial(_lengthened, args, kwargs, n, axes, times, seed))
+                group.append(partial(_lengthened, args, kwargs, n, axes, times, seed, how=how))
         if group:
             yield group
 
@@ -91,7 +93,15 @@ def _entries(shape: Sequence[int], n: int, axes: Sequence[int], times: int) -> i
 
 
 def _lengthened(
-    args: Any, kwargs: Any, n: int, axes: Sequence[int], times: int, seed: int, *, size: int | None = None
+    args: Any,
+    kwargs: Any,
+    n: int,
+    axes: Sequence[int],
+    times: int,
+    seed: int,
+    *,
+    size: int | None = None,
+    how: Fresh | None = None,
 ) -> Inputs:
     """The inputs with some axes repeated (up to a size), and other values: integers between those of the example."""
     rng = torch.Generator().manual_seed(seed)
@@ -111,4 +121,4 @@ def _lengthened(
         low = min(low, 0) if low == high or seed % 2 else low  # 0 stands for padding, and is no length
         return torch.randint(low, max(high, 0) + 1, wide.shape, generator=rng, dtype=wide.dtype)
 
-    return fresh_inputs(map_tensors(repeated, args), map_tensors(repeated, kwargs), seed)
+    return fresh_inputs(map_tensors(repeated, args), map_tensors(repeated, kwargs), seed, how or Fresh())

@@ -55,11 +55,12 @@ class Fresh:
     """How other inputs are made of an example.
 
     Attributes:
-        floats: "new" values of the example's mean and deviation; the same "positive"; "exchanged" along the first axis, "kept".
+        floats: "new" values of the example's mean and deviation; the same "positive"; as large as these, of either sign
+            ("centred"); "exchanged" along the first axis, "kept".
         integers: "reversed" along their last axis; "exchanged" along the first; "kept".
     """
 
-    floats: Literal["new", "positive", "exchanged", "kept"] = "new"
+    floats: Literal["new", "positive", "centred", "exchanged", "kept"] = "new"
     integers: Literal["reversed", "exchanged", "kept"] = "reversed"
 
 
@@ -104,6 +105,8 @@ def _other_floats(x: torch.Tensor, rng: torch.Generator, how: Fresh) -> torch.Te
         return x
     scale = float(x.std()) if x.numel() > 1 else 0.0
     noise = torch.randn(x.shape, generator=rng, dtype=torch.float64).to(x.device, x.dtype)
+    if how.floats == "centred":
+        return float(x.square().mean().sqrt()) * noise
     new = float(x.mean()) + (scale if scale > 1e-6 else 1.0) * noise
     return new.abs() if how.floats == "positive" and bool((x >= 0).all()) else new
 

@@ -72,10 +72,13 @@ def infer(
     done = time.perf_counter()
     stats: dict[str, Any] = {"trace_seconds": traced - start, "infer_seconds": done - traced}
     notes = [of_numbers(*normalise_args(args, kwargs)), of_writes(recorded), _too_large(model) if verify else None]
-    if verify and notes[-1] is None:
-        graphs = [*recorded, *_reaching(model, args, kwargs, constants, symmetry, analysis, _by_data(graph))]
-        if len(graphs) > len(recorded):
-            symmetry, _ = infer_graph(*graphs)
+    verify = verify and notes[-1] is None
+    # without verification only where python takes another path on other data: an expert that it skips would stay in place
+    draws = _DRAWS if verify or graph.meta["trace"].data_dependent else 0
+    graphs = [*recorded, *_reaching(model, args, kwargs, constants, symmetry, analysis, _by_data(graph), draws)]
+    if len(graphs) > len(recorded):
+        symmetry, _ = infer_graph(*graphs)
+    if verify:
         symmetry, outcome = _verified(model, args, kwargs, symmetry, graphs)
         _check_rules(symmetry, strict)
         notes += [check_replay(model, args, kwargs, recorded[-1]), None if outcome.reacted else str(outcome)]
@@ -117,6 +120,7 @@ def _reaching(
     symmetry: Symmetry,
     analysis: Analysis,
     depends: bool,
+    draws: int,
 ) -> Iterator[fx.GraphModule]:
     """Traces on longer inputs, where these read parameters of which the example reads nothing, or not all.
 
@@ -128,7 +132,7 @@ def _reaching(
     partly = {n: mask for n, mask in analysis.unseen.items() if n not in missing and depends}
     if not (missing or partly) or any(t.device.type != "cpu" for t in (*model.parameters(), *model.buffers())):
         return
-    for seed in range(_DRAWS):
+    for seed in range(draws):
         depends = False
         for graph in _longer_traces(model, args, kwargs, constants, symmetry, seed):
             depends = depends or _by_data(graph)
@@ -159,9 +163,9 @@ def _longer_traces(
     symmetry: Symmetry,
     seed: int,
 ) -> Iterator[fx.GraphModule]:
-    """Traces on longer inputs, as far as the model runs on them."""
+    """Traces on inputs that are the longer, the larger the seed, as far as the model runs on them."""
     sizes = {n for shape in symmetry.shapes.values() for n in shape}
-    for group in longer_inputs(*normalise_args(args, kwargs), seed, sizes):
+    for group in longer_inputs(*normalise_args(args, kwargs), seed, sizes, seed + 1):
         for i, make in enumerate(group):
             try:
                 with warnings.catch_warnings():

@@ -129,3 +129,49 @@ def test_groups_are_those_of_an_example_that_chooses_some(name: str) -> None:
 def test_what_no_rows_do_not_show_stays(change: Callable[..., torch.Tensor]) -> None:
     net = Sending(_added(change))
     assert_sound(net, SOME, infer(net, NONE, verify=False))
+
+
+def _if_any(experts: Any, chosen: torch.Tensor, h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    for i, expert in enumerate(experts):
+        m = (chosen == i).any(-1)
+        if m.any():
+            z[m] = z[m] + expert(h[m])
+    return z
+
+
+def _hits(experts: Any, chosen: torch.Tensor, h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    for i in chosen.unique().tolist():
+        m = (chosen == i).any(-1)
+        z[m] = z[m] + experts[i](h[m])
+    return z
+
+
+def _unless_empty(experts: Any, chosen: torch.Tensor, h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    for i, expert in enumerate(experts):
+        rows = torch.where(chosen == i)[0]
+        if rows.numel():
+            z.index_add_(0, rows, expert(h[rows]))
+    return z
+
+
+@pytest.mark.parametrize("loop", [_if_any, _hits, _unless_empty])
+def test_experts_that_python_skips_move_with_the_others_without_verification(loop: Callable[..., torch.Tensor]) -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.inp, self.gate, self.out = nn.Linear(3, WIDTH), nn.Linear(WIDTH, 4), nn.Linear(WIDTH, 2)
+            self.experts = nn.ModuleList(
+                nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, WIDTH)) for _ in range(4)
+            )
+            self.gate.weight.data.mul_(5)
+            self.inp.bias.data.zero_()
+            self.gate.bias.data.zero_()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.inp(x)
+            return self.out(h + loop(self.experts, self.gate(h).topk(2, -1).indices, h, torch.zeros_like(h)))
+
+    found = infer(Experts(), NONE[:1], verify=False)
+    assert sorted(g.size for g in found.generators()) == [HIDDEN] * 4 + [WIDTH]
+    assert_sound(Experts(), torch.randn(60, 3, generator=torch.Generator().manual_seed(1)), found)
