@@ -73,7 +73,13 @@ def choosing_none(graph: fx.GraphModule) -> set[fx.Node]:
     meets them without entries (a weight expanded to as many) has as many then, too.
     """
     empty = [node for node in graph.graph.nodes if _empty(node)]
-    chosen = (n for n in empty if torch.Tag.dynamic_output_shape in getattr(n.target, "tags", ()))
+    known = constants(graph.graph) if empty else set()
+    chosen = (
+        n
+        for n in empty
+        if torch.Tag.dynamic_output_shape in getattr(n.target, "tags", ())
+        and not known.issuperset(n.all_input_nodes[1:] or n.all_input_nodes)
+    )
     met = nx.Graph([(n, source) for n in empty for source in n.all_input_nodes if _empty(source)])
     met.add_nodes_from(empty)
     return {other for node in chosen for other in nx.node_connected_component(met, node)}

@@ -175,3 +175,18 @@ def test_experts_that_python_skips_move_with_the_others_without_verification(loo
     found = infer(Experts(), NONE[:1], verify=False)
     assert sorted(g.size for g in found.generators()) == [HIDDEN] * 4 + [WIDTH]
     assert_sound(Experts(), torch.randn(60, 3, generator=torch.Generator().manual_seed(1)), found)
+
+
+def test_rows_that_a_constant_never_chooses_are_not_read() -> None:
+    """Adapters of languages other than the default one."""
+
+    def treat(net: Any, h: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+        rows, z = torch.zeros(len(h), dtype=torch.int64) == 1, h.tanh()
+        z[rows] = net.first(h[rows])
+        return z
+
+    found = infer(Sending(treat), SOME)
+    assert [g.size for g in found.generators()] == [WIDTH]
+    assert not found.unruled
+    assert not any(name.startswith("first") for name in found.moved)
+    assert any("first.0.weight" in note for note in found.notes)
