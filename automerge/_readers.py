@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 aten = torch.ops.aten
+_ATTENTION = torch.nn.functional.scaled_dot_product_attention
 _FEW = 4096
 _READS = {getattr(aten, name).default for name in ("_local_scalar_dense", "item", "equal", "is_nonzero", "allclose")}
 
@@ -61,7 +62,30 @@ class Readers(TorchFunctionMode):
             return out
         if func is torch.nn.functional.one_hot:
             return _one_hot(*args, **(kwargs or {}))
+        if func is _ATTENTION and not all(t.numel() for t in args[:3]):
+            return _attention(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Attention of no tokens, for which PyTorch's gives zeros and shows nothing of what it does with some."""
+    if enable_gqa:
+        key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype is torch.bool else scores + attn_mask
+    return scores.softmax(-1) @ value
 
 
 def _one_hot(index: torch.Tensor, num_classes: int = -1) -> torch.Tensor:

@@ -223,6 +223,8 @@ def aligned(
     """
     found: dict[Any, tuple[Generator, list[Slot]]] = {}
     for generator in generators:
+        if any(s.param in names and s.axis >= names[s.param].ndim for s in generator.slots):
+            continue  # it also moves what is inside the modules that others move
         first = next(s for s in generator.slots if s.param in names and s.axis < names[s.param].ndim)
         order = np.argsort(first.index[:, 0], kind="stable")
         slots = [replace(s, index=s.index[order]) for s in generator.slots]

@@ -67,25 +67,31 @@ def infer(
     graph = trace(model, args, kwargs, values=False, constants=constants)
     recorded, model = _recorded(model, args, kwargs, constants, graph)
     traced = time.perf_counter()
-    symmetry, analysis = infer_graph(*recorded)
+    symmetry, analysis = _inferred(recorded, verify)
     _check_rules(symmetry, strict)
     done = time.perf_counter()
     stats: dict[str, Any] = {"trace_seconds": traced - start, "infer_seconds": done - traced}
     notes = [of_numbers(*normalise_args(args, kwargs)), of_writes(recorded), _too_large(model) if verify else None]
     verify = verify and notes[-1] is None
-    # without verification only where python takes another path on other data: an expert that it skips would stay in place
-    draws = _DRAWS if verify or graph.meta["trace"].data_dependent else 0
-    graphs = [*recorded, *_reaching(model, args, kwargs, constants, symmetry, analysis, _by_data(graph), draws)]
+    # without verification only where other data take another path: an expert that python skips would stay in place
+    depends = _by_data(graph)
+    draws = _DRAWS if verify or depends else 0
+    graphs = [*recorded, *_reaching(model, args, kwargs, constants, symmetry, analysis, depends, draws)]
     if len(graphs) > len(recorded):
-        symmetry, _ = infer_graph(*graphs)
+        symmetry, _ = _inferred(graphs, verify)
     if verify:
         symmetry, outcome = _verified(model, args, kwargs, symmetry, graphs)
-        _check_rules(symmetry, strict)
         notes += [check_replay(model, args, kwargs, recorded[-1]), None if outcome.reacted else str(outcome)]
         stats |= {"verify_seconds": time.perf_counter() - done, "verified": outcome.error}
+    _check_rules(symmetry, strict)
     object.__setattr__(symmetry, "notes", (*symmetry.notes, *(n for n in notes if n)))
     symmetry.stats.update(stats)  # type: ignore[attr-defined]
     return symmetry
+
+
+def _inferred(graphs: list[fx.GraphModule], verify: bool) -> tuple[Symmetry, Analysis]:
+    """What holds for some graphs; of several what branches show only where it is verified: one may not reach them all."""
+    return infer_graph(*graphs) if verify or len(graphs) == 1 else infer_recorded(*graphs)[:2]
 
 
 def _recorded(

@@ -21,7 +21,7 @@ def cat(context: Context, tensors: Sequence[Value], dim: int = 0) -> Value:
     if not pairs:
         return tensors[0]
     dim %= len(pairs[0][0].axes)
-    none = [v for v, _ in pairs if v.shape[dim] == 0 and v.factors]
+    none = [v for v, _ in pairs if v.shape[dim] == 0 and (v.factors or v.pinned)]
     if none:
         return _beside_none(context, none, [(v, n) for v, n in pairs if v.shape[dim]], dim)
     pairs = [(v, n) for v, n in pairs if v.shape[dim]] or pairs[:1]

@@ -72,7 +72,7 @@ def choosing_none(graph: fx.GraphModule) -> set[fx.Node]:
     Other data choose some, which are treated as the operators say; so their other axes are what they would be then. What
     meets them without entries (a weight expanded to as many) has as many then, too.
     """
-    empty = [node for node in graph.graph.nodes if _empty(node)]
+    empty = [node for node in graph.graph.nodes if node.op == "call_function" and _empty(node)]
     known = constants(graph.graph) if empty else set()
     chosen = (
         n
@@ -80,7 +80,8 @@ def choosing_none(graph: fx.GraphModule) -> set[fx.Node]:
         if torch.Tag.dynamic_output_shape in getattr(n.target, "tags", ())
         and not known.issuperset(n.all_input_nodes[1:] or n.all_input_nodes)
     )
-    met = nx.Graph([(n, source) for n in empty for source in n.all_input_nodes if _empty(source)])
+    among = set(empty)
+    met = nx.Graph([(n, source) for n in empty for source in n.all_input_nodes if source in among])
     met.add_nodes_from(empty)
     return {other for node in chosen for other in nx.node_connected_component(met, node)}
 

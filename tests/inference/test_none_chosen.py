@@ -29,8 +29,14 @@ class Sending(nn.Module):
             nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, WIDTH)) for _ in range(2)
         )
         self.pair, self.norm, self.treat = nn.Linear(2, 3), nn.LayerNorm(WIDTH), treat
+        self.heads = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.register_buffer("empty", torch.zeros(0, WIDTH))
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return self.heads(q, k, k, need_weights=False)[0][0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.x = x.repeat(1, 2)  # as wide as the layers
         return self.out(self.treat(self, self.inp(x), x[:, 0] > 2))
 
 
@@ -52,8 +58,11 @@ def _put(net: Any, h: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
 
 
 def _joined(net: Any, h: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
-    order = torch.cat([m.nonzero()[:, 0], (~m).nonzero()[:, 0]]).argsort()
-    return torch.cat([net.first(h[m]), net.second(h[~m])])[order]
+    return torch.cat([net.first(h[m]), net.second(h[~m])])[_order(m)]
+
+
+def _order(m: torch.Tensor) -> torch.Tensor:
+    return torch.cat([m.nonzero()[:, 0], (~m).nonzero()[:, 0]]).argsort()
 
 
 def _scattered(net: Any, h: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
@@ -98,6 +107,13 @@ TREATMENTS: dict[str, Callable[..., torch.Tensor]] = {
     "outer product": _added(lambda net, q: (net.gate(q)[:, :, None] * net.pair(net.gate(q))[:, None]).flatten(1)),
     "roll": _added(lambda net, q: net.first(q).roll(1, 1)),
     "largest": _added(lambda net, q: net.first(q).amax(1, keepdim=True)),
+    "rows of the input": lambda net, h, m: h + torch.cat([net.x[m], net.first(h[~m])])[_order(m)],
+    "rows of a constant": lambda net, h, m: torch.cat([torch.arange(6.0).expand(8, 6)[m], net.first(h[~m])])[_order(m)],
+    "attention module": lambda net, h, m: h.index_add(0, i := m.nonzero()[:, 0], net.attend(h[i][None], h[None])),
+    "attention of what is chosen": lambda net, h, m: h.index_add(
+        0, m.nonzero()[:, 0], F.scaled_dot_product_attention(h[m][None], net.first(h)[None], net.second(h)[None])[0]
+    ),
+    "an empty buffer": lambda net, h, m: h + torch.cat([net.empty, net.first(h[m])]).sum(0),
     "attention": lambda net, h, m: h + (net.first(h[m]) @ h.t()).softmax(-1).sum(0) @ net.second(h),
 }
 
