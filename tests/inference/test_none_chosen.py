@@ -74,6 +74,13 @@ def _twice(net: Any, h: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
     return h.index_add(0, torch.cat([i, i]), torch.cat([net.first(h[i]), net.second(h[i])]))
 
 
+def _attended(net: Any, h: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+    """Found on longer inputs: what the module does with no tokens shows nothing."""
+    z = h.clone()
+    z[m] = z[m] + net.attend(h[m][None], h[None])
+    return z
+
+
 def _joined_by_features(net: Any, q: torch.Tensor) -> torch.Tensor:
     a, b = net.first(q).chunk(2, -1)
     return torch.cat([b, a], -1)
@@ -110,6 +117,7 @@ TREATMENTS: dict[str, Callable[..., torch.Tensor]] = {
     "rows of the input": lambda net, h, m: h + torch.cat([net.x[m], net.first(h[~m])])[_order(m)],
     "rows of a constant": lambda net, h, m: torch.cat([torch.arange(6.0).expand(8, 6)[m], net.first(h[~m])])[_order(m)],
     "attention module": lambda net, h, m: h.index_add(0, i := m.nonzero()[:, 0], net.attend(h[i][None], h[None])),
+    "attention module, put": _attended,
     "attention of what is chosen": lambda net, h, m: h.index_add(
         0, m.nonzero()[:, 0], F.scaled_dot_product_attention(h[m][None], net.first(h)[None], net.second(h)[None])[0]
     ),
