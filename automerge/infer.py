@@ -21,6 +21,7 @@ from automerge._settled import settled
 from automerge._verify import Verification, check_replay
 from automerge._verify import verify as check_symmetry
 from automerge.rules import Analysis, analyse
+from automerge.rules._nodes import choosing_none
 from automerge.symmetry import Symmetry
 from automerge.trace import normalise_args, trace
 
@@ -74,9 +75,8 @@ def infer(
     notes = [of_numbers(*normalise_args(args, kwargs)), of_writes(recorded), _too_large(model) if verify else None]
     verify = verify and notes[-1] is None
     # without verification only where other data take another path: an expert that python skips would stay in place
-    depends = _by_data(graph)
-    draws = _DRAWS if verify or depends else 0
-    graphs = [*recorded, *_reaching(model, args, kwargs, constants, symmetry, analysis, depends, draws)]
+    draws = _DRAWS if verify or graph.meta["trace"].data_dependent or choosing_none(graph) else 0
+    graphs = [*recorded, *_reaching(model, args, kwargs, constants, symmetry, analysis, _by_data(graph), draws)]
     if len(graphs) > len(recorded):
         symmetry, _ = _inferred(graphs, verify)
     if verify:
