@@ -121,6 +121,10 @@ class CrossMoments:
         found = self._products[1][b if a == self.reference else a] / scale
         return found if a == self.reference else found.T
 
+    def variances(self) -> torch.Tensor:
+        """The variance of every unit of every model, ``(N, n)``."""
+        return torch.stack([self.covariance(m, m).diagonal() for m in range(self.means.shape[0])])
+
     def joint(self) -> torch.Tensor:
         """The covariances of all pairs, ``(N, n, N, n)``; without a reference only."""
         models, n = self.means.shape

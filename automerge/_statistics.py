@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
@@ -28,6 +28,29 @@ Mask = Callable[[Batch], torch.Tensor | None]
 State = Mapping[str, torch.Tensor]
 
 
+class Accumulator(Protocol):
+    """Streaming statistics of N models' activations at one place: `CrossMoments`, or `CountSketch`."""
+
+    count: int
+
+    @property
+    def means(self) -> torch.Tensor:
+        """``(N, n)``."""
+        ...
+
+    def update(self, rows: Sequence[torch.Tensor]) -> None:
+        """Add ``(samples, n)`` activations of every model."""
+        ...
+
+    def variances(self) -> torch.Tensor:
+        """``(N, n)``."""
+        ...
+
+    def covariance(self, a: int, b: int) -> torch.Tensor:
+        """Of two models, ``(n, n)``."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Observed:
     """What was measured at one place.
@@ -38,7 +61,7 @@ class Observed:
     """
 
     place: Place
-    moments: CrossMoments
+    moments: Accumulator
 
     def check(self) -> None:
         """Refuse what no statistic can be made of.
@@ -46,8 +69,7 @@ class Observed:
         Raises:
             MatchingError: if some activations are NaN or infinite.
         """
-        for m, mean in enumerate(self.moments.means):
-            spread = self.moments.covariance(m, m).diagonal()
+        for m, (mean, spread) in enumerate(zip(self.moments.means, self.moments.variances(), strict=True)):
             if not (torch.isfinite(mean).all() and torch.isfinite(spread).all()):
                 raise MatchingError(
                     f"model {m}: activations at {self.place.where} are NaN or infinite, or too large to square; "
@@ -117,7 +139,7 @@ def collect(
     symmetry: Symmetry,
     batches: Iterable[Batch],
     *,
-    reference: int | None = None,
+    moments: Callable[[Place], Accumulator] = lambda _: CrossMoments(),
     mask: Mask | None = attention_mask,
 ) -> Statistics:
     """Run N models over the data once, and gather the statistics of every generator's activations.
@@ -132,7 +154,7 @@ def collect(
         states: the weights of each model.
         symmetry: of the architecture.
         batches: the inputs, as from `automerge._data.Batches`.
-        reference: keep covariances with this model only; ``2 N n^2`` numbers per place and not ``(N n)^2``.
+        moments: what gathers the activations at a place; covariances of all pairs by default, ``(N n)^2`` numbers.
         mask: gives for a batch a bool tensor such as ``(batch, tokens)``, True for what counts; None: everything counts.
 
     Returns:
@@ -157,21 +179,23 @@ def collect(
         True
     """
     run = _Run(network, states, symmetry)
-    moments: dict[str, CrossMoments] = {}
+    gathered: dict[str, Accumulator] = {}
     lost: set[str] = set()
     for batch, counted in _parts(batches, mask):
         values = run.observe(batch, counted)
-        for name in {n for v in values for n in v} | set(moments):
+        for name in {n for v in values for n in v} | set(gathered):
             rows = [v.get(name) for v in values]
             kept = [r for r in rows if r is not None]
             if len(kept) < len(rows) or any(r.shape != kept[0].shape for r in kept):
                 lost.add(name)
             else:
-                moments.setdefault(name, CrossMoments(reference)).update(kept)
+                if name not in gathered:
+                    gathered[name] = moments(run.places[name])
+                gathered[name].update(kept)
     first = run.first
     assert first is not None
-    measured = [p for p in first.places if p.node in moments and p.node not in lost and moments[p.node].count]
-    observed = tuple(Observed(p, moments[p.node]) for p in measured)
+    measured = [p for p in first.places if p.node in gathered and p.node not in lost and gathered[p.node].count]
+    observed = tuple(Observed(p, gathered[p.node]) for p in measured)
     for one in observed:
         one.check()
     seen = {g for o in observed for g in o.place.slots}

@@ -38,6 +38,9 @@ class ActivationMatching(Matcher):
         kind: "correlation" (of centred activations), or "inner" (products, as Git Re-Basin's).
         mix: the share of the activations, in [0, 1].
         mask: which tokens count (see `automerge._statistics.collect`): by default those of ``attention_mask``.
+        rank: how many numbers of each unit's activations are held at most. Up to so many units in all models, or
+            samples, inner products are exact; beyond, they are those of a count sketch, off by about
+            ``1 / sqrt(rank)`` of the activations' norms.
 
     Examples:
         >>> import torch
@@ -57,10 +60,11 @@ class ActivationMatching(Matcher):
     kind: str = "correlation"
     mix: float = 0.5
     mask: Mask | None = field(default=attention_mask, repr=False)  # its text is an address in memory
+    rank: int = 1024
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_options(self, {"kind": ("correlation", "inner")})
+        check_options(self, {"kind": ("correlation", "inner")}, {"rank": 1})
         if not 0 <= self.mix <= 1:
             raise MatchingError(f"ActivationMatching(mix={self.mix}): expected a share between 0 and 1")
         if self.solver.needs_data:
@@ -79,7 +83,7 @@ class ActivationMatching(Matcher):
         # activations of one module are compared with those of the same module, so modules are exchanged by weights before
         before = self.solver.match(values, symmetry).to_universe if symmetry.exchanges else ()
         values = [symmetry.apply(v, e) for v, e in zip(values, before, strict=True)] if before else values
-        sites, report = observe(network, values, symmetry, batches, self.kind, self.mask)
+        sites, report = observe(network, values, symmetry, batches, self.kind, self.mask, self.rank)
         if self.kind == "correlation":
             check_samples(self, report)
         observed = time.perf_counter() - begin

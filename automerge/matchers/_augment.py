@@ -2,8 +2,9 @@
 
 The inner products of two models' activations, ``C_lm = Z_l Z_m^T`` (n x n), are all that matching looks at. Stacked over
 the models they form one positive semi-definite matrix, and any square root ``F F^T`` of it gives a matrix ``F_m`` of shape
-``(n, r)`` per model with ``F_l F_m^T = C_lm``. So ``F_m`` is put beside the weights as one more parameter, whose first axis
-moves with its group and whose second is pinned: the objective of the weights is then the objective of the activations.
+``(n, r)`` per model with ``F_l F_m^T = C_lm``; of wide layers a sketch of ``Z`` gives nearly such. So ``F_m`` is put
+beside the weights as one more parameter, whose first axis moves with its group and whose second is pinned: the objective
+of the weights is then the objective of the activations.
 """
 
 from __future__ import annotations
@@ -31,23 +32,28 @@ class Site:
         name: where, for the report.
         shape: the extents of the axes that are kept apart; everything else counts as samples.
         slots: generator number -> its slots on those axes.
-        gram: float64, ``(N, n, N, n)`` with n the product of ``shape``: inner products of all units of all models.
+        root: float64, ``(N, n, r)`` with n the product of ``shape``: rows with the inner products of all units of all models.
     """
 
     name: str
     shape: tuple[int, ...]
     slots: Mapping[int, Sequence[Slot]]
-    gram: torch.Tensor
+    root: torch.Tensor
 
 
 def correlation(gram: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
     """Covariances ``(N, n, N, n)`` as correlations; 0 for a unit that does not vary beyond rounding of its mean ``(N, n)``."""
     count, n = gram.shape[:2]
-    variance = gram.reshape(count * n, -1).diagonal().reshape(count, n).clamp(min=0)
+    scale = scales(gram.reshape(count * n, -1).diagonal().reshape(count, n), means)
+    return gram * scale[:, :, None, None] * scale[None, None]
+
+
+def scales(variance: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+    """What to multiply units ``(N, n)`` by so that their variance is 1; 0 for what does not vary beyond rounding."""
+    variance = variance.clamp(min=0)
     alive = variance > _NEGLIGIBLE * variance.amax().clamp(min=torch.finfo(variance.dtype).tiny)
     alive &= variance > _ROUNDING * means.square()
-    scale = torch.where(alive, variance.clamp(min=torch.finfo(variance.dtype).tiny).rsqrt(), 0.0)
-    return gram * scale[:, :, None, None] * scale[None, None]
+    return torch.where(alive, variance.clamp(min=torch.finfo(variance.dtype).tiny).rsqrt(), 0.0)
 
 
 def features(gram: torch.Tensor) -> torch.Tensor:
@@ -77,7 +83,7 @@ def augment(
         sites: the activations.
         mix: the share of the activations in the objective, in [0, 1]; at 1 the weights only tell how groups nest.
     """
-    found = {_PREFIX + site.name: features(site.gram) for site in sites}
+    found = {_PREFIX + site.name: site.root for site in sites}
     weighed = [n for n in _moving(symmetry) if n not in symmetry.statistics]
     on_weights = _scale(1 - mix, [torch.stack([_wide(m[n]).cpu() for m in models]) for n in weighed])
     on_activations = _scale(mix, list(found.values()))

@@ -17,6 +17,7 @@ from automerge._data import Batches, bind, evaluating, logits_of, preserving, ru
 from automerge._errors import MatchingError
 from automerge._linear_groups import LinearGroup, linear_groups, summary
 from automerge._linear_maps import LinearElement, Matrix, linear_element, permutations_of
+from automerge._moments import CrossMoments
 from automerge._statistics import Mask, Statistics, attention_mask, collect
 from automerge.groups import Element
 from automerge.matchers._activations import ActivationMatching
@@ -96,7 +97,9 @@ class LinearMatcher(Matcher):
             return Matching(tuple(plain), symmetry, repr(self), base.stats)
         # of the permuted models: where a value carries two groups, the units of the other one then correspond
         permuted = [symmetry.apply(v, e) for v, e in zip(values, plain, strict=True)]
-        found = collect(network, permuted, symmetry, batches, reference=self.reference, mask=self.mask)
+        found = collect(
+            network, permuted, symmetry, batches, moments=lambda _: CrossMoments(self.reference), mask=self.mask
+        )
         check_samples(self, found.report(symmetry))
         groups, barred = linear_groups(found.survey, symmetry)
         for g in list(groups):

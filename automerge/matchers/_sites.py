@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import nn
 
+from automerge._count_sketch import CountSketch
 from automerge._data import Batch, Batches, device_of
 from automerge._errors import MatchingError
 from automerge._moments import CrossMoments
+from automerge._places import Place
 from automerge._statistics import Mask, Observed, attention_mask, collect
 from automerge.io import StateDict
-from automerge.matchers._augment import Site, correlation
+from automerge.matchers._augment import Site, correlation, features, scales
 from automerge.matchers._base import Model
 from automerge.symmetry import Slot, Symmetry
 
@@ -25,6 +28,7 @@ def observe(
     batches: Iterable[Batch],
     kind: str,
     mask: Mask | None = attention_mask,
+    rank: int = 1024,
 ) -> tuple[list[Site], dict[str, Any]]:
     """Run all models on the data and gather the activations' inner products.
 
@@ -35,6 +39,7 @@ def observe(
         batches: the inputs; one pass.
         kind: "correlation" or "inner".
         mask: which tokens count, see `automerge._statistics.collect`.
+        rank: how many numbers are held of a unit at most; a place with more units in all models is sketched.
 
     Returns:
         One site for all places at which the same groups act alike, and what was observed, for the report.
@@ -42,7 +47,13 @@ def observe(
     Raises:
         MatchingError: for activations that are NaN or infinite.
     """
-    found = collect(network, states, symmetry, batches, mask=mask)
+
+    def moments(place: Place) -> CrossMoments | CountSketch:
+        if len(states) * place.size <= rank:
+            return CrossMoments()
+        return CountSketch(rank, crc32(place.node.encode()))
+
+    found = collect(network, states, symmetry, batches, moments=moments, mask=mask)
     alike: dict[tuple[Any, ...], list[Observed]] = {}
     for one in found.observed:
         alike.setdefault(one.place.key, []).append(one)
@@ -51,8 +62,20 @@ def observe(
 
 def _site(observed: Sequence[Observed], kind: str) -> Site:
     place = observed[0].place
-    gram = torch.stack([_gram(one.moments, kind) for one in observed]).sum(dim=0)
-    return Site(place.where, (place.size,), {g: (Slot("", 0, table),) for g, table in place.slots.items()}, gram)
+    exact = [o.moments for o in observed if isinstance(o.moments, CrossMoments)]
+    if exact:  # places at which the same groups act alike are equally large
+        root = features(torch.stack([_gram(one, kind) for one in exact]).sum(dim=0))
+    else:
+        root = torch.stack([_sketched(o.moments, kind) for o in observed if isinstance(o.moments, CountSketch)]).sum(
+            dim=0
+        )
+    return Site(place.where, (place.size,), {g: (Slot("", 0, table),) for g, table in place.slots.items()}, root)
+
+
+def _sketched(moments: CountSketch, kind: str) -> torch.Tensor:
+    """A sketch of all units of all models, ``(N, n, r)``; with signs of their own, sums of some are sketches of the sums."""
+    root = moments.root(centred=kind == "correlation")
+    return root * scales(moments.variances(), moments.means)[:, :, None] if kind == "correlation" else root
 
 
 def _gram(moments: CrossMoments, kind: str) -> torch.Tensor:

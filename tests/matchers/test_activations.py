@@ -26,6 +26,12 @@ from tests.test_statistics import Tokens, padded
 
 torch.set_num_threads(1)
 
+
+def gram_of(root: torch.Tensor) -> torch.Tensor:
+    """Of rows ``(N, n, r)`` the inner products ``(N, n, N, n)``."""
+    return torch.einsum("air,bjr->aibj", root, root)
+
+
 MORE = (
     "mlp_glu",
     "conv_flatten",
@@ -152,7 +158,7 @@ def test_statistics_are_those_of_all_samples_at_once(sizes: tuple[int, ...], kin
         joint = torch.cat([values[k] for values in per_net], dim=1).numpy()
         with np.errstate(invalid="ignore", divide="ignore"):
             expected = np.corrcoef(joint.T) if kind == "correlation" else joint.T @ joint / len(joint)
-        gram = site.gram.reshape(joint.shape[1], -1).numpy()
+        gram = gram_of(site.root).reshape(joint.shape[1], -1).numpy()
         assert np.allclose(gram, np.nan_to_num(expected), rtol=1e-10, atol=1e-12)
 
 
@@ -165,7 +171,10 @@ def test_attention_with_a_smaller_last_batch() -> None:
     parts, other = observe(model, states, symmetry, Batches([x[:3], x[3:]]), "inner")
     assert one == other
     assert len(whole) == len(parts) > 8
-    assert all(torch.allclose(a.gram, b.gram, rtol=1e-9, atol=1e-12) for a, b in zip(whole, parts, strict=True))
+    assert all(
+        torch.allclose(gram_of(a.root), gram_of(b.root), rtol=1e-9, atol=1e-12)
+        for a, b in zip(whole, parts, strict=True)
+    )
 
 
 def test_nothing_is_changed() -> None:
@@ -211,7 +220,7 @@ def test_one_assignment_of_activations_is_optimal(solver: Any) -> None:
     sites, _ = observe(nets[0], [n.state_dict() for n in nets], symmetry, Batches([x]), "correlation")
     moved = result.between(1, 0)
     for site, param in zip(sites, ("conv.bias", "up.bias"), strict=True):
-        cross = site.gram[0, :, 1].numpy()
+        cross = (site.root[0] @ site.root[1].T).numpy()
         rows, columns = linear_sum_assignment(cross, maximize=True)
         ours = moved.maps[param][0].reshape(-1) if param in moved.maps else np.arange(len(rows))
         assert cross[rows, ours].sum() == pytest.approx(cross[rows, columns].sum(), rel=1e-6)

@@ -55,7 +55,9 @@ def test_the_objective_is_the_mixture_of_both(mix: float) -> None:
     symmetry = hand.mlp((3, 5, 4, 2))
     models = [hand.weights(symmetry, seed) for seed in range(3)]
     z = {0: samples(3, 5, seed=1), 1: samples(3, 4, seed=2)}
-    sites = [Site(f"layer {g}", v.shape[1:2], units(symmetry, g, f"{g}.weight"), gram_of(v)) for g, v in z.items()]
+    sites = [
+        Site(f"layer {g}", v.shape[1:2], units(symmetry, g, f"{g}.weight"), features(gram_of(v))) for g, v in z.items()
+    ]
     larger, grown = augment(symmetry, models, sites, mix)
     result = match(grown, larger, FrankWolfe(dtype="float64"))
     small = [restrict(e, symmetry) for e in result.to_universe]
@@ -94,7 +96,7 @@ def test_planted_elements_of_nested_groups_are_found_from_activations(solver: ob
     full = torch.stack([values[torch.from_numpy(e.maps["w"][0].reshape(-1))] for e in elements])
     assert torch.equal(full[:, :, :4], moved)
     slots = {g: mine for g in range(len(symmetry.sets)) if (mine := units(symmetry, g, "w")[g])}
-    larger, grown = augment(symmetry, models, [Site("w", (n,), slots, gram_of(full))], mix)
+    larger, grown = augment(symmetry, models, [Site("w", (n,), slots, features(gram_of(full)))], mix)
     one, other = decompose(symmetry).structure, decompose(larger).structure
     assert [(r.size, r.path) for r in one.roles] == [(r.size, r.path) for r in other.roles]
     result = match(grown, larger, solver)  # type: ignore[arg-type]
