@@ -32,7 +32,7 @@ VIEWS = frozenset(
 )
 _OVERWRITING = frozenset({"masked_fill", "scatter", "index_put", "fill", "index_fill", "full_like"})
 _FILLING = _OVERWRITING | {"add", "where", "full", "scalar_tensor"}
-_LARGEST = 8192
+_LARGEST = 1 << 16
 _HUGE = 1e8
 
 
@@ -58,6 +58,11 @@ class Place:
     def size(self) -> int:
         """The number of observed positions."""
         return int(self.chosen.size)
+
+    @property
+    def owned(self) -> int:
+        """How many of the positions a unit owns, of the generator of which they are fewest."""
+        return min(table.shape[1] for table in self.slots.values())
 
     @property
     def key(self) -> tuple[Any, ...]:

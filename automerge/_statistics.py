@@ -26,6 +26,7 @@ from automerge.trace import TraceInfo, trace
 
 Mask = Callable[[Batch], torch.Tensor | None]
 State = Mapping[str, torch.Tensor]
+_COVARIED = 8192
 
 
 class Accumulator(Protocol):
@@ -133,13 +134,18 @@ def attention_mask(batch: Batch) -> torch.Tensor | None:
     return mask.bool() if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
 
+def covariances(place: Place, reference: int | None = None) -> CrossMoments | None:
+    """What gathers all covariances at a place; None if there are too many positions for that."""
+    return CrossMoments(reference) if place.size <= _COVARIED else None
+
+
 def collect(
     network: nn.Module,
     states: Sequence[State],
     symmetry: Symmetry,
     batches: Iterable[Batch],
     *,
-    moments: Callable[[Place], Accumulator] = lambda _: CrossMoments(),
+    moments: Callable[[Place], Accumulator | None] = covariances,
     mask: Mask | None = attention_mask,
 ) -> Statistics:
     """Run N models over the data once, and gather the statistics of every generator's activations.
@@ -154,7 +160,8 @@ def collect(
         states: the weights of each model.
         symmetry: of the architecture.
         batches: the inputs, as from `automerge._data.Batches`.
-        moments: what gathers the activations at a place; covariances of all pairs by default, ``(N n)^2`` numbers.
+        moments: what gathers the activations at a place, or None to leave it out; covariances of all pairs by default,
+            ``(N n)^2`` numbers.
         mask: gives for a batch a bool tensor such as ``(batch, tokens)``, True for what counts; None: everything counts.
 
     Returns:
@@ -179,7 +186,7 @@ def collect(
         True
     """
     run = _Run(network, states, symmetry)
-    gathered: dict[str, Accumulator] = {}
+    gathered: dict[str, Accumulator | None] = {}
     lost: set[str] = set()
     for batch, counted in _parts(batches, mask):
         values = run.observe(batch, counted)
@@ -191,11 +198,12 @@ def collect(
             else:
                 if name not in gathered:
                     gathered[name] = moments(run.places[name])
-                gathered[name].update(kept)
+                if (held := gathered[name]) is not None:
+                    held.update(kept)
     first = run.first
     assert first is not None
-    measured = [p for p in first.places if p.node in gathered and p.node not in lost and gathered[p.node].count]
-    observed = tuple(Observed(p, gathered[p.node]) for p in measured)
+    measured = [(p, gathered.get(p.node)) for p in first.places if p.node not in lost]
+    observed = tuple(Observed(p, held) for p, held in measured if held is not None and held.count)
     for one in observed:
         one.check()
     seen = {g for o in observed for g in o.place.slots}

@@ -38,9 +38,9 @@ class ActivationMatching(Matcher):
         kind: "correlation" (of centred activations), or "inner" (products, as Git Re-Basin's).
         mix: the share of the activations, in [0, 1].
         mask: which tokens count (see `automerge._statistics.collect`): by default those of ``attention_mask``.
-        rank: how many numbers of each unit's activations are held at most. Up to so many units in all models, or
-            samples, inner products are exact; beyond, they are those of a count sketch, off by about
-            ``1 / sqrt(rank)`` of the activations' norms.
+        rank: how many numbers of each unit's activations are held. Up to so many units in all models, or samples, inner
+            products are exact; beyond, they are those of a count sketch, off by about ``1 / sqrt(rank)`` of the
+            activations' norms.
 
     Examples:
         >>> import torch

@@ -6,6 +6,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,8 +18,7 @@ from automerge._data import Batches, bind, evaluating, logits_of, preserving, ru
 from automerge._errors import MatchingError
 from automerge._linear_groups import LinearGroup, linear_groups, summary
 from automerge._linear_maps import LinearElement, Matrix, linear_element, permutations_of
-from automerge._moments import CrossMoments
-from automerge._statistics import Mask, Statistics, attention_mask, collect
+from automerge._statistics import Mask, Statistics, attention_mask, collect, covariances
 from automerge.groups import Element
 from automerge.matchers._activations import ActivationMatching
 from automerge.matchers._base import Matcher, Matching, Model, Progress, check_models
@@ -97,9 +97,8 @@ class LinearMatcher(Matcher):
             return Matching(tuple(plain), symmetry, repr(self), base.stats)
         # of the permuted models: where a value carries two groups, the units of the other one then correspond
         permuted = [symmetry.apply(v, e) for v, e in zip(values, plain, strict=True)]
-        found = collect(
-            network, permuted, symmetry, batches, moments=lambda _: CrossMoments(self.reference), mask=self.mask
-        )
+        moments = partial(covariances, reference=self.reference)
+        found = collect(network, permuted, symmetry, batches, moments=moments, mask=self.mask)
         check_samples(self, found.report(symmetry))
         groups, barred = linear_groups(found.survey, symmetry)
         for g in list(groups):

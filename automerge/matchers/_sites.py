@@ -20,6 +20,8 @@ from automerge.matchers._augment import Site, correlation, features, scales
 from automerge.matchers._base import Model
 from automerge.symmetry import Slot, Symmetry
 
+_FEWEST = 32
+
 
 def observe(
     network: nn.Module,
@@ -51,7 +53,8 @@ def observe(
     def moments(place: Place) -> CrossMoments | CountSketch:
         if len(states) * place.size <= rank:
             return CrossMoments()
-        return CountSketch(rank, crc32(place.node.encode()))
+        # what deviates in one of a unit's positions hardly counts where it owns many
+        return CountSketch(min(rank, max(rank // place.owned, _FEWEST)), crc32(place.node.encode()))
 
     found = collect(network, states, symmetry, batches, moments=moments, mask=mask)
     alike: dict[tuple[Any, ...], list[Observed]] = {}

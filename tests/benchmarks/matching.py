@@ -291,7 +291,7 @@ published code does. The estimate is what `FrankWolfe(max_memory=...)` is held a
 
 ## What the search finds
 
-{count} sets of three networks, two sets (seeds 0 to 2 and 3 to 5) of each of these, trained on the digits for six epochs: {sets}.
+{count} sets of three networks, two (seeds 0 to 2 and 3 to 5) of each of these, trained on the digits for six epochs: {sets}.
 The gain over the models as they are is set against that of the all-pairs loop from the identity, rounded, in
 float64 and with up to 100 iterations. Merged accuracy is the mean over sets, BatchNorm statistics measured anew.
 

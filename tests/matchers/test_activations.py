@@ -209,6 +209,74 @@ def test_activations_find_what_weights_cannot() -> None:
     assert match([net, other], symmetry, FrankWolfe()).between(0, 1) != planted
 
 
+@pytest.mark.parametrize("rank", [8, 32, 100])
+@pytest.mark.parametrize("solver", [WeightMatching(), FrankWolfe()])
+def test_planted_units_of_wide_layers_are_found_in_a_sketch(solver: Any, rank: int) -> None:
+    """By activations alone; 60 units and 2,400 samples in few buckets, the same for all models."""
+    nets, symmetry = wired(1)
+    nets[0].up, nets[0].act, nets[0].down = (
+        nn.Linear(4, 60).double(),
+        nn.Tanh(),
+        nn.Linear(60, 2).double(),
+    )  # none is dead
+    symmetry = infer(nets[0], torch.randn(2, 1, 5, 5, dtype=torch.float64), verify=False)
+    elements = [symmetry.random_element(seed) for seed in range(3)]
+    first, *others = [symmetry.apply(deepcopy(nets[0]).state_dict(), e) for e in elements]
+    nets[0].load_state_dict(first)
+    data = [torch.randn(n, 1, 5, 5, dtype=torch.float64) for n in (100, 167)]
+    result = match([nets[0], *others], symmetry, ActivationMatching(solver, mix=1.0, rank=rank), data=data)
+    assert result.stats["samples"] == 267 * 9
+    for a, b in ((0, 1), (1, 2), (2, 0)):
+        assert result.between(a, b) == elements[a].inverse().then(elements[b])
+
+
+def test_a_sketch_finds_nearly_what_all_covariances_find() -> None:
+    """Two wide networks with half of their units in common: the correlations of those that are matched."""
+    torch.manual_seed(0)
+    one, two = (nn.Sequential(nn.Linear(6, 200), nn.Tanh(), nn.Linear(200, 2)).double() for _ in range(2))
+    with torch.no_grad():
+        two[0].weight[:100], two[0].bias[:100] = one[0].weight[:100], one[0].bias[:100]
+    x = torch.randn(3000, 6, dtype=torch.float64)
+    symmetry = infer(one, x[:2], verify=False)
+    hidden = [net[1](net[0](x)).detach().numpy() for net in (one, two)]
+    gained = []
+    for rank in (400, 256, 32):
+        found = match([one, two], symmetry, ActivationMatching(mix=1.0, rank=rank), data=[x]).between(0, 1)
+        order = found.maps["0.bias"][0].reshape(-1) if "0.bias" in found.maps else np.arange(200)
+        joint = np.corrcoef(hidden[0][:, order].T, hidden[1].T)[:200, 200:]
+        gained.append(joint.diagonal().mean())
+    assert gained[0] > 0.9
+    assert gained[1] > 0.95 * gained[0]
+    assert gained[2] > 0.8 * gained[0]
+
+
+def test_values_of_which_two_axes_move_are_read_however_many_positions_they_have() -> None:
+    """120 queries of 80 features: 9,600 positions, too many for covariances, and a sketch of 32 numbers."""
+
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.queries = nn.Parameter(torch.randn(120, 80))
+            self.key, self.up, self.down = nn.Linear(6, 80), nn.Linear(80, 80), nn.Linear(80, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            memory = self.key(x)
+            read = (self.queries @ memory.mT).softmax(-1) @ memory
+            return self.down(self.up(read + self.queries).tanh()).logsumexp(1)
+
+    torch.manual_seed(0)
+    net = Decoder().double()
+    x = torch.randn(6, 5, 6, dtype=torch.float64)
+    symmetry = infer(net, x[:2], verify=False)
+    assert sorted(g.size for g in symmetry.sets) == [80, 80, 120]
+    elements = [symmetry.random_element(seed) for seed in range(2)]
+    states = [symmetry.apply(deepcopy(net).state_dict(), e) for e in elements]
+    net.load_state_dict(states[0])
+    result = match([net, states[1]], symmetry, ActivationMatching(), data=[x])
+    assert result.stats["not_observed"] == []
+    assert result.between(0, 1) == elements[0].inverse().then(elements[1])
+
+
 @pytest.mark.parametrize("solver", [WeightMatching(), MergeMany(), FrankWolfe()])
 def test_one_assignment_of_activations_is_optimal(solver: Any) -> None:
     """With two models every group is one linear assignment of the cross-correlation: scipy's answer, whatever solves it."""
