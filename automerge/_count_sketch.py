@@ -17,7 +17,8 @@ import torch
 class CountSketch:
     """Streaming means, variances and sketched (cross-)covariances of N models' activations, float64.
 
-    Up to ``buckets`` samples each have a bucket of their own, and everything is exact. Memory is ``N n buckets`` numbers.
+    Up to ``buckets`` samples each have a bucket of their own, and everything is exact. Memory is ``N n`` numbers for each
+    bucket that is used.
 
     Args:
         buckets: how many.
@@ -65,12 +66,13 @@ class CountSketch:
         self.count += size
 
     def _draws(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The buckets and signs of the next samples: every bucket once, in random order, before the next time."""
+        """The buckets and signs of the next samples: every bucket once before the next time, in random order but the first."""
         first, last = self.count // self.buckets, (self.count + size - 1) // self.buckets
         at, signs = [], []
         for turn in range(first, last + 1):
             generator = torch.Generator().manual_seed(hash((self.seed, turn)) % 2**63)
-            at.append(torch.randperm(self.buckets, generator=generator))
+            order = torch.randperm(self.buckets, generator=generator)
+            at.append(order if turn else torch.arange(self.buckets))  # memory is taken as buckets are reached
             signs.append(torch.randint(2, (self.buckets,), generator=generator).double() * 2 - 1)
         mine = slice(self.count - first * self.buckets, self.count - first * self.buckets + size)
         return torch.cat(at)[mine], torch.cat(signs)[mine]
@@ -86,10 +88,10 @@ class CountSketch:
         return (self._squares / size - (self._sums / size).square()).clamp(min=0)
 
     def root(self, *, centred: bool) -> torch.Tensor:
-        """``F`` of shape ``(N, n, buckets)``: ``F_l F_m^T`` estimates the covariances, or the mean products."""
-        size = max(self.count, 1)
+        """``F`` of shape ``(N, n, used buckets)``: ``F_l F_m^T`` estimates the covariances, or the mean products."""
+        size, used = max(self.count, 1), min(self.count, self.buckets)
         off = -self._sums / size if centred else self._shift
-        return (self._sketch + off[:, None] * self._signs[None, :, None]).mT / size**0.5
+        return (self._sketch[:, :used] + off[:, None] * self._signs[None, :used, None]).mT / size**0.5
 
     def covariance(self, a: int, b: int) -> torch.Tensor:
         """``E[(x_a - mean) (x_b - mean)^T]`` of models a and b, ``(n, n)``, estimated."""

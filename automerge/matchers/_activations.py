@@ -88,6 +88,7 @@ class ActivationMatching(Matcher):
             check_samples(self, report)
         observed = time.perf_counter() - begin
         larger, grown = augment(symmetry, values, sites, self.mix)
+        del sites  # of wide layers they fill more memory than the weights
         found = self.solver.match(grown, larger, progress=progress)
         moved = tuple(restrict(element, symmetry) for element in found.to_universe)
         if before:

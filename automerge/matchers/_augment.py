@@ -32,7 +32,7 @@ class Site:
         name: where, for the report.
         shape: the extents of the axes that are kept apart; everything else counts as samples.
         slots: generator number -> its slots on those axes.
-        root: float64, ``(N, n, r)`` with n the product of ``shape``: rows with the inner products of all units of all models.
+        root: ``(N, n, r)`` with n the product of ``shape``: rows with the inner products of all units of all models.
     """
 
     name: str

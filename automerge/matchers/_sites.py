@@ -69,16 +69,30 @@ def _site(observed: Sequence[Observed], kind: str) -> Site:
     if exact:  # places at which the same groups act alike are equally large
         root = features(torch.stack([_gram(one, kind) for one in exact]).sum(dim=0))
     else:
-        root = torch.stack([_sketched(o.moments, kind) for o in observed if isinstance(o.moments, CountSketch)]).sum(
-            dim=0
-        )
+        root = _sketched([o.moments for o in observed if isinstance(o.moments, CountSketch)], kind)
     return Site(place.where, (place.size,), {g: (Slot("", 0, table),) for g, table in place.slots.items()}, root)
 
 
-def _sketched(moments: CountSketch, kind: str) -> torch.Tensor:
-    """A sketch of all units of all models, ``(N, n, r)``; with signs of their own, sums of some are sketches of the sums."""
-    root = moments.root(centred=kind == "correlation")
-    return root * scales(moments.variances(), moments.means)[:, :, None] if kind == "correlation" else root
+def _sketched(alike: Sequence[CountSketch], kind: str) -> torch.Tensor:
+    """A sketch of all units of all models at several places, ``(N, n, r)``.
+
+    Side by side while they fit into the buckets of one; then added, which is right because each has signs of its own.
+    """
+    out: torch.Tensor | None = None
+    for moments in alike:
+        root = moments.root(centred=kind == "correlation")
+        if kind == "correlation":
+            root = root.mul_(scales(moments.variances(), moments.means)[:, :, None])
+        root = root.float()  # near enough for a sketch, and half the memory
+        if out is None:
+            out = root
+        elif out.shape[2] + root.shape[2] <= moments.buckets:
+            out = torch.cat([out, root], dim=2)
+        else:
+            out, root = (out, root) if out.shape[2] >= root.shape[2] else (root, out)
+            out[:, :, : root.shape[2]] += root
+    assert out is not None
+    return out
 
 
 def _gram(moments: CrossMoments, kind: str) -> torch.Tensor:

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from automerge import infer, merge
+from automerge._count_sketch import CountSketch
 from automerge._data import Batches
 from automerge._errors import AutomergeError, MatchingError, TraceError
 from automerge._places import survey
 from automerge.matchers import ActivationMatching, FrankWolfe, Identity, MergeMany, WeightMatching, match
 from automerge.matchers._augment import augment
-from automerge.matchers._sites import observe
+from automerge.matchers._sites import _sketched, observe
 from automerge.symmetry import Slot, Symmetry
 from automerge.trace import trace
 from tests import _symmetries as hand
@@ -228,6 +229,24 @@ def test_planted_units_of_wide_layers_are_found_in_a_sketch(solver: Any, rank: i
     assert result.stats["samples"] == 267 * 9
     for a, b in ((0, 1), (1, 2), (2, 0)):
         assert result.between(a, b) == elements[a].inverse().then(elements[b])
+
+
+def test_sketches_of_several_places_are_exact_side_by_side_and_right_in_the_mean_when_they_are_added() -> None:
+    """Two places, 30 samples each: 60 columns fit into 64 buckets, and not into 16."""
+    rows = torch.randn(2, 2, 30, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 3
+    expected = sum(np.corrcoef(*(z.T.numpy() for z in place))[:5, 5:] for place in rows)
+
+    def cross(buckets: int, seed: int) -> torch.Tensor:
+        sketches = [CountSketch(buckets, 2 * seed + k) for k in range(2)]
+        for sketch, place in zip(sketches, rows, strict=True):
+            sketch.update(list(place))
+        root = _sketched(sketches, "correlation")
+        assert root.shape == (2, 5, 60 if buckets == 64 else 16)
+        return root[0] @ root[1].T
+
+    assert np.allclose(cross(64, 0), expected, atol=1e-5)
+    mean = torch.stack([cross(16, seed) for seed in range(400)]).mean(0)
+    assert np.allclose(mean, expected, atol=5 * 2 * (2 / 16 / 400) ** 0.5)
 
 
 def test_a_sketch_finds_nearly_what_all_covariances_find() -> None:
