@@ -22,7 +22,7 @@ from automerge._search import search
 from automerge._structure import Structure
 from automerge.rules import Analysis, Value
 from automerge.rules._registry import is_pointwise
-from automerge.symmetry import Generator, Symmetry
+from automerge.symmetry import Slot, Symmetry
 
 CONTRACTIONS = frozenset(
     {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution", "linear", "_grouped_mm"}
@@ -252,7 +252,9 @@ def data_nodes(graph: fx.GraphModule) -> list[fx.Node]:
 
 def _tables(analysis: Analysis, symmetry: Symmetry) -> dict[int, np.ndarray]:
     """Generator number -> united vertices of its units, those that operators made included, which values may carry."""
-    numbers = {key: (i, order) for i, g in enumerate(symmetry.sets) for key, order in [_normal(g)]}
+    # a symmetry may know more parameters than one pass reads: what only training reads, or longer inputs
+    seen = [tuple(s for s in g.slots if s.param in analysis.states) for g in symmetry.sets]
+    numbers = {key: (i, order) for i, slots in enumerate(seen) if slots for key, order in [_normal(slots)]}
     structure = Structure(analysis.engine.axes)
     assembler = Assembler(analysis.engine.axes, structure)
     out: dict[int, np.ndarray] = {}
@@ -260,7 +262,7 @@ def _tables(analysis: Analysis, symmetry: Symmetry) -> dict[int, np.ndarray]:
         generator = assembler.generator(units)
         if generator is None:
             continue
-        key, own = _normal(generator)
+        key, own = _normal(generator.slots)
         if key in numbers and numbers[key][0] not in out:
             number, order = numbers[key]
             table = assembler.plain(units)
@@ -269,11 +271,9 @@ def _tables(analysis: Analysis, symmetry: Symmetry) -> dict[int, np.ndarray]:
     return out
 
 
-def _normal(generator: Generator) -> tuple[tuple[Any, ...], np.ndarray]:
-    """What a generator does, whatever the order of its slots, units and columns; and its units in that order."""
-    slots = sorted(generator.slots, key=lambda s: (s.param, s.axis, s.within, int(s.index.min())))
-    if not slots:
-        return (), np.arange(generator.size)
+def _normal(slots: Sequence[Slot]) -> tuple[tuple[Any, ...], np.ndarray]:
+    """What a generator does to some slots, whatever the order of these, of units and columns; and its units in that order."""
+    slots = sorted(slots, key=lambda s: (s.param, s.axis, s.within, int(s.index.min())))
     order = np.argsort(slots[0].index.min(axis=1))
     tables = [s.index[order] for s in slots]
     tables = [t[:, np.argsort(t[0])] for t in tables]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from automerge._auxiliary import keeps, trained
 from automerge._derive import infer_graph, infer_recorded
 from automerge._diagnosis import OtherPathError
 from automerge._errors import InvarianceError, TraceError, UnknownOperatorError
@@ -78,7 +79,10 @@ def infer(
     draws = _DRAWS if verify or graph.meta["trace"].data_dependent or choosing_none(graph) else 0
     graphs = [*recorded, *_reaching(model, args, kwargs, constants, symmetry, analysis, _by_data(graph), draws)]
     if len(graphs) > len(recorded):
-        symmetry, _ = _inferred(graphs, verify)
+        symmetry, analysis = _inferred(graphs, verify)
+    if auxiliary := _with_auxiliaries(model, args, kwargs, constants, symmetry, analysis, graphs, verify):
+        symmetry, graphs, note = auxiliary
+        notes.append(note)
     if verify:
         symmetry, outcome = _verified(model, args, kwargs, symmetry, graphs)
         notes += [check_replay(model, args, kwargs, recorded[-1]), None if outcome.reacted else str(outcome)]
@@ -108,6 +112,35 @@ def _recorded(
     with contextlib.suppress(TraceError):
         return [graph, trace(later, args, kwargs, values=False, constants=constants)], later
     return [graph], model
+
+
+def _with_auxiliaries(
+    model: nn.Module,
+    args: Any,
+    kwargs: Mapping[str, Any] | None,
+    constants: Collection[str],
+    symmetry: Symmetry,
+    analysis: Analysis,
+    graphs: list[fx.GraphModule],
+    verify: bool,
+) -> tuple[Symmetry, list[fx.GraphModule], str] | None:
+    """The symmetry with what only training reads (auxiliary heads), where nothing is lost by that; its graphs, and a note."""
+    missing = {n for n in symmetry.shapes if n not in analysis.states}
+    if not missing:
+        return None
+    with trained(model), contextlib.suppress(TraceError, InvarianceError):
+        graph = trace(model, args, kwargs, values=False, constants=constants)
+        found = sorted(missing & set(analyse([graph]).states))
+        if not found:
+            return None
+        larger, _ = _inferred([*graphs, graph], verify)
+        if not keeps(larger, symmetry):
+            return None
+        if verify:
+            check_symmetry(model, args, larger, kwargs)
+        more = f" and {len(found) - 1} more" if found[1:] else ""
+        return larger, [*graphs, graph], f"only training reads {found[0]}{more}: a pass in that mode was read, too"
+    return None
 
 
 def _check_rules(symmetry: Symmetry, strict: bool) -> None:
