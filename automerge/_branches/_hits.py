@@ -66,9 +66,12 @@ def _asked(node: fx.Node, reads: set[str]) -> list[int]:
 
 
 def _views(node: fx.Node, reads: set[str]) -> tuple[list[int], bool]:
-    """What happens to a value or a view of it: what python saw of it, and whether an operator used it."""
+    """What happens to a value or a view of it: what python saw of it, and whether an operator used it.
+
+    (``weight[e]`` for a tensor ``e`` of one number: python reads it, and takes the entry at once.)
+    """
     seen = [int(node.meta["seen"])] if node.name in reads and "seen" in node.meta else []
-    used = False
+    used = bool(seen) and _selects(node.next, seen[0])
     for user in node.users:
         if user.target in _SAME:
             more = _views(user, reads)
@@ -76,3 +79,8 @@ def _views(node: fx.Node, reads: set[str]) -> tuple[list[int], bool]:
         else:
             used = True
     return seen, used
+
+
+def _selects(node: fx.Node, place: int) -> bool:
+    """Whether a node takes the entry at some place."""
+    return node.target is aten.select.int and node.args[2] == place

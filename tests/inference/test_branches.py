@@ -142,6 +142,17 @@ def _sent_to_those_hit_of_one_more(h: Any, scores: Any, experts: Any) -> Any:
     return out
 
 
+def _sent_to_those_hit_by_number(h: Any, scores: Any, experts: Any) -> Any:
+    """Each is a tensor of one number, which python reads wherever it is an index."""
+    weight, chosen = scores.softmax(-1).topk(2, -1)
+    mask = F.one_hot(chosen, COUNT).permute(2, 1, 0)
+    out = torch.zeros_like(h)
+    for hit in torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero():
+        slot, token = torch.where(mask[hit[0]])
+        out.index_add_(0, token, experts[hit[0]](h[token]) * weight[token, slot, None])
+    return out
+
+
 def _let_through(h: Any, scores: Any, experts: Any) -> Any:
     """Every expert works on all rows, and a mask lets the chosen ones through."""
     weight, chosen = scores.softmax(-1).max(-1)
@@ -198,7 +209,8 @@ def _sent_rank_by_rank(h: Any, scores: Any, experts: Any) -> Any:
 SPELLINGS = (
     *(summed, _written, _stacked, _joined, _residual, _best),
     *(_sent, _sent_one_hot, _sent_added, _sent_added_one_hot, _sent_to_one, _sent_to_empty, _sent_if_any),
-    *(_sent_to_those_hit, _sent_to_those_hit_of_one_more, _choosing_rows, _choosing_rows_in_place),
+    *(_sent_to_those_hit, _sent_to_those_hit_by_number, _sent_to_those_hit_of_one_more),
+    *(_choosing_rows, _choosing_rows_in_place),
     *(_sent_by_rank, _sent_rank_by_rank, _let_through, _let_through_beside_zeros),
 )
 
@@ -541,7 +553,8 @@ def test_rows_that_meet_are_not_read_as_all_rows() -> None:
         assert found is None or not found.stacks
 
 
-def test_units_that_python_lists_stay() -> None:
+@pytest.mark.parametrize("listed", [lambda places: places.tolist(), lambda places: [int(p) for p in places]])
+def test_units_that_python_lists_stay(listed: Callable[[Any], list[int]]) -> None:
     """All are listed here; where some are not, the others meet other rows of the table."""
 
     class Listed(nn.Module):
@@ -552,7 +565,7 @@ def test_units_that_python_lists_stay() -> None:
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             h = self.inp(x).sigmoid()
-            places = (h.mean(0) > 0.001).nonzero()[:, 0].tolist()
+            places = listed((h.mean(0) > 0.001).nonzero()[:, 0])
             return h[:, places] @ self.table[: len(places)] + sum(part(x) for part in self.parts)
 
     assert not infer(Listed(), X, verify=False).generators()
