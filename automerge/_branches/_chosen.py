@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,21 +161,24 @@ def take_all_rows(bench: Workbench) -> bool:
     tried: dict[int, bool] = {}  # what is alike in its operators treats rows in the same way
     put: dict[fx.Node, list[fx.Node]] = {}  # base -> the masks under which rows were put into zeros
     for mask in masks:
-        choice = _choice(bench, mask, order, put)
-        if choice is None:
-            continue
-        kind = bench.hashes[choice.added]
-        if kind not in tried:
-            tried[kind] = _tried(choice, bench.constant)
-        if not tried[kind]:
-            continue
-        made = bench.put(choice.write, choice.compute, choice.outside)
-        if made is not None:
-            none = none or choice.added.meta["val"].shape[0] == 0
-            masks_so_far = choice.masks(put)
-            if masks_so_far is not None:
-                put[made[0]] = masks_so_far
-            bench.erase([*choice.closure, choice.write])
+        for choice in _choices(bench, mask, order, put):
+            none = _taken(bench, choice, tried, put) or none
+    return none
+
+
+def _taken(bench: Workbench, choice: Choice, tried: dict[int, bool], put: dict[fx.Node, list[fx.Node]]) -> bool:
+    """Read all rows in the place of a choice if they are alike; whether that was done for a mask that chose none."""
+    kind = bench.hashes[choice.added]
+    if kind not in tried:
+        tried[kind] = _tried(choice, bench.constant)
+    made = bench.put(choice.write, choice.compute, choice.outside) if tried[kind] else None
+    if made is None:
+        return False
+    masks_so_far = choice.masks(put)
+    if masks_so_far is not None:
+        put[made[0]] = masks_so_far
+    none = bool(choice.added.meta["val"].shape[0] == 0)
+    bench.erase([*choice.closure, choice.write])
     return none
 
 
@@ -193,13 +196,34 @@ def _tried(choice: Choice, constant: set[fx.Node]) -> bool:
         return False
 
 
-def _choice(
+def _choices(
     bench: Workbench, mask: fx.Node, order: dict[fx.Node, int], known: dict[fx.Node, list[fx.Node]]
-) -> Choice | None:
-    """What works on the rows that a mask chooses, if it ends in one write and is used for nothing else."""
+) -> Iterator[Choice]:
+    """What works on the rows that a mask chooses, as far as it ends in one write each (every layer of an expert, say)."""
+    found: list[tuple[set[fx.Node], set[fx.Node]]] = []
+    for reader in [u for u in mask.users if u.target is aten.nonzero.default or mask in _masks(u)]:
+        worked = _worked(bench, reader, order)
+        if worked is None:
+            return
+        rows, writes = worked
+        for other in [o for o in found if o[0] & rows or o[1] & writes]:
+            found.remove(other)
+            rows, writes = rows | other[0], writes | other[1]
+        found.append((rows, writes))
+    for rows, writes in found:
+        if len(writes) != 1:
+            continue
+        (write,) = writes
+        choice = None if write.args[0] in rows else _written(mask, sorted(rows, key=order.__getitem__), write, known)
+        if choice is not None:
+            yield choice
+
+
+def _worked(bench: Workbench, reader: fx.Node, order: dict[fx.Node, int]) -> tuple[set[fx.Node], set[fx.Node]] | None:
+    """What is made of the rows that a node reads, and where they are put; None if they are used for something else."""
     rows: set[fx.Node] = set()
     writes: set[fx.Node] = set()
-    todo = [u for u in mask.users if u.target is aten.nonzero.default or mask in _masks(u)]
+    todo = [reader]
     while todo:
         node = todo.pop()
         if node in rows or node in writes:
@@ -211,12 +235,7 @@ def _choice(
         else:
             rows.add(node)
             todo += node.users
-    if len(writes) != 1:
-        return None
-    (write,) = writes
-    if write.args[0] in rows:
-        return None
-    return _written(mask, sorted(rows, key=order.__getitem__), write, known)
+    return rows, writes
 
 
 def _written(mask: fx.Node, rows: list[fx.Node], write: fx.Node, known: dict[fx.Node, list[fx.Node]]) -> Choice | None:

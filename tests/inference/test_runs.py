@@ -146,6 +146,27 @@ def test_spellings(mix: Callable[..., Any], in_order: bool) -> None:
     assert_sound(net, X[:7], symmetry)  # some experts get no row
 
 
+def test_layers_of_experts_one_after_the_other() -> None:
+    """Every layer cuts the same rows, and puts them together; of the units between one order for all experts is found."""
+
+    def mix(h: Any, weight: Any, chosen: Any, experts: Any, _: Any) -> Any:
+        order = chosen.flatten().argsort()
+        counts = torch.zeros(len(h), COUNT).scatter(1, chosen, 1).long().sum(0).tolist()
+        rows = h[order // CHOSEN]
+        for k in range(3):
+            rows = (
+                torch.cat([experts[e][k](part) for e, part in enumerate(rows.split(counts))]) if k != 1 else rows.relu()
+            )
+        return torch.zeros_like(h).index_add(0, order // CHOSEN, rows * weight.flatten()[order][:, None])
+
+    net = Mixture(mix)
+    symmetry = infer(net, X)
+    (exchange,) = symmetry.exchanges
+    assert (exchange.size, len(exchange.params[0])) == (COUNT, 4)
+    assert sorted(g.size for g in symmetry.generators()) == [HIDDEN, WIDTH, WIDTH]
+    assert_sound(net, X, symmetry)
+
+
 # -------------------------------------------------------------------- experts that are told apart
 def _changed(change: Callable[..., Any]) -> Callable[..., Any]:
     """Runs put together, each changed by what is known of it."""
