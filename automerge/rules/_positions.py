@@ -39,7 +39,7 @@ def by_index(context: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
 
 def gathered(engine: Engine, x: Value, positions: np.ndarray) -> Value:
     """A tensor whose entry i is ``x.flat[positions[i]]`` (-1: a constant)."""
-    out = plain(positions.shape)
+    out = _laid_out(x, positions)
     letters = tuple(c for axis in out.axes for c in axis)
     inside = positions >= 0
     flat = np.where(inside, positions, 0).reshape([out.size[c] for c in letters])
@@ -63,6 +63,20 @@ def gathered(engine: Engine, x: Value, positions: np.ndarray) -> Value:
         reduced = drop_constant(Factor(letters, hole.astype(np.int64)))
         out.pinned |= set(reduced.letters) if reduced else set()
     return settle(engine, out)
+
+
+def _laid_out(x: Value, positions: np.ndarray) -> Value:
+    """An empty value for some positions; an axis that stays what it was remains the same product (of a batch and heads)."""
+    inside, sizes = positions >= 0, [[n] for n in positions.shape]
+    for axis in [a for a, letters in enumerate(x.axes) if len(letters) > 1]:
+        of = np.unravel_index(np.where(inside, positions, 0), x.shape)[axis]
+        for k in [k for k, n in enumerate(positions.shape) if n == x.shape[axis]]:
+            own = np.arange(x.shape[axis]).reshape([-1 if i == k else 1 for i in range(positions.ndim)])
+            if ((of == own) | ~inside).all():
+                sizes[k] = [x.size[c] for c in x.axes[axis]]
+    whole = plain([n for axis in sizes for n in axis])
+    letters = iter(whole.axes)
+    return whole.with_axes([[c for _ in axis for c in next(letters)] for axis in sizes])
 
 
 def settle(engine: Engine, value: Value) -> Value:

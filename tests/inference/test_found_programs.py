@@ -195,3 +195,27 @@ def test_experts_chosen_in_no_particular_order_are_free(rows: Callable[[torch.Te
 
     symmetry = infer(Experts(), torch.randn(7, 4))
     assert any({(s.param, s.axis) for s in g.slots} >= {("up", 0), ("gate.weight", 0)} for g in symmetry.generators())
+
+
+@pytest.mark.parametrize(
+    "windows",
+    [
+        lambda y: y.as_strided((len(y), 3, 4, 5), (y.stride(0), 2 * y.stride(1), y.stride(1), y.stride(2))),
+        lambda y: y.unfold(1, 4, 2).transpose(2, 3),
+        lambda y: F.pad(y.transpose(1, 2), (2, 2), mode="reflect").transpose(1, 2)[:, :12].unflatten(1, (3, 4)),
+    ],
+    ids=["strided", "unfolded", "reflected"],
+)
+def test_heads_that_are_one_axis_with_the_batch_survive_windows(
+    windows: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """(Longformer's attention: overlapping windows of the memory of all heads.)"""
+
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        q, k = (windows((x @ w).view(2, 8, 3, 5).transpose(1, 2).reshape(6, 8, 5)) for w in (s.q, s.k))
+        return (q @ k.transpose(2, 3)).softmax(-1).reshape(2, 3, -1).transpose(1, 2) @ s.out
+
+    with torch.random.fork_rng():
+        model = Program(forward, {"q": par(4, 15), "k": par(4, 15), "out": par(3, 2)})
+        symmetry = infer(model, torch.randn(2, 8, 4))
+    assert sorted(g.size for g in symmetry.generators()) == [3, 5, 5, 5]
