@@ -275,8 +275,10 @@ def convolved(engine: Engine, x: Value, w: Value, options: Sequence[Any], size: 
         if not whole[k]:
             w = engine.pin_letters(w, set(w.axes[k + 2]), "position in a convolution kernel")
         else:
-            places = (f.labels.reshape(-1) for f in w.factors if set(f.letters) & set(w.axes[k + 2]))
-            engine.kernels += [(labels, engine.axes.where) for labels in places]
+            places = set(w.axes[k + 2])
+            engine.kernels += [
+                (f, places & set(f.letters), engine.axes.where) for f in w.factors if places & set(f.letters)
+            ]
     b, c, *space = x.shape
     x = engine.reshape(x, [b, groups, c // groups, *space])
     o, i, *kernel = w.shape

@@ -59,7 +59,7 @@ class Engine(Combine):
         self.refused = False
         self.fillings: list[_Join] = []
         self.joins: list[_Join] = []
-        self.kernels: list[tuple[np.ndarray, str]] = []
+        self.kernels: list[tuple[Factor, set[int], str]] = []
         self.resized: list[tuple[np.ndarray, np.ndarray, str]] = []
 
     def reshape(self, value: Value, shape: Sequence[int]) -> Value:
@@ -250,13 +250,12 @@ class Engine(Combine):
 
     def _settle_kernels(self, moving: np.ndarray) -> None:
         """Pin kernels over a whole axis, but for one of units, which all are positions of some parameter that is no kernel."""
-        own = {
-            self.axes.families[k].start for labels, _ in self.kernels for k in np.unique(self.axes.family_of[labels])
-        }
-        for labels, where in self.kernels:
-            if not self.axes.encloses(moving, moving[labels], own):
+        families = {k for f, _, _ in self.kernels for k in np.unique(self.axes.family_of[f.labels])}
+        own = {self.axes.families[k].start for k in families}
+        for f, places, where in self.kernels:
+            if not self.axes.encloses(moving, moving[f.labels.reshape(-1)], own):
                 self.axes.where = where
-                self.axes.pin(labels, "position in a convolution kernel")
+                self._pin_places(f, sorted(places), "position in a convolution kernel")
 
     def _beside(self, values: Sequence[Value], made: int) -> tuple[list[Value], list[Factor]]:
         """Factors that every operand of a stack has over the same letters with labels of its own, taken out and stacked.

@@ -84,6 +84,14 @@ class Letters:
             self.pin_factor(f, reason)
         return value if own and letter not in value.pinned else self.pin_letters(value, {letter}, reason)
 
+    def _pin_places(self, factor: Factor, letters: Sequence[int], reason: str) -> None:
+        """The coordinates of some letters stay; what else a factor is over (groups of channels) may move along with it."""
+        if len(letters) == len(factor.letters):
+            self.axes.pin(factor.labels, reason)
+        else:
+            self._mark_coordinates(factor, letters, reason)
+            self.axes.reasons.append((factor.labels.reshape(-1), reason, self.axes.where))
+
     def _mark_coordinates(self, factor: Factor, letters: Sequence[int], reason: str) -> None:
         shape = factor.labels.shape
         at = np.zeros(shape, np.int64)

@@ -135,6 +135,19 @@ def test_every_group_of_a_kernel_over_all_features_has_its_own_order():
     found(lambda: Program(heads, parts), "2 3x2", STEPS, MORE)
 
 
+@pytest.mark.parametrize(("groups", "expected"), [(4, "4"), (2, "2 2 2 2 2"), (1, "4 4")])
+@pytest.mark.parametrize("padded", [0, 2])
+def test_groups_of_a_kernel_over_the_whole_image_move(groups: int, expected: str, padded: int) -> None:
+    """(A global depthwise convolution.) Its places stay, in an order of their own in every group."""
+    parts: dict[str, Callable[[], Any]] = {
+        "a": lambda: nn.Conv2d(3, 4, 1),
+        "c": lambda: nn.Conv2d(4, 4, 6 + 2 * padded, groups=groups),
+        "out": lin(4, 2),
+    }
+    forward = lambda s, x: s.out(s.c(F.pad(s.a(x).relu(), [padded] * 4)).relu().flatten(1))  # noqa: E731
+    found(lambda: Program(forward, parts), expected, IMAGE)
+
+
 # ------------------------------------------------------------ gradients inside
 def _gradient(energy: Callable[[Any, torch.Tensor], torch.Tensor]) -> Callable[[Any, torch.Tensor], torch.Tensor]:
     def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
