@@ -83,4 +83,4 @@ def _views(node: fx.Node, reads: set[str]) -> tuple[list[int], bool]:
 
 def _selects(node: fx.Node, place: int) -> bool:
     """Whether a node takes the entry at some place."""
-    return node.target is aten.select.int and node.args[2] == place
+    return node.target is aten.select.int and bool(node.args[2] == place)

@@ -3,50 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from torch import fx
 
 from automerge.rules._axes import Unruled, settle_resized
 from automerge.rules._combine import Combine
 from automerge.rules._constants import Pattern, pattern, slice_classes
+from automerge.rules._operands import Join, filled, leads, own_orders
 from automerge.rules._value import Factor, Value, drop_constant, new_letter, plain, split_letter, spread
 
 MAX_BESIDE = 65_536
-
-
-@dataclass(frozen=True)
-class _Join:
-    """An operand of a join that stands beside coordinates.
-
-    Attributes:
-        labels: of its positions.
-        place: the axis, the lengths, which operands hold coordinates, and the number of this one.
-        node: the node that joins.
-        operand: the node that is joined.
-        where: for the report.
-    """
-
-    labels: np.ndarray
-    place: tuple[Any, ...]
-    node: fx.Node
-    operand: fx.Node
-    where: str
-
-
-def _leads(source: fx.Node, target: fx.Node) -> bool:
-    """Whether a node is computed from another one."""
-    todo, seen = [source], {source}
-    while todo:
-        for node in todo.pop().users:
-            if node is target:
-                return True
-            if node not in seen:
-                seen.add(node)
-                todo.append(node)
-    return False
 
 
 class Engine(Combine):
@@ -57,8 +25,8 @@ class Engine(Combine):
         super().__init__()
         self.states = states
         self.refused = False
-        self.fillings: list[_Join] = []
-        self.joins: list[_Join] = []
+        self.fillings: list[Join] = []
+        self.joins: list[Join] = []
         self.kernels: list[tuple[Factor, set[int], str]] = []
         self.resized: list[tuple[np.ndarray, np.ndarray, str]] = []
 
@@ -187,9 +155,10 @@ class Engine(Combine):
         inner = {c for a in own for c in a}
         total = sum(lengths)
         aligned, beside = self._beside(aligned, made) if total == len(lengths) else (aligned, [])
+        aligned, orders = own_orders(aligned, own)
         both = self.combine(aligned, wide, size)
         parts = [[f for f in both.factors if set(a) & set(f.letters)] for a in own]
-        filling = _filling(own, parts, both.pinned, coordinates)
+        filling = filled(own, parts, both.pinned, coordinates)
         if any(filling):
             fixed = {c for a, *which in zip(own, filling, coordinates, strict=True) if any(which) for c in a}
             loose = {c for a, fills in zip(own, filling, strict=True) if fills for c in a}
@@ -204,7 +173,7 @@ class Engine(Combine):
             place = (axis, tuple(lengths), tuple(coordinates))
             for i, mine in enumerate(parts):
                 if len(mine) == 1 and mine[0].letters == tuple(own[i]):
-                    join = _Join(mine[0].labels, (*place, i), node, same[i], self.axes.where)
+                    join = Join(mine[0].labels, (*place, i), node, same[i], self.axes.where)
                     (self.fillings if filling[i] and not fixed else self.joins).append(join)
         rest = [f for f in both.factors if not inner & set(f.letters)] + beside
         pinned = both.pinned - inner
@@ -214,11 +183,13 @@ class Engine(Combine):
         if not any(parts) and all(set(a) <= both.pinned for a in own) and len(set(seen)) == len(seen):
             return Value(axes_out, size_out, rest, pinned | {made}, chosen=both.chosen)
         joint = self._join_segments(both, own, parts, lengths, same, made)
-        if joint is not None and joint.letters == (made,) and self._all_fixed(joint.labels):
+        if joint is not None and not orders and joint.letters == (made,) and self._all_fixed(joint.labels):
             return Value(axes_out, size_out, rest, pinned | {made}, chosen=both.chosen)
         if joint is not None:
             rest.append(joint)
-        return Value(axes_out, size_out, rest, pinned, chosen=both.chosen)
+        out = Value(axes_out, size_out, rest, pinned, chosen=both.chosen)
+        inside = self._join_segments(both, own, [[f] for f in orders], lengths, same, made) if orders else None
+        return out if inside is None else self.combine([out, replace(out, factors=[inside])], axes_out, size_out)
 
     def settle_lengths(self) -> None:
         """Pin what only stands for units if their number is no length of the inputs: first states, kernels over all units.
@@ -242,7 +213,7 @@ class Engine(Combine):
         for start in self.fillings:
             numbers = moving[start.labels]
             later = (j for j in self.joins if j.place == start.place and np.array_equal(moving[j.labels], numbers))
-            if any(_leads(start.node, j.operand) for j in later) and self.axes.encloses(moving, numbers):
+            if any(leads(start.node, j.operand) for j in later) and self.axes.encloses(moving, numbers):
                 states.update(numbers.tolist())
         found = [np.isin(moving[start.labels], list(states)).all() for start in self.fillings]
         self.refused = not all(found)
@@ -380,21 +351,6 @@ class Engine(Combine):
             self.axes.edge(entries, rows)
             self.axes.edge(entries, columns)
         return [Factor(axes[k], labels) for k, labels in zip(found.axes, whole, strict=True)]
-
-
-def _filling(
-    own: Sequence[tuple[int, ...]], parts: Sequence[Sequence[Factor]], pinned: set[int], coordinates: Sequence[bool]
-) -> list[bool]:
-    """Which operands of a join are constants beside coordinates: on a longer input they are coordinates, too.
-
-    Args:
-        own: the letters that are joined, for every operand.
-        parts: its factors over them.
-        pinned: the pinned letters.
-        coordinates: whether some of what was joined to its letters is pinned.
-    """
-    beside = any(coordinates) or (not any(parts) and not all(own))
-    return [beside and bool(a) and not f and not pinned & set(a) for a, f in zip(own, parts, strict=True)]
 
 
 def _with_room(owner: np.ndarray, count: int) -> np.ndarray:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from automerge import infer
+from automerge.testing import assert_sound
 from tests.inference.networks_hostile import Program
 from tests.inference.test_found_networks import found, lin
 
@@ -219,3 +220,33 @@ def test_heads_that_are_one_axis_with_the_batch_survive_windows(
         model = Program(forward, {"q": par(4, 15), "k": par(4, 15), "out": par(3, 2)})
         symmetry = infer(model, torch.randn(2, 8, 4))
     assert sorted(g.size for g in symmetry.generators()) == [3, 5, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("read", "out", "expected"),
+    [
+        (lambda y: y.relu().flatten(1), 15, [2, 3, 3, 3, 3, 3, 3]),
+        (lambda y: y.softmax(2).flatten(1), 15, [2, 3, 3, 3, 3, 3, 3]),
+        (lambda y: y.sum(1), 3, [2, 3, 3]),
+        (lambda y: y.softmax(1).flatten(1), 15, [2, 3, 3]),
+        (lambda y: (y * y.flip(1)).sum(2), 5, None),
+    ],
+    ids=["apart", "normalised", "added", "compared", "turned round"],
+)
+def test_heads_that_are_joined_keep_an_order_each(
+    read: Callable[[Any], Any], out: int, expected: list[int] | None
+) -> None:
+    """(ConvBert joins heads of attention and heads of convolutions.) Three heads and two, of three dimensions."""
+
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        one = (x @ s.a).view(-1, 3, 3) * (x @ s.first)[..., None]
+        two = (x @ s.b).view(-1, 2, 3).tanh() * (x @ s.second)[..., None]
+        return read(torch.cat([one, two], 1)) @ s.out
+
+    parts = {"a": par(3, 9), "b": par(3, 6), "first": par(3, 3), "second": par(3, 2), "out": par(out, 2)}
+    with torch.random.fork_rng():
+        model = Program(forward, parts)
+        symmetry = infer(model, ROWS)
+    if expected is not None:
+        assert sorted(g.size for g in symmetry.generators()) == expected
+    assert_sound(model, ROWS, symmetry)
