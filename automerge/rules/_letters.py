@@ -86,7 +86,7 @@ class Letters:
 
     def _pin_places(self, factor: Factor, letters: Sequence[int], reason: str) -> None:
         """The coordinates of some letters stay; what else a factor is over (groups of channels) may move along with it."""
-        if len(letters) == len(factor.letters):
+        if len(letters) == len(factor.letters) or not factor.injective:
             self.axes.pin(factor.labels, reason)
         else:
             self._mark_coordinates(factor, letters, reason)
