@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from types import MethodType
+from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
+from automerge._derive import infer_graph
+from automerge._errors import InvarianceError, TraceError
+from automerge._verify import verify
+from automerge.rules import Analysis, analyse
 from automerge.symmetry import Symmetry
+from automerge.trace import trace
 
 _CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
@@ -46,9 +53,72 @@ def _partly(self: nn.Module, mode: bool = True) -> nn.Module:
     return self
 
 
-def keeps(larger: Symmetry, symmetry: Symmetry) -> bool:
-    """Whether a symmetry has as many elements as another, and moves more positions."""
-    return _order(larger) >= _order(symmetry) and _moving(larger) > _moving(symmetry)
+@dataclass(frozen=True, eq=False)
+class Training:
+    """What a pass added in which a model believes that it is trained.
+
+    Attributes:
+        symmetry: of that pass and the others.
+        graph: the pass.
+        names: the parameters that no other reads.
+    """
+
+    symmetry: Symmetry
+    graph: fx.GraphModule
+    names: tuple[str, ...]
+
+    @property
+    def note(self) -> str:
+        """For the report."""
+        more = f" and {len(self.names) - 1} more" if self.names[1:] else ""
+        return f"only training reads {self.names[0]}{more}: a pass in that mode was read, too"
+
+
+def with_training(
+    model: nn.Module,
+    args: Any,
+    kwargs: Mapping[str, Any] | None,
+    constants: Collection[str],
+    graphs: list[fx.GraphModule],
+    symmetry: Symmetry,
+    analysis: Analysis,
+    again: Callable[[list[fx.GraphModule]], tuple[Symmetry, Analysis]] = lambda graphs: infer_graph(*graphs),
+) -> Training | None:
+    """A symmetry with what only training reads, where there is such and nothing is lost by it.
+
+    Args:
+        model: the model.
+        args: its inputs.
+        kwargs: keyword inputs.
+        constants: as for `trace`.
+        graphs: the passes that were read.
+        symmetry: of these.
+        analysis: the same.
+        again: infers from several graphs.
+    """
+    missing = {n for n in symmetry.shapes if n not in analysis.states}
+    if not missing:
+        return None
+    try:
+        with trained(model):
+            graph = trace(model, args, kwargs, values=False, constants=constants)
+    except TraceError:
+        return None  # it wants targets, say
+    found = sorted(missing & set(analyse([graph]).states))
+    larger = again([*graphs, graph])[0] if found else symmetry
+    if _order(larger) < _order(symmetry) or _moving(larger) <= _moving(symmetry):
+        return None
+    return Training(larger, graph, tuple(found))
+
+
+def holds_in_training(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None, symmetry: Symmetry) -> bool:
+    """Whether verification passes in the mode of `trained`."""
+    try:
+        with trained(model):
+            verify(model, args, symmetry, kwargs)
+    except (InvarianceError, TraceError):
+        return False
+    return True
 
 
 def _order(symmetry: Symmetry) -> float:

@@ -6,12 +6,13 @@ import contextlib
 import time
 import warnings
 from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from automerge._auxiliary import keeps, trained
+from automerge._auxiliary import holds_in_training, with_training
 from automerge._derive import infer_graph, infer_recorded
 from automerge._diagnosis import OtherPathError
 from automerge._errors import InvarianceError, TraceError, UnknownOperatorError
@@ -80,9 +81,10 @@ def infer(
     graphs = [*recorded, *_reaching(model, args, kwargs, constants, symmetry, analysis, _by_data(graph), draws)]
     if len(graphs) > len(recorded):
         symmetry, analysis = _inferred(graphs, verify)
-    if auxiliary := _with_auxiliaries(model, args, kwargs, constants, symmetry, analysis, graphs, verify):
-        symmetry, graphs, note = auxiliary
-        notes.append(note)
+    found = with_training(model, args, kwargs, constants, graphs, symmetry, analysis, partial(_inferred, verify=verify))
+    if found is not None and (not verify or holds_in_training(model, args, kwargs, found.symmetry)):
+        symmetry, graphs = found.symmetry, [*graphs, found.graph]
+        notes.append(found.note)
     if verify:
         symmetry, outcome = _verified(model, args, kwargs, symmetry, graphs)
         notes += [check_replay(model, args, kwargs, recorded[-1]), None if outcome.reacted else str(outcome)]
@@ -112,35 +114,6 @@ def _recorded(
     with contextlib.suppress(TraceError):
         return [graph, trace(later, args, kwargs, values=False, constants=constants)], later
     return [graph], model
-
-
-def _with_auxiliaries(
-    model: nn.Module,
-    args: Any,
-    kwargs: Mapping[str, Any] | None,
-    constants: Collection[str],
-    symmetry: Symmetry,
-    analysis: Analysis,
-    graphs: list[fx.GraphModule],
-    verify: bool,
-) -> tuple[Symmetry, list[fx.GraphModule], str] | None:
-    """The symmetry with what only training reads (auxiliary heads), where nothing is lost by that; its graphs, and a note."""
-    missing = {n for n in symmetry.shapes if n not in analysis.states}
-    if not missing:
-        return None
-    with trained(model), contextlib.suppress(TraceError, InvarianceError):
-        graph = trace(model, args, kwargs, values=False, constants=constants)
-        found = sorted(missing & set(analyse([graph]).states))
-        if not found:
-            return None
-        larger, _ = _inferred([*graphs, graph], verify)
-        if not keeps(larger, symmetry):
-            return None
-        if verify:
-            check_symmetry(model, args, larger, kwargs)
-        more = f" and {len(found) - 1} more" if found[1:] else ""
-        return larger, [*graphs, graph], f"only training reads {found[0]}{more}: a pass in that mode was read, too"
-    return None
 
 
 def _check_rules(symmetry: Symmetry, strict: bool) -> None:

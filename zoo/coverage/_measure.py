@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from automerge._auxiliary import holds_in_training, with_training
 from automerge._derive import infer_graph
 from automerge._diagnosis import OtherPathError
 from automerge._errors import InvarianceError
@@ -142,18 +143,20 @@ def measure(library: str, name: str, elements: int = 2) -> Row:
     known, paths = list(row.notes), list[fx.GraphModule]()
     while True:
         try:
-            symmetry = _infer(row, case, paths)
+            symmetry, training = _infer(row, case, paths)
         except Exception as error:
             row.status, row.message = "failed", _text(error)
             return row
-        other = _verify(row, case, symmetry, elements)
+        other = _verify(row, case, symmetry, elements, training)
+        if training and row.error is not None and not holds_in_training(case.model, case.args, case.kwargs, symmetry):
+            row.error, row.message = None, "does not hold in the pass that training takes"
         if other is None or len(paths) == _MOST_PATHS:
-            return _scaled(row, case, symmetry, elements) if row.blind else row
+            return _scaled(row, case, symmetry, elements, training) if row.blind else row
         paths.append(other.graph)  # as `automerge.infer` does: again, to hold on both
         row.message, row.notes = "", [*known, short(f"inferred again: {str(other).partition(': ')[0]}")]
 
 
-def _scaled(row: Row, case: Case, symmetry: Symmetry, elements: int) -> Row:
+def _scaled(row: Row, case: Case, symmetry: Symmetry, elements: int, training: Sequence[str]) -> Row:
     """Verify again with scaled layers, until it is not blind; a wrong group is a failure, any other obstacle a note."""
     notes = list(row.notes)
     for kinds in (_MAPS, _MAPS + _NORMS):
@@ -161,7 +164,7 @@ def _scaled(row: Row, case: Case, symmetry: Symmetry, elements: int) -> Row:
         again = replace(
             row, error=None, blind=None, message="", notes=[*notes, "verified with layers scaled to unit output"]
         )
-        _verify(again, case, symmetry, elements)
+        _verify(again, case, symmetry, elements, training)
         if again.error is None and not again.message.startswith("InvarianceError"):
             return replace(row, notes=[*notes, f"with layers scaled to unit output: {again.message}"])
         row = again
@@ -170,10 +173,14 @@ def _scaled(row: Row, case: Case, symmetry: Symmetry, elements: int) -> Row:
     return row
 
 
-def _infer(row: Row, case: Case, paths: Sequence[fx.GraphModule]) -> Symmetry:
+def _infer(row: Row, case: Case, paths: Sequence[fx.GraphModule]) -> tuple[Symmetry, Sequence[str]]:
+    """The symmetry, and what only a pass reads that training takes."""
     with Peak() as peak:
         wall, cpu = time.perf_counter(), time.process_time()
-        symmetry, _ = infer_graph(trace(case.model, case.args, case.kwargs, values=False), *paths)
+        graphs = [trace(case.model, case.args, case.kwargs, values=False), *paths]
+        symmetry, analysis = infer_graph(*graphs)
+        found = with_training(case.model, case.args, case.kwargs, (), graphs, symmetry, analysis)
+        symmetry = symmetry if found is None else found.symmetry
         row.cpu_seconds, row.wall_seconds = time.process_time() - cpu, time.perf_counter() - wall
     row.memory = peak.bytes
     row.groups, row.modules, row.free = len(symmetry.sets), len(symmetry.exchanges), symmetry.free_share
@@ -182,11 +189,11 @@ def _infer(row: Row, case: Case, paths: Sequence[fx.GraphModule]) -> Symmetry:
         counts[pin.reason] += pin.count
     row.pins = [(short(reason), n) for reason, n in counts.most_common(6)]
     row.unruled = [short(u) for u in symmetry.unruled]
-    row.notes += [short(n) for n in symmetry.notes]
-    return symmetry
+    row.notes += [short(n) for n in (*symmetry.notes, *([found.note] if found else []))]
+    return symmetry, found.names if found else ()
 
 
-def _verify(row: Row, case: Case, symmetry: Symmetry, elements: int) -> OtherPathError | None:
+def _verify(row: Row, case: Case, symmetry: Symmetry, elements: int, unread: Sequence[str]) -> OtherPathError | None:
     """Fill in what verification gives; returns the error of groups that hold on the example's path only."""
     message = ""
     for args in (case.small, case.args):
@@ -201,24 +208,25 @@ def _verify(row: Row, case: Case, symmetry: Symmetry, elements: int) -> OtherPat
             message = f"verification: {_text(error)}"
             continue
         row.error, row.elements, row.randomised = outcome.error, outcome.elements, outcome.randomised
-        row.blind = _blind(case, args, symmetry)
+        row.blind = _blind(case, args, symmetry, unread)
         return None
     row.message = message
     return None
 
 
-def _blind(case: Case, args: Any, symmetry: Symmetry) -> bool | None:
+def _blind(case: Case, args: Any, symmetry: Symmetry, unread: Sequence[str] = ()) -> bool | None:
     """Whether a group that moves one parameter and leaves its partners passes verification as well.
 
     Signals of fresh networks can vanish on the way to the output. The first group with two parameters is broken; where
     that happens to be a symmetry as well (all partners alike), the next few are tried.
     """
     order = {name: i for i, name in enumerate(symmetry.shapes)}
-    tried = [g for g in symmetry.sets if len({s.param for s in g.slots}) > 1]
-    tried.sort(key=lambda g: min(order[s.param] for s in g.slots))
-    for generator in tried[:3]:
-        slot = min(generator.slots, key=lambda s: order[s.param])
-        wrong = replace(symmetry, sets=(Generator(generator.size, (slot,)),), exchanges=())
+    slots = [[s for s in g.slots if s.param not in unread] for g in symmetry.sets]
+    tried = [mine for mine in slots if len({s.param for s in mine}) > 1]
+    tried.sort(key=lambda mine: min(order[s.param] for s in mine))
+    for mine in tried[:3]:
+        slot = min(mine, key=lambda s: order[s.param])
+        wrong = replace(symmetry, sets=(Generator(len(slot.index), (slot,)),), exchanges=())
         outcome = verify(case.model, args, wrong, case.kwargs, elements=2, tolerance=float("inf"))
         if not outcome.error <= TOLERANCE:
             return False
