@@ -104,3 +104,19 @@ _PART_READS = {
     torch.nn.functional.ctc_loss: 2,
 }
 _WHOLE_READS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}
+
+
+def read_again(recorder: Any, before: fx.Node, after: fx.Node) -> None:
+    """What a pass leaves in a parameter has the order of that parameter, since the next pass reads it in its place.
+
+    So their difference is read, as one number that depends on no order; if anything is read of the parameter.
+    """
+    was, now = before.meta["val"], after.meta["val"]
+    if was.shape != now.shape or not (was.is_floating_point() or was.is_complex()):
+        return
+    change = recorder.emit(aten.sub.Tensor, (before, after), {}, now if now.is_meta else was - now)
+    total = recorder.emit(aten.sum.default, (change,), {}, change.meta["val"].sum())
+    for node in (change, total):
+        node.meta.update(module=after.meta["module"], source=after.meta["source"])
+    recorder.info.reads.append(total.name)
+    recorder.info.again[total.name] = before.meta["name"]

@@ -7,7 +7,7 @@ import keyword
 import operator
 import re
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -21,7 +21,7 @@ from automerge._aliases import Tracked, overlaps, read, shadow, write, writes
 from automerge._double import plainly
 from automerge._errors import TraceError
 from automerge._lazy_module import LazyModule
-from automerge._readers import tells, told
+from automerge._readers import read_again, tells, told
 from automerge._trace_info import TraceInfo, source_line
 from automerge._tree_io import map_tensors, tensors_of
 from automerge._unfilled import NeedsValues, followed, looks, unfilled, unwritten
@@ -53,6 +53,7 @@ class Recorder(TorchDispatchMode):
         self.tainted: set[fx.Node] = set()
         self.varying: set[fx.Node] = set()
         self.states: list[tuple[torch.Tensor, fx.Node]] = []
+        self.written: list[tuple[fx.Node, torch.Tensor]] = []
         self.kept: list[tuple[str, torch.Tensor, torch.Tensor, int]] = []
         self.buffers = {id(t): name for name, t in model.named_buffers()}
         attributes = (t for m in model.modules() for t in vars(m).values() if isinstance(t, torch.Tensor))
@@ -90,6 +91,7 @@ class Recorder(TorchDispatchMode):
             before = node.meta["val"]
             if tensor.numel() and before.data_ptr() != tensor.data_ptr() and before.shape == tensor.shape:
                 self.info.rewritten.append(node.meta["name"])
+                self.written.append((node, tensor))
                 with torch.no_grad():
                     tensor.detach().copy_(before)
         for name, tensor, value, version in self.kept:
@@ -97,6 +99,13 @@ class Recorder(TorchDispatchMode):
                 self.info.rewritten.append(name)
                 with torch.no_grad():
                     tensor.detach().copy_(value)
+
+    def note_replaced(self, own: Mapping[str, torch.Tensor], now: Mapping[str, torch.Tensor]) -> None:
+        """The forward pass put other tensors in the place of parameters or buffers."""
+        nodes = {node.meta["name"]: node for _, node in self.states}
+        for name in (n for n, tensor in own.items() if n in now and now[n] is not tensor and n in nodes):
+            self.info.rewritten.append(name)
+            self.written.append((nodes[name], now[name]))
 
     def keep(self, name: str, tensor: torch.Tensor, value: torch.Tensor) -> None:
         """Remember what a tensor that is no parameter held before the forward pass (a cache, a counter)."""
@@ -360,6 +369,8 @@ class Recorder(TorchDispatchMode):
             )
         with torch.no_grad():
             nodes = tuple(self.node_of(t) for t in outputs)
+            for node, tensor in self.written:
+                read_again(self, node, self.node_of(tensor))
         self.graph.output(nodes)
         self.info.outputs = len(nodes)
         module = (fx.GraphModule if self.values and self.compute else LazyModule)(self.root, self.graph)

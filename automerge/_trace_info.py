@@ -24,6 +24,7 @@ class TraceInfo:
         outputs: the number of output tensors.
         data_dependent: where a python value was read from a tensor that depends on inputs or parameters.
         reads: nodes whose values python read (``.item()``, ``.tolist()``, ``if tensor``); they must not change either.
+        again: those of them that are the change of a parameter that the pass writes to -> its state-dict name.
         rewritten: state-dict names that the forward pass writes to (they are put back).
         unknown: places where a tensor of unknown provenance entered (treated as a constant).
         unregistered: places where one of them is a parameter, which the state dict does not hold.
@@ -39,6 +40,7 @@ class TraceInfo:
     outputs: int = 0
     data_dependent: list[str] = field(default_factory=list)
     reads: list[str] = field(default_factory=list)
+    again: dict[str, str] = field(default_factory=dict)
     rewritten: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     unregistered: list[str] = field(default_factory=list)

@@ -100,15 +100,13 @@ def trace(
 def _recorded(model: nn.Module, positional: Any, keywords: Any, recorder: Recorder) -> fx.GraphModule:
     """One run of a model under a recorder."""
     positional, keywords = recorder.add_inputs(positional, keywords)
-    own = dict(model.named_parameters(remove_duplicate=False))
+    own = _tensors(model)
     # what the model draws is not the caller's
     with prepared(model) as before, recorder.watch_modules(), releasing(_LARGE), forked():
         try:
             with torch.no_grad(), opaque_modules(recorder, model), recorder, Readers(recorder):
                 result = model(*positional, **keywords)
             recorder.info.carried += _carried(before, recorder)
-            now = dict(model.named_parameters(remove_duplicate=False))
-            recorder.info.rewritten += [name for name, p in own.items() if name in now and now[name] is not p]
         except TraceError:
             raise
         except Exception as error:
@@ -120,7 +118,12 @@ def _recorded(model: nn.Module, positional: Any, keywords: Any, recorder: Record
             ) from error
         finally:
             recorder.restore()
+        recorder.note_replaced(own, _tensors(model))
     return recorder.finish(result)
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(itertools.chain(*(of(remove_duplicate=False) for of in (model.named_parameters, model.named_buffers))))
 
 
 def _carried(before: Before, recorder: Recorder) -> list[str]:

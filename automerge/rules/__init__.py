@@ -36,7 +36,7 @@ from automerge.rules._dispatch import without_dispatch
 from automerge.rules._engine import Engine
 from automerge.rules._exact import entries, in_double, told_apart
 from automerge.rules._movement import all_border
-from automerge.rules._nodes import choosing_none, counted, is_constant, is_state, liveness, sizing, viewed
+from automerge.rules._nodes import choosing_none, counted, is_constant, is_state, lasting, liveness, sizing, viewed
 from automerge.rules._parameters import Splits, parameter, share
 from automerge.rules._reads import unread
 from automerge.rules._registry import (
@@ -144,15 +144,15 @@ class _Run:
         self.veiled: set[fx.Node] = set()
         self.statistics: list[Value] = []
         info = graph.meta["trace"]
-        self.reads = [n for n in graph.graph.nodes if n.name in info.reads]
+        self.reads = [n for n in graph.graph.nodes if n.name in info.reads and n.name not in info.again]
         self.none = choosing_none(graph)
-        self.live, self.used = liveness(graph, self.reads, self.none)
+        self.live, self.used = lasting(graph, self.reads, self.none)
         shaped = [(n, counted(node)) for node in graph.graph.nodes if node not in self.live for n in sizing(node)]
         self.counted = [n for n, alike in shaped if alike]
         if shaped:
             self.reads += [n for n, alike in shaped if not alike]
-            self.live, self.used = liveness(graph, self.reads + self.counted, self.none)
-        self.seen = liveness(graph, self.reads + self.counted)[0] if self.none else self.live
+            self.live, self.used = lasting(graph, self.reads + self.counted, self.none)
+        self.seen = lasting(graph, self.reads + self.counted)[0] if self.none else self.live
 
     def run(self) -> None:
         for node in self.graph.graph.nodes:

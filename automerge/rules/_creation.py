@@ -21,6 +21,12 @@ def filled(context: Context, *args: Any, **__: Any) -> Value:
     return plain(context.shape)
 
 
+@rule("_new_zeros_with_same_feature_meta", carries=True)  # tangents of `torch.func.jvp`
+def blank(context: Context, *_: Any, **__: Any) -> Value:
+    """Zeros, whatever the operands hold."""
+    return plain(context.shape)
+
+
 @rule("rand_like", "randn_like", "randint_like", "rand", "randn", "randint", "randperm", carries=True)
 def noise(context: Context, *_: Any, **__: Any) -> Value:
     """Random numbers: every position has its own."""

@@ -86,6 +86,16 @@ def choosing_none(graph: fx.GraphModule) -> set[fx.Node]:
     return {other for node in chosen for other in nx.node_connected_component(met, node)}
 
 
+def lasting(
+    graph: fx.GraphModule, reads: Sequence[fx.Node], none: Collection[fx.Node] = ()
+) -> tuple[set[fx.Node], dict[fx.Node, set[int]]]:
+    """`liveness` over this pass and later ones, which read what this one leaves in the parameters."""
+    found, again = liveness(graph, reads, none), 0
+    while again != (again := len(later := later_reads(graph, found[0]))):
+        found = liveness(graph, [*reads, *later], none)
+    return found
+
+
 def liveness(
     graph: fx.GraphModule, reads: Sequence[fx.Node], none: Collection[fx.Node] = ()
 ) -> tuple[set[fx.Node], dict[fx.Node, set[int]]]:
@@ -110,6 +120,16 @@ def liveness(
             used.setdefault(node.args[0], set()).add(node.args[1])
         todo += node.all_input_nodes
     return live, used
+
+
+def later_reads(graph: fx.GraphModule, live: Collection[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """What the next pass reads in the place of parameters that this one writes to: node of the change -> placeholder.
+
+    Only of parameters among the given nodes: of the others no pass reads anything.
+    """
+    again = graph.meta["trace"].again
+    own = {n.meta["name"]: n for n in live if n.op == "placeholder"} if again else {}
+    return {n: own[again[n.name]] for n in graph.graph.nodes if again.get(n.name) in own}
 
 
 def viewed(node: fx.Node) -> list[fx.Node]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from automerge.rules._nodes import aten_names, schema_name
+from automerge.rules._nodes import aten_names, later_reads, schema_name
 
 _CUTTING = aten_names(
     *("slice", "select", "index", "index_select", "embedding", "narrow", "split", "split_with_sizes", "unbind"),
@@ -69,10 +69,7 @@ def unread(
     cuts = {n for n in nodes if _cuts(n, constant) or (n in own and _selects(n, constant))}
     if not cuts:
         return {}
-    back = _Back(cuts, own, constant, live, {})
-    for node in reversed(nodes):
-        if node not in constant and node not in looked:
-            back.visit(node)
+    back = _followed(_Back(cuts, own, constant, live, {}), [n for n in nodes if n not in constant], looked, graph)
     tables: set[fx.Node] = set()  # parameters that are cut themselves
     for node in reversed(nodes):
         if any(u in own and (u in cuts or u in tables) for u in node.users):
@@ -82,6 +79,26 @@ def unread(
         if node.op == "placeholder" and node in own and (node in tables or bool(mask.any())):
             out[node.meta["name"]] = ~mask.numpy()
     return dict(sorted(out.items()))
+
+
+def _followed(back: _Back, nodes: Sequence[fx.Node], looked: Collection[fx.Node], graph: fx.GraphModule) -> _Back:
+    """What is needed of every node, over this pass and later ones.
+
+    A later pass reads what this one leaves in a parameter where this one reads the parameter: at no entry at first, and
+    at those that were found until there are no more.
+    """
+    changes = {total.all_input_nodes[0]: own for total, own in later_reads(graph, back.live).items()}
+    needed = {change: torch.zeros(own.meta["val"].shape, dtype=torch.bool) for change, own in changes.items()}
+    while True:
+        back.needed.clear()
+        back.needed.update(needed)
+        for node in reversed(nodes):
+            if node not in looked and node not in changes:
+                back.visit(node)
+        found = {change: back.all_of(own) for change, own in changes.items()}
+        if all(torch.equal(found[change], needed[change]) for change in changes):
+            return back
+        needed = found
 
 
 def _cuts(node: fx.Node, constant: Collection[fx.Node]) -> bool:
@@ -150,11 +167,13 @@ class _Back:
         return torch.ones(node.meta["val"].shape, dtype=torch.bool) if found is None else found
 
     def asked(self, user: fx.Node, node: fx.Node) -> Any:
-        """Which entries of a node its user needs; True for all."""
+        """Which entries of a node its user needs; True for all, False for none."""
         name = schema_name(user)
         if name in _PIECES and user not in self.needed:
             return True
         needed = self.all_of(user)
+        if torch.is_tensor(needed) and not bool(needed.any()):
+            return False
         try:
             if name in SAME or torch.Tag.pointwise in getattr(user.target, "tags", ()):
                 return needed.float().sum_to_size(tuple(node.meta["val"].shape)) > 0

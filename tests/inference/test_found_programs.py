@@ -250,3 +250,13 @@ def test_heads_that_are_joined_keep_an_order_each(
     if expected is not None:
         assert sorted(g.size for g in symmetry.generators()) == expected
     assert_sound(model, ROWS, symmetry)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_tangents_of_a_function_have_a_rule() -> None:
+    def forward(s: Any, x: torch.Tensor) -> Any:
+        return torch.func.jvp(lambda z: s.b(s.a(torch.cat([z, z.new_ones(len(z), 1)], 1)).tanh()), (x,), (x.cos(),))
+
+    symmetry = infer(Program(forward, {"a": lin(5, 6), "b": lin(6, 4)}), torch.randn(3, 4))
+    assert [g.size for g in symmetry.generators()] == [6]
+    assert not symmetry.unruled
