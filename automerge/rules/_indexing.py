@@ -77,18 +77,39 @@ def embedding_renorm(context: Context, weight: Value, index: Value, *_: Any) -> 
     return normalised(engine, weight, [1])
 
 
-@rule("_embedding_bag", "_embedding_bag_forward_only")
+@rule("_embedding_bag", "_embedding_bag_forward_only", carries=True)
 def embedding_bag(
-    context: Context, weight: Value, index: Value, offsets: Value, *args: Any
+    context: Context,
+    weight: Value,
+    index: Value,
+    offsets: Value,
+    _by_count: bool = False,
+    _mode: int = 0,
+    _sparse: bool = False,
+    scale: Value | None = None,
+    _last: bool = False,
+    ignored: int = -1,
 ) -> tuple[Value | None, ...]:
-    engine = context.engine
-    for v in (index, offsets, *(a for a in args if isinstance(a, Value))):
+    engine, count = context.engine, context.out(0).shape[0]
+    others = (plain(context.out(i).shape, pinned=True) for i in range(1, 4))
+    weight, scales = weight.settle(), [] if scale is None else [scale.settle()]
+    if _equal_bags(constant_index(offsets), index.shape[0], count) and ignored < 0:
+        bags = (count, index.shape[0] // count)
+        rows = looked_up(engine, weight, 0, engine.reshape(index, bags).carry(index), "index into an embedding")
+        rows = engine.elementwise([rows.settle(), *(engine.reshape(s, (*bags, 1)) for s in scales)])
+        return (without_axis(engine.reduce(rows, set(rows.axes[1])), 1), *others)
+    for v in (index.settle(), offsets.settle(), *scales):
         engine.pin_all(v, "index into an embedding")
     weight = engine.pin_letters(weight, set(weight.axes[0]), "index into an embedding")
     rest = engine.reduce(weight, set(weight.axes[0]))
-    bags = plain([context.out(0).shape[0]], pinned=True)
-    out = Value((bags.axes[0], rest.axes[1]), rest.size | bags.size, rest.factors, rest.pinned | bags.pinned)
-    return (out, *(plain(context.out(i).shape, pinned=True) for i in range(1, 4)))
+    bags_of = plain([count], pinned=True)
+    out = Value((bags_of.axes[0], rest.axes[1]), rest.size | bags_of.size, rest.factors, rest.pinned | bags_of.pinned)
+    return (out, *others)
+
+
+def _equal_bags(starts: np.ndarray | None, total: int, count: int) -> bool:
+    """Whether some bags are rows of a matrix, so that what holds for a sum over rows of a table holds for them."""
+    return starts is not None and count > 0 and np.array_equal(starts[:count] * count, np.arange(count) * total)
 
 
 @rule("index_select", carries=True)

@@ -252,7 +252,9 @@ def sampled(d: Draw, dims: int) -> Case:
 
 def bags(d: Draw) -> Case:
     v, e = d.n(3, 4), d.n()
-    return call(p(v, e), ints(v, 5), I(lambda rng: torch.tensor([0, 2, 3])), False, d.pick(0, 1), outs=(0,))
+    starts = d.pick([0, 2, 3], [0, 2, 4])
+    scale = (d.pick(0, 1),) if starts[2] == 3 else (0, False, p(6))
+    return call(p(v, e), ints(v, 6), I(lambda rng: torch.tensor(starts)), False, *scale, outs=(0,))
 
 
 TABLE: dict[str, Callable[[Draw], Case]] = {

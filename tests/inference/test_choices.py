@@ -375,3 +375,30 @@ def test_heads_that_overwrite_each_other_stay():
 
     found = sorted(g.size for g in infer(Headed(route), X).generators())
     assert found == sorted([COUNT, WIDTH, *[HIDDEN] * COUNT])
+
+
+class ProductKeys(nn.Module):
+    """Two heads look their values up by pairs of keys, and `EmbeddingBag` sums over the chosen ones of all heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.query, self.out = nn.Linear(3, 6), nn.Linear(6, 2 * 8), nn.Linear(6, 2)
+        self.keys = nn.Parameter(torch.randn(2, 2, 4, 4))
+        self.values = nn.EmbeddingBag(16, 6, mode="sum")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inp(x)
+        q = self.query(x).view(len(x), 2, 2, 4)
+        scores, places = torch.einsum("bhpd,hpnd->bhpn", q, self.keys).topk(2, -1)
+        both = (scores[:, :, 0, :, None] + scores[:, :, 1, None]).flatten(-2)
+        at = (places[:, :, 0, :, None] * 4 + places[:, :, 1, None]).flatten(-2)
+        best, which = both.topk(2, -1)
+        at = at.gather(-1, which)
+        return self.out(x + self.values(at.flatten(1), per_sample_weights=best.softmax(-1).flatten(1)))
+
+
+def test_the_heads_of_a_memory_with_bags_are_interchangeable() -> None:
+    symmetry = infer(ProductKeys(), torch.randn(5, 3))
+    heads = next(g for g in symmetry.generators() if any((s.param, s.axis) == ("keys", 0) for s in g.slots))
+    assert heads.size == 2
+    assert {(s.param, s.axis) for s in heads.slots} == {("keys", 0), ("query.weight", 0), ("query.bias", 0)}
