@@ -11,7 +11,7 @@ from automerge.rules._engine import Engine
 from automerge.rules._reduction import axes_of, fits
 from automerge.rules._registry import Context, rule
 from automerge.rules._unsorted import order_matters
-from automerge.rules._value import Value, plain
+from automerge.rules._value import Factor, Value, plain
 
 
 @rule("sort", "topk", "argsort", "msort")
@@ -42,12 +42,20 @@ def sort(context: Context, x: Value, *args: Any, **kwargs: Any) -> Any:
 
 
 def pointing(engine: Engine, x: Value, axis: int, reason: str) -> tuple[Value, np.ndarray | None]:
-    """The labels of an axis whose positions an index will name; the axis is pinned where it has no labels of its own."""
+    """The labels of an axis whose positions an index will name; the axis is pinned where it has no labels.
+
+    Where it has an order for every position of other axes (the classes of several categorical variables), they share one
+    from there on.
+    """
     x, letter = engine.merge_axis(x, axis)
-    mine = x.touching(letter) if letter is not None else []
-    free = letter is not None and letter not in x.pinned and len(mine) == 1 and mine[0].letters == (letter,)
-    if free and engine.axes.injective(mine[0].labels):
-        return x, mine[0].labels
+    mine = x.touching(letter) if letter is not None and letter not in x.pinned else []
+    alone = [f for f in mine if f.letters == (letter,)]
+    if letter is not None and mine and not alone:
+        common = Factor((letter,), engine.axes.fresh((x.size[letter],)))
+        axes = tuple((letter,) if k == axis else () for k in range(len(x.axes)))
+        return engine.elementwise([x, Value(axes, {letter: x.size[letter]}, [common])]), common.labels
+    if len(alone) == 1 and engine.axes.injective(alone[0].labels):
+        return x, alone[0].labels
     return engine.pin_letters(x, set(x.axes[axis]), reason), None
 
 

@@ -323,6 +323,7 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     "zeros_like ones_like zero": lambda d: call(P(d.shape()), plus=True),
     "full_like fill": lambda d: call(P(d.shape()), 2.0, plus=True),
     "new_zeros new_ones": lambda d: call(P(d.shape()), list(d.shape()), plus=True),
+    "_new_zeros_with_same_feature_meta": lambda d: (lambda s: call(P(s), P(s), plus=True))(d.shape()),
     "new_full": lambda d: call(P(d.shape()), list(d.shape()), 0.5, plus=True),
     "zeros ones": lambda d: call(list(d.shape()), dtype=torch.float64, plus=True),
     "full": lambda d: call(list(d.shape()), 0.5, dtype=torch.float64, plus=True),

@@ -402,3 +402,37 @@ def test_the_heads_of_a_memory_with_bags_are_interchangeable() -> None:
     heads = next(g for g in symmetry.generators() if any((s.param, s.axis) == ("keys", 0) for s in g.slots))
     assert heads.size == 2
     assert {(s.param, s.axis) for s in heads.slots} == {("keys", 0), ("query.weight", 0), ("query.bias", 0)}
+
+
+# ------------------------------------------------------------ one of several classes, for each of several variables
+def _one_hot(p: Tensor) -> Tensor:
+    return F.one_hot(p.argmax(-1), 4).to(p)
+
+
+def _scattered(p: Tensor) -> Tensor:
+    return torch.zeros_like(p).scatter_(-1, p.argmax(-1, keepdim=True), 1.0)
+
+
+def _largest(p: Tensor) -> Tensor:
+    return torch.zeros_like(p).scatter(-1, p.topk(2, -1).indices, 1.0)
+
+
+@pytest.mark.parametrize("hard", [_one_hot, _scattered, _largest])
+@pytest.mark.parametrize("through", [False, True])
+def test_the_classes_of_several_variables_have_one_order(hard: Callable[[Tensor], Tensor], through: bool) -> None:
+    """(Each could have an order of its own; the variables are interchangeable.)"""
+
+    class Categorical(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inp, self.out = nn.Linear(5, 12), nn.Linear(12, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            p = self.inp(x).unflatten(1, (3, 4)).softmax(-1)
+            h = hard(p)
+            return self.out((h + p - p.detach() if through else h).flatten(1))
+
+    net, x = Categorical(), torch.randn(6, 5)
+    symmetry = infer(net, x)
+    assert sorted(g.size for g in symmetry.generators()) == [3, 4]
+    assert_sound(net, x, symmetry)
