@@ -7,7 +7,7 @@ import keyword
 import operator
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -53,7 +53,9 @@ class Recorder(TorchDispatchMode):
         self.tainted: set[fx.Node] = set()
         self.varying: set[fx.Node] = set()
         self.states: list[tuple[torch.Tensor, fx.Node]] = []
-        self.written: list[tuple[fx.Node, torch.Tensor]] = []
+        self.outputs: tuple[fx.Node, ...] | None = None  # of the first of several passes
+        self.after: list[tuple[fx.Node, fx.Node]] = []  # parameters and what is left in them
+        self.replaced: list[str] = []
         self.kept: list[tuple[str, torch.Tensor, torch.Tensor, int]] = []
         self.buffers = {id(t): name for name, t in model.named_buffers()}
         attributes = (t for m in model.modules() for t in vars(m).values() if isinstance(t, torch.Tensor))
@@ -91,7 +93,6 @@ class Recorder(TorchDispatchMode):
             before = node.meta["val"]
             if tensor.numel() and before.data_ptr() != tensor.data_ptr() and before.shape == tensor.shape:
                 self.info.rewritten.append(node.meta["name"])
-                self.written.append((node, tensor))
                 with torch.no_grad():
                     tensor.detach().copy_(before)
         for name, tensor, value, version in self.kept:
@@ -99,13 +100,7 @@ class Recorder(TorchDispatchMode):
                 self.info.rewritten.append(name)
                 with torch.no_grad():
                     tensor.detach().copy_(value)
-
-    def note_replaced(self, own: Mapping[str, torch.Tensor], now: Mapping[str, torch.Tensor]) -> None:
-        """The forward pass put other tensors in the place of parameters or buffers."""
-        nodes = {node.meta["name"]: node for _, node in self.states}
-        for name in (n for n, tensor in own.items() if n in now and now[n] is not tensor and n in nodes):
-            self.info.rewritten.append(name)
-            self.written.append((nodes[name], now[name]))
+        self.info.rewritten += self.replaced
 
     def keep(self, name: str, tensor: torch.Tensor, value: torch.Tensor) -> None:
         """Remember what a tensor that is no parameter held before the forward pass (a cache, a counter)."""
@@ -368,9 +363,9 @@ class Recorder(TorchDispatchMode):
                 "nothing shows how the model works; give inputs with at least one row"
             )
         with torch.no_grad():
-            nodes = tuple(self.node_of(t) for t in outputs)
-            for node, tensor in self.written:
-                read_again(self, node, self.node_of(tensor))
+            nodes = tuple(map(self.node_of, outputs)) if self.outputs is None else self.outputs
+            for node, after in self.after:
+                read_again(self, node, after)
         self.graph.output(nodes)
         self.info.outputs = len(nodes)
         module = (fx.GraphModule if self.values and self.compute else LazyModule)(self.root, self.graph)

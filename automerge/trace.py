@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from automerge._errors import TraceError
 from automerge._machine import releasing
 from automerge._opaque import opaque_modules
+from automerge._passes import add_further, end_first
 from automerge._random import forked
 from automerge._readers import Readers
 from automerge._recorder import NO_NESTED, Recorder
@@ -100,12 +101,14 @@ def trace(
 def _recorded(model: nn.Module, positional: Any, keywords: Any, recorder: Recorder) -> fx.GraphModule:
     """One run of a model under a recorder."""
     positional, keywords = recorder.add_inputs(positional, keywords)
-    own = _tensors(model)
     # what the model draws is not the caller's
     with prepared(model) as before, recorder.watch_modules(), releasing(_LARGE), forked():
         try:
-            with torch.no_grad(), opaque_modules(recorder, model), recorder, Readers(recorder):
-                result = model(*positional, **keywords)
+            with torch.no_grad(), opaque_modules(recorder, model):
+                with recorder, Readers(recorder):
+                    result = model(*positional, **keywords)
+                if end_first(recorder, model, result):
+                    add_further(recorder, model, positional, keywords)
             recorder.info.carried += _carried(before, recorder)
         except TraceError:
             raise
@@ -118,12 +121,7 @@ def _recorded(model: nn.Module, positional: Any, keywords: Any, recorder: Record
             ) from error
         finally:
             recorder.restore()
-        recorder.note_replaced(own, _tensors(model))
     return recorder.finish(result)
-
-
-def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    return dict(itertools.chain(*(of(remove_duplicate=False) for of in (model.named_parameters, model.named_buffers))))
 
 
 def _carried(before: Before, recorder: Recorder) -> list[str]:

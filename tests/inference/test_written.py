@@ -100,6 +100,58 @@ class Tallied(nn.Module):
         return self.out(h.relu())
 
 
+class Recurrent(nn.Module):
+    """A state that is kept between calls; zeros at first, or none."""
+
+    def __init__(self, first: str) -> None:
+        super().__init__()
+        self.a, self.out, self.first = nn.Linear(5, 6), nn.Linear(7, 2), first
+        self.cell = (nn.LSTM if first == "none" else nn.GRUCell)(6, 7)
+        self.h: Any = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.first == "none":
+            y, self.h = self.cell(self.a(x)[None], self.h)
+            return self.out(y[0])
+        h = x.new_zeros(len(x), 7) if self.h is None else self.h["last"][-1]
+        self.h = {"last": [self.cell(self.a(x), h)]}
+        return self.out(self.h["last"][-1])
+
+
+class Spiking(nn.Module):
+    """Membranes and spikes of the last step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.r, self.out = nn.Linear(5, 6), nn.Linear(6, 6, bias=False), nn.Linear(6, 2)
+        self.decay = nn.Parameter(torch.rand(6))
+        self.membrane: Any = 0.0
+        self.spikes: Any = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.membrane = self.decay * self.membrane + self.a(x) + (0 if self.spikes is None else self.r(self.spikes))
+        self.spikes = (self.membrane > 0.1).to(x)
+        return self.out(self.membrane)
+
+
+class Outside(nn.Module):
+    """A buffer outside the state dict that is bound anew, or written to."""
+
+    def __init__(self, bound: bool) -> None:
+        super().__init__()
+        self.a, self.out, self.bound = nn.Linear(5, 6), nn.Linear(6, 2), bound
+        self.r = nn.Parameter(torch.randn(6, 6))
+        self.register_buffer("h", torch.zeros(6), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x) + self.h.to(x) @ self.r.T
+        if self.bound:
+            self.h = y.mean(0).tanh()
+        else:
+            self.h.copy_(y.mean(0).tanh())
+        return self.out(y.relu())
+
+
 def change(make: Callable[[], nn.Module], symmetry: Symmetry, passes: int = 3) -> float:
     """The largest relative difference that a random element makes in any of several passes."""
     torch.manual_seed(1)
@@ -122,6 +174,11 @@ def change(make: Callable[[], nn.Module], symmetry: Symmetry, passes: int = 3) -
         (Queue, [6], {"queue"}),
         (Shifted, [], set()),
         (Tallied, [6], set()),
+        (lambda: Recurrent("zeros"), [6, 7], set()),
+        (lambda: Recurrent("none"), [6, 7], set()),
+        (Spiking, [6], set()),
+        (lambda: Outside(True), [6], set()),
+        (lambda: Outside(False), [6], set()),
     ],
 )
 def test_the_groups_hold_for_several_passes(
@@ -140,3 +197,38 @@ def test_the_recorded_graph_tells_the_change_of_a_parameter() -> None:
     assert info.rewritten == ["mean", "slow"]
     assert sorted(info.again.values()) == ["mean", "slow"]
     assert set(info.again) <= set(info.reads)
+
+
+class Remembering(nn.Module):
+    """What is kept for a look at it is no state; a cache may have no room for another pass."""
+
+    def __init__(self, room: int = 0) -> None:
+        super().__init__()
+        self.a, self.b, self.out = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.room, self.kept = room, []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x).relu()
+        if self.room:
+            if len(self.kept) == self.room:
+                raise ValueError("full")
+            h = sum(self.kept, h)
+        self.kept.append(self.b(h).tanh())
+        return self.out(self.kept[-1])
+
+
+@pytest.mark.parametrize("room", [0, 1])
+def test_a_further_pass_that_reads_nothing_or_fails_leaves_nothing(room: int) -> None:
+    net = Remembering(room)
+    graph = trace(net, X)
+    once = sum(n.target is torch.ops.aten.addmm.default for n in graph.graph.nodes)
+    assert once == 3
+    assert not graph.meta["trace"].reads
+    assert not net.kept
+    assert sorted(g.size for g in infer(net, X).generators()) == [6, 6]
+
+
+def test_a_state_is_recorded_for_two_passes() -> None:
+    graph = trace(Remembering(2), X)
+    assert sum(n.target is torch.ops.aten.addmm.default for n in graph.graph.nodes) == 6
+    assert sorted(g.size for g in infer(Remembering(2), X).generators()) == [6]
