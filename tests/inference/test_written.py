@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from automerge import Symmetry, infer
+from automerge import Generator, InvarianceError, Slot, Symmetry, infer, verify
 from automerge.trace import trace
 
 X = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
@@ -232,3 +234,19 @@ def test_a_state_is_recorded_for_two_passes() -> None:
     graph = trace(Remembering(2), X)
     assert sum(n.target is torch.ops.aten.addmm.default for n in graph.graph.nodes) == 6
     assert sorted(g.size for g in infer(Remembering(2), X).generators()) == [6]
+
+
+@pytest.mark.parametrize(
+    ("make", "wrong"),
+    [
+        (lambda: Recurrent("zeros"), [Generator(7, (Slot("cell.weight_hh", 1, np.arange(7)[:, None]),))]),
+        (Codes, [Generator(6, (Slot("total", 0, np.arange(6)[:, None]),))]),
+    ],
+)
+def test_verification_looks_at_a_further_pass(make: Callable[[], nn.Module], wrong: list[Generator]) -> None:
+    torch.manual_seed(0)
+    net = make()
+    right = infer(net, X)
+    assert verify(net, X, right).error < 1e-9
+    with pytest.raises(InvarianceError):
+        verify(net, X, replace(right, sets=tuple(wrong)))
