@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from automerge._readers import Readers
 from automerge._recorder import Recorder
+from automerge._restoring import kept_tensors
 from automerge._tree_io import tensors_of
 
 
@@ -26,8 +27,8 @@ def end_first(recorder: Recorder, model: nn.Module, result: Any) -> bool:
     now = _end(recorder, model)
     recorder.replaced += [n.meta["name"] for t, n in recorder.states if now.get(n.meta["name"], t) is not t]
     own = {id(t) for t in now.values()} - {id(t) for m in model.modules() for t in _volatile(m)}
-    held = tensors_of([vars(module) for module in model.modules()])
-    return any(_computed(recorder, recorder.node_of(t)) for t in held if id(t) not in own and recorder.knows(t))
+    held = (t for t in kept_tensors(model) if id(t) not in own and recorder.knows(t))
+    return any(_computed(recorder, recorder.node_of(t)) for t in held)
 
 
 def add_further(recorder: Recorder, model: nn.Module, args: Any, kwargs: Any) -> None:

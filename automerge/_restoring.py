@@ -13,8 +13,11 @@ import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from automerge._tree_io import tensors_of
+
 _CONTAINERS = (list, dict, set)
 _PLAIN = (list, dict, set, OrderedDict)
+_BARE = frozenset(vars(nn.Module())) - {"_buffers"}
 _UNTOUCHED = (torch.jit.ScriptModule, LazyModuleMixin)
 
 
@@ -64,6 +67,11 @@ def replaced(before: Before) -> Iterator[tuple[str, Any]]:
                     yield ".".join(filter(None, (path, str(key) if name == "_buffers" else name))), old
             elif new is not kept.attributes[name] or not _same(new, held):
                 yield f"{path}.{name}" if path else name, held
+
+
+def kept_tensors(model: nn.Module) -> list[torch.Tensor]:
+    """The buffers of all modules inside, and the tensors in whatever else a program binds to them; no parameters."""
+    return tensors_of([v for m in model.modules() for k, v in vars(m).items() if k not in _BARE])
 
 
 def lent(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

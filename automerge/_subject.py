@@ -14,6 +14,7 @@ from automerge._copies import copied
 from automerge._double import Calibrate, Double, double_precision, widen
 from automerge._errors import TraceError
 from automerge._random import forked
+from automerge._restoring import kept_tensors
 from automerge._tree_io import map_tensors, tensors_of
 from automerge.groups import Element
 from automerge.symmetry import Symmetry
@@ -266,8 +267,7 @@ class Subject:
 
 def _held(model: nn.Module) -> list[tuple[torch.Tensor, int]]:
     """The tensors that the modules hold, and how often each was written to."""
-    held = tensors_of([vars(module) for module in model.modules()])
-    return [(t, 0 if t.is_inference() else t._version) for t in held]
+    return [(t, 0 if t.is_inference() else t._version) for t in kept_tensors(model)]
 
 
 def _numbers(held: list[tuple[torch.Tensor, int]]) -> list[tuple[int, int]]:
