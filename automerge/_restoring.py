@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
-
-from automerge._tree_io import tensors_of
+from torch.utils._pytree import tree_leaves
 
 _CONTAINERS = (list, dict, set)
 _PLAIN = (list, dict, set, OrderedDict)
@@ -70,8 +69,12 @@ def replaced(before: Before) -> Iterator[tuple[str, Any]]:
 
 
 def kept_tensors(model: nn.Module) -> list[torch.Tensor]:
-    """The buffers of all modules inside, and the tensors in whatever else a program binds to them; no parameters."""
-    return tensors_of([v for m in model.modules() for k, v in vars(m).items() if k not in _BARE])
+    """The buffers of all modules inside, and the tensors that a program binds to them, in containers too; no parameters.
+
+    Objects are not searched: they may lead anywhere (a module of python).
+    """
+    leaves = tree_leaves([v for m in model.modules() for k, v in vars(m).items() if k not in _BARE])
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 def lent(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
