@@ -32,7 +32,7 @@ def end_first(recorder: Recorder, model: nn.Module, result: Any) -> bool:
 
 
 def add_further(recorder: Recorder, model: nn.Module, args: Any, kwargs: Any) -> None:
-    """Record a further pass; nothing of it stays if it reads nothing of what the first one computed, or fails."""
+    """Record a further pass; none of it stays if its outputs need nothing that the first one computed, or it fails."""
     first = set(recorder.graph.nodes)
     info = {f.name: len(getattr(recorder.info, f.name)) for f in fields(recorder.info) if f.name != "outputs"}
     nodes: list[fx.Node] = []
@@ -42,7 +42,8 @@ def add_further(recorder: Recorder, model: nn.Module, args: Any, kwargs: Any) ->
         nodes = [recorder.node_of(t) for t in tensors_of(result)]
     recorder.stack.clear()
     made = [n for n in recorder.graph.nodes if n not in first]
-    if nodes and any(s in first and _computed(recorder, s) for n in made for s in n.all_input_nodes):
+    looked = [n for n in made if n.name in recorder.info.reads]
+    if nodes and any(n in first and _computed(recorder, n) for n in _behind([*nodes, *looked], first)):
         recorder.info.reads += [n.name for n in nodes]  # they must not change either
         _end(recorder, model)
         return
@@ -64,6 +65,18 @@ def _end(recorder: Recorder, model: nn.Module) -> dict[str, torch.Tensor]:
             if after is not node:
                 recorder.after.append((node, after))
     return now
+
+
+def _behind(nodes: list[fx.Node], first: set[fx.Node]) -> set[fx.Node]:
+    """The nodes that some depend on, as far back as those of the first pass."""
+    found: set[fx.Node] = set()
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += [] if node in first else node.all_input_nodes
+    return found
 
 
 def _computed(recorder: Recorder, node: fx.Node) -> bool:
