@@ -58,9 +58,10 @@ def trace(
     values: bool = True,
     constants: Collection[str] = (),
 ) -> fx.GraphModule:
-    """Record one forward pass as a graph of ATen operators.
+    """Record a forward pass as a graph of ATen operators.
 
-    The model runs once in eval mode without gradients; its mode, parameters and buffers are left as they were.
+    The model runs once in eval mode without gradients, and once more where it keeps states between calls that a further pass
+    reads; its mode, parameters and buffers are left as they were.
 
     Args:
         model: any module that runs forward.
