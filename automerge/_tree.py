@@ -166,6 +166,21 @@ def derive(generators: Sequence[Generator], ignore: Iterable[int] = ()) -> Struc
         dropped |= builder.odd
 
 
+def crossing(generators: Sequence[Generator]) -> list[tuple[int, int]]:
+    """Pairs of generators whose units overlap without being nested, and share what is in both; first the one left out.
+
+    Args:
+        generators: the flat normal form.
+    """
+    builder = _Builder(generators, {i for i, g in enumerate(generators) if g.size < 2 or not g.slots})
+    out = []
+    for pair in builder.crossed:
+        first, second = sorted(pair, key=lambda g: g not in builder.odd)
+        if first in builder.odd and second not in builder.odd:
+            out.append((first, second))
+    return out
+
+
 _Draft = dict[Path, Member]
 
 

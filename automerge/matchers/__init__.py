@@ -13,6 +13,7 @@ from automerge._sketch import sketch
 from automerge.matchers._activations import ActivationMatching
 from automerge.matchers._base import Matcher, Matching, Model, Progress, check_matcher, check_models, state_dict
 from automerge.matchers._cca import CCA
+from automerge.matchers._crossing import Crossing
 from automerge.matchers._frank_wolfe import FrankWolfe
 from automerge.matchers._identity import Identity
 from automerge.matchers._merge_many import MergeMany
@@ -99,7 +100,13 @@ def match(
     matcher = FrankWolfe() if matcher is None else matcher
     check_matcher(matcher)
     data = data if data is None or isinstance(data, Batches) else Batches(data, inputs, kwargs)
-    found = matcher.match(models, symmetry, progress=progress, data=data)
+    # by turns the models are moved in memory, and a matcher that looks at activations has modules to run
+    whole = isinstance(matcher, Identity) or matcher.needs_data or getattr(matcher, "offload", None) is not None
+    crossing = None if whole else Crossing.of(symmetry)
+    if crossing is None:
+        found = matcher.match(models, symmetry, progress=progress, data=data)
+    else:
+        found = crossing.match(matcher, check_models(models, symmetry), progress)
     states = [state_dict(m) for m in models]
     known = {"models": [sketch(state, found.symmetry.shapes) for state in states]}
     found = replace(found, stats={**found.stats, **known})
