@@ -353,8 +353,12 @@ def _moved(outer: Generator, u: int, to: int, inner: Generator) -> list[Slot] | 
                 return None
         for axis, start, stop in slot.within:
             line = _line(outer, (slot.param, axis), u, to, stop)
-            span = np.arange(start, stop) if line is None else np.sort(line[start:stop])
-            if span.size != stop - start or span[0] < 0 or span[-1] - span[0] != span.size - 1:
+            back = _line(outer, (slot.param, axis), to, u, stop)
+            span = np.arange(start, stop)
+            if line is not None and back is not None:  # a range that holds both units stays
+                line, back = line[start:stop], back[start:stop]
+                span = np.sort(np.where(line >= 0, line, np.where(back >= 0, back, span)))
+            if span[-1] - span[0] != span.size - 1:
                 return None
             within.append((axis, int(span[0]), int(span[-1]) + 1))
         out.append(Slot(slot.param, slot.axis, index, tuple(within)))

@@ -72,6 +72,24 @@ def test_blocks_that_torch_would_lay_out_as_images() -> None:
     recovered(Grouped(), torch.randn(2, 3, 8, 8), n=3)
 
 
+def test_groups_of_two_sizes_on_one_stream() -> None:
+    """Pairs in halves (SqueezeBERT): rows of a kernel that hold both pairs of a half stay where these are swapped."""
+
+    class Stream(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.out = torch.nn.Conv1d(3, 12, 1), torch.nn.Conv1d(12, 2, 1)
+            self.halves, self.pairs = torch.nn.Conv1d(12, 12, 1, groups=2), torch.nn.Conv1d(12, 12, 1, groups=4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x)
+            x = x + self.halves(x).relu()
+            return self.out(x + self.pairs(x).relu())
+
+    torch.manual_seed(0)
+    recovered(Stream(), torch.randn(2, 3, 5), n=3)
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(networks())
 def test_random_networks(network: Network) -> None:
