@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from automerge._assignment import assign
+from automerge._data import reals
 from automerge._tree import crossing
 from automerge.groups import Element
 from automerge.matchers._base import Matcher, Matching, Progress
@@ -74,7 +75,7 @@ class Crossing:
         )
         stats = {**last.stats, "notes": [*last.stats.get("notes", ()), note]}
         if "objective" in stats:
-            stats |= {"objective": value, "start_objective": _agreement(self.symmetry, states)}
+            stats |= {"objective": value, "start_objective": self._agreement(matcher, states)}
         return Matching(tuple(elements), self.symmetry, last.matcher, stats)
 
     def _by_turns(
@@ -82,16 +83,32 @@ class Crossing:
     ) -> tuple[float, list[Element], Matching]:
         elements = list(start)
         moved = [self.symmetry.apply(s, e) for s, e in zip(states, elements, strict=True)]
-        value = -np.inf
+        best: tuple[float, list[Element], Matching] | None = None
         for _ in range(_ROUNDS):
             for part in reversed(self.parts):
                 found = matcher.match(moved, part, progress=progress)
                 elements = [a.then(b) for a, b in zip(elements, found.to_universe, strict=True)]
                 moved = [self.symmetry.apply(s, e) for s, e in zip(states, elements, strict=True)]
-            before, value = value, _agreement(self.symmetry, moved)
-            if value - before <= _PROGRESS * abs(value) or found.stats.get("interrupted"):
+            value = self._agreement(matcher, moved)
+            gained = np.inf if best is None else value - best[0]
+            if best is None or gained > 0:  # not every matcher ascends
+                best = value, elements, found
+            if gained <= _PROGRESS * abs(value) or found.stats.get("interrupted"):
                 break
-        return value, elements, found
+        assert best is not None
+        return best
+
+    def _agreement(self, matcher: Matcher, states: Sequence[State]) -> float:
+        """The sum of the inner products of all pairs, over what moves and is no statistic, weighed as a matcher does."""
+        weights = getattr(matcher, "block_weights", "uniform")
+        given = {} if isinstance(weights, str) else {self.symmetry.aliases.get(n, n): w for n, w in weights.items()}
+        out = []
+        for name in sorted(self.symmetry.moved - self.symmetry.statistics):
+            values = [x for s in states if (x := reals(s[name])) is not None]
+            products = math.fsum(float((a * b).sum()) for a, b in itertools.combinations(values, 2))
+            norm = sum(float(x.square().sum()) for x in values) / len(states) if weights == "normalised" else 1.0
+            out.append(given.get(name, 1.0) * products / (norm or 1.0))
+        return math.fsum(out)
 
     def _sorted(self, matcher: Matcher, states: Sequence[State]) -> list[Element]:
         """Blocks of all models in the order of those of one, by the sorted entries of what they own."""
@@ -130,16 +147,6 @@ def _entries(slots: Sequence[Slot], state: State) -> torch.Tensor:
             for axis, start, stop in slot.within:
                 value = value.narrow(axis, start, stop - start)
             rows = value.movedim(slot.axis, 0)[torch.from_numpy(slot.index)]
-            out.append(_real(rows).reshape(len(rows), -1).sort(dim=1).values)
+            if (entries := reals(rows)) is not None:
+                out.append(entries.reshape(len(rows), -1).sort(dim=1).values)
     return torch.cat(out, dim=1)
-
-
-def _agreement(symmetry: Symmetry, states: Sequence[State]) -> float:
-    """The sum of the inner products of all pairs, over what moves and is no statistic."""
-    names = sorted(symmetry.moved - symmetry.statistics)
-    pairs = itertools.combinations(states, 2)
-    return math.fsum(float((_real(a[n]) * _real(b[n])).sum()) for a, b in pairs for n in names)
-
-
-def _real(value: torch.Tensor) -> torch.Tensor:
-    return (torch.view_as_real(value) if value.is_complex() else value).double()

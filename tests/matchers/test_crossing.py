@@ -11,7 +11,7 @@ from torch import nn
 from automerge import FrankWolfe, WeightMatching, infer, match, merge
 from automerge._tree import crossing
 from automerge.matchers import Identity, MergeMany, PairwiseFrankWolfe, Synchronised
-from automerge.matchers._crossing import Crossing, _agreement
+from automerge.matchers._crossing import Crossing
 from automerge.symmetry import Symmetry
 
 torch.set_num_threads(1)
@@ -45,6 +45,13 @@ class Layers(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.cat([self.one(x), self.two(x)], -1).tanh()
         return self.out(torch.cat([x, x], -1))
+
+
+def agreement(symmetry: Symmetry, states: Any, weights: Any = "uniform") -> float:
+    """The sum of the inner products of all pairs."""
+    parts = Crossing.of(symmetry)
+    assert parts is not None
+    return parts._agreement(FrankWolfe(block_weights=weights), states)
 
 
 def planted(
@@ -102,13 +109,27 @@ def test_the_objective_is_never_below_that_of_one_part() -> None:
     symmetry = infer(nets[0], torch.randn(7, 5))
     states = [n.state_dict() for n in nets]
     found = match(nets, symmetry, FrankWolfe())
-    assert found.stats["objective"] == pytest.approx(_agreement(symmetry, found.apply(nets)), rel=1e-9)
-    assert found.stats["start_objective"] == pytest.approx(_agreement(symmetry, states), rel=1e-9)
+    assert found.stats["objective"] == pytest.approx(agreement(symmetry, found.apply(nets)), rel=1e-9)
+    assert found.stats["start_objective"] == pytest.approx(agreement(symmetry, states), rel=1e-9)
     parts = Crossing.of(symmetry)
     assert parts is not None
     for part in (*parts.parts, symmetry):
         one = FrankWolfe().match(states, part)
-        assert _agreement(symmetry, one.apply(states)) <= found.stats["objective"] * (1 + 1e-6)
+        assert agreement(symmetry, one.apply(states)) <= found.stats["objective"] * (1 + 1e-6)
+
+
+def test_block_weights_decide_between_ends() -> None:
+    """The figure is the matcher's own, where one parameter does not count."""
+    torch.manual_seed(0)
+    nets = [Monarch() for _ in range(2)]
+    symmetry = infer(nets[0], torch.randn(7, 5))
+    weights = {"one": 0.0, "up.weight": 2.0}
+    found = match(nets, symmetry, FrankWolfe(block_weights=weights))
+    a, b = found.apply(nets)
+    names = symmetry.moved
+    expected = sum(weights.get(n, 1.0) * float((a[n].double() * b[n].double()).sum()) for n in names)
+    assert found.stats["objective"] == pytest.approx(expected, rel=1e-9)
+    assert found.stats["objective"] >= agreement(symmetry, [n.state_dict() for n in nets], weights)
 
 
 def test_a_search_goes_on_from_an_answer() -> None:
@@ -117,7 +138,7 @@ def test_a_search_goes_on_from_an_answer() -> None:
     symmetry = infer(nets[0], torch.randn(7, 5))
     first = match(nets, symmetry, WeightMatching())
     again = match(nets, symmetry, FrankWolfe(resume=first))
-    assert again.stats["objective"] >= _agreement(symmetry, first.apply(nets)) * (1 - 1e-9)
+    assert again.stats["objective"] >= agreement(symmetry, first.apply(nets)) * (1 - 1e-9)
 
 
 @pytest.mark.parametrize("seed", range(5))
