@@ -26,13 +26,14 @@ from automerge._factory import (
     parse_input,
 )
 from automerge._files import check_writable, write_text
+from automerge._loading import read_checkpoint
 from automerge._merge_checks import check_weights
 from automerge._ranks import Group, Ranks
 from automerge._shards import SUFFIX as SHARDS
 from automerge._shards import check_index
 from automerge._verify import verify as verify_symmetry
 from automerge.infer import infer
-from automerge.io import read_checkpoint, save_state_dict
+from automerge.io import save_state_dict
 from automerge.matchers import MATCHERS, FrankWolfe, Matcher, Matching
 from automerge.merge import MergeResult
 from automerge.merge import merge as merge_models

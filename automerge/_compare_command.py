@@ -23,8 +23,8 @@ from automerge._factory import (
     parse_seed,
 )
 from automerge._files import check_writable, write_text
+from automerge._loading import read_checkpoint
 from automerge.compare import REPAIRS, compare
-from automerge.io import read_checkpoint
 from automerge.matchers import MATCHERS
 
 T = TypeVar("T")

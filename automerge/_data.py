@@ -15,11 +15,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset, IterableDataset
 
 from automerge._errors import AutomergeError, CheckpointError
+from automerge._loading import as_loaded
 from automerge._machine import physical_memory
 from automerge._numbers import is_whole
 from automerge._random import drawing, forked, gpus
 from automerge._restoring import lent, restored
-from automerge.io import tied_names, with_ties
+from automerge.io import tied_names
 
 _LABEL_KEYS = ("labels", "label", "targets", "target")
 _SMALLEST = 64  # bytes that a batch takes at least
@@ -372,7 +373,7 @@ def bind(model: nn.Module, state_dict: Mapping[str, torch.Tensor], *, copy: bool
     """
     check_eager(model)
     expected = model.state_dict()
-    state_dict = with_ties(checked_state(state_dict), expected)
+    state_dict = as_loaded(checked_state(state_dict), model)
     differ = [n for n in expected if n not in state_dict] + [n for n in state_dict if n not in expected]
     if differ:
         raise CheckpointError(f"the state dict and the model differ in the key {differ[0]!r}")

@@ -17,12 +17,13 @@ from torch import nn
 from automerge._copies import carrying, is_empty, loaded
 from automerge._errors import MatchingError
 from automerge._fixed import infer_common, shared_constants
+from automerge._loading import read_checkpoint
 from automerge._merge_checks import merge_integers
 from automerge._merge_task import Moved
 from automerge._offload import Store
 from automerge._ranks import Ranks
 from automerge._singular import agreed, marks, measured_again
-from automerge.io import StateDict, hash_state_dict, read_checkpoint, tied_names
+from automerge.io import StateDict, hash_state_dict, tied_names
 from automerge.matchers import FrankWolfe, Matching, Progress
 from automerge.symmetry import Symmetry
 

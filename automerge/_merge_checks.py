@@ -13,10 +13,11 @@ from torch import nn
 from automerge._aliases import overlaps
 from automerge._data import Batches, check_eager, device_of, evaluating, preserving, run_batch
 from automerge._errors import AutomergeError, CheckpointError, MatchingError, SymmetryError
+from automerge._loading import as_loaded
 from automerge._numbers import is_whole
 from automerge._repair_report import Renormaliser
 from automerge._sketch import sketch
-from automerge.io import buffer_names, check_state_dict, tied_names, with_ties
+from automerge.io import buffer_names, check_state_dict, tied_names
 from automerge.matchers import Matching
 from automerge.renormalise import batchnorm_names
 from automerge.symmetry import Symmetry
@@ -64,7 +65,7 @@ def check_models(
     if network is None:
         raise CheckpointError("state dicts alone do not say what they compute; give architecture=, a module of theirs")
     own = network.state_dict()
-    dicts = [with_ties(d, own) for d in dicts]
+    dicts = [as_loaded(d, network) for d in dicts]
     expected: Mapping[str, torch.Tensor] = own if architecture is not None else dicts[0]
     buffers = buffer_names(network)
     notes = [n for k, d in enumerate(dicts) for n in check_state_dict(d, expected, f"model {k}", buffers)]

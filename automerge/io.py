@@ -91,18 +91,6 @@ def load_state_dict(path: str | os.PathLike[str], names: Collection[str] | None 
     return with_ties(out, names) if isinstance(names, Mapping) else out
 
 
-def read_checkpoint(path: str | os.PathLike[str], model: nn.Module) -> StateDict:
-    """Read a checkpoint of a model, and check that it fits.
-
-    Raises:
-        CheckpointError: see `load_state_dict` and `check_state_dict`.
-    """
-    expected = model.state_dict()
-    state = load_state_dict(path, expected)
-    check_state_dict(state, expected, str(path), buffer_names(model))
-    return state
-
-
 def buffer_names(model: nn.Module) -> set[str]:
     """State-dict names of buffers."""
     return {name for name, _ in model.named_buffers(remove_duplicate=False)}

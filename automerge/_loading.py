@@ -1,0 +1,68 @@
+"""State dicts under the names that the architecture's own loading gives them.
+
+Modules translate what older versions of theirs saved: ``torch.nn.utils.parametrizations.weight_norm`` takes ``weight_g`` and
+``weight_v``, BatchNorm keeps its counter where there is none, and hooks of custom modules rename. What
+``load_state_dict`` takes as complete is complete here, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+
+import torch
+from torch import nn
+
+from automerge.io import StateDict, buffer_names, check_state_dict, load_state_dict, with_ties
+
+
+def as_loaded(state_dict: Mapping[str, torch.Tensor], model: nn.Module) -> StateDict:
+    """A state dict with the model's names where the model itself would load it; else as it is, for a check to refuse.
+
+    Args:
+        state_dict: name -> tensor; those that fit keep their memory and dtype. Names that the model ties may be left out.
+        model: the architecture; it stays as it is.
+    """
+    expected = model.state_dict()
+    out = with_ties(state_dict, expected)
+    if out.keys() != expected.keys():
+        out = _translated(out, expected, model)
+    return {n: _counted(v, expected[n]) if n in expected else v for n, v in out.items()}
+
+
+def read_checkpoint(path: str, model: nn.Module) -> StateDict:
+    """Read a checkpoint of a model, and check that it fits.
+
+    Raises:
+        CheckpointError: see `load_state_dict` and `check_state_dict`.
+    """
+    expected = model.state_dict()
+    state = as_loaded(load_state_dict(path, expected), model)
+    check_state_dict(state, expected, path, buffer_names(model))
+    return state
+
+
+def _translated(state: StateDict, expected: Mapping[str, torch.Tensor], model: nn.Module) -> StateDict:
+    """What a copy of the model holds after it has loaded a state dict strictly; the same one if it does not."""
+    try:
+        own = deepcopy(model)
+        own.load_state_dict(dict(state), strict=True, assign=True)
+    except Exception:  # a key that is missing, another shape; a module that cannot be copied
+        return state
+    made = own.state_dict()
+    new = [n for n in expected if n not in state]
+    # a load that does not mind missing weights leaves those of the beginning
+    if any(made[n].is_meta or (made[n].is_floating_point() and torch.equal(made[n], expected[n])) for n in new):
+        return state
+    return {n: state[n] if n in state else made[n] for n in expected}
+
+
+def _counted(value: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
+    """A counter or an index that was converted to floats along with the weights, as whole numbers again."""
+    both = isinstance(value, torch.Tensor) and isinstance(want, torch.Tensor)
+    if not both or not value.is_floating_point() or want.is_floating_point() or want.is_complex():
+        return value
+    if value.is_meta or value.layout is not torch.strided:
+        return value
+    whole = value.to(want.dtype)
+    return whole if torch.equal(whole.to(value.dtype), value) else value
