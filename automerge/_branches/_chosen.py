@@ -48,6 +48,7 @@ class Choice:
         added: the node that holds what each row adds to the base.
         at: along which axes of the mask the base lies, if the rows are put where they were taken from.
         places: where else every row is added.
+        replaces: whether the rows take the place of what is in the base.
         outside: the nodes that the rows are made from, the base and the mask first.
     """
 
@@ -60,11 +61,12 @@ class Choice:
     at: tuple[int, ...]
     places: fx.Node | None
     outside: list[fx.Node]
+    replaces: bool = False
 
     def masks(self, known: Mapping[fx.Node, list[fx.Node]]) -> list[fx.Node] | None:
         """The masks under which rows were put into zeros, with this one; None if they do not tell where zeros are left."""
         before = known.get(self.base, [] if self.base.target in (*ZEROS, *EMPTY) else None)
-        here = self.places is None and _everywhere(self.at, self.mask)
+        here = self.places is None and not self.replaces and _everywhere(self.at, self.mask)
         return [*before, self.mask] if here and before is not None else None
 
     def compute(self, *tensors: torch.Tensor) -> torch.Tensor:
@@ -88,6 +90,8 @@ class Choice:
         order = [left.index(k) for k in self.at]
         if order != sorted(order):
             grid = grid.permute(*order, *range(len(order), grid.dim()))
+        if self.replaces:
+            return torch.where(chosen.reshape(*shape, *chosen.shape[1:]), grid, base)
         return (torch.zeros_like(base) if self.base.target in EMPTY else base) + grid
 
     def values(self, known: Mapping[fx.Node, Any], places: torch.Tensor) -> dict[fx.Node, Any]:
@@ -160,13 +164,29 @@ def take_all_rows(bench: Workbench) -> bool:
     )
     tried: dict[int, bool] = {}  # what is alike in its operators treats rows in the same way
     put: dict[fx.Node, list[fx.Node]] = {}  # base -> the masks under which rows were put into zeros
+    over: dict[fx.Node, tuple[fx.Node, list[fx.Node]]] = {}  # what rows were put over -> that before, and their masks
     for mask in masks:
+        _read_before(mask, over)
         for choice in _choices(bench, mask, order, put):
-            none = _taken(bench, choice, tried, put) or none
+            none = _taken(bench, choice, tried, put, over) or none
     return none
 
 
-def _taken(bench: Workbench, choice: Choice, tried: dict[int, bool], put: dict[fx.Node, list[fx.Node]]) -> bool:
+def _read_before(mask: fx.Node, over: Mapping[fx.Node, tuple[fx.Node, list[fx.Node]]]) -> None:
+    """Read the rows of a mask from what was there before others were put over it, under masks that exclude this one."""
+    for reader in [u for u in mask.users if u.target is aten.index.Tensor and u.args[1] == [mask]]:
+        first, masks = over.get(reader.args[0], (None, []))  # type: ignore[arg-type]
+        if first is not None and all(exclusive(mask, other) for other in masks):
+            reader.update_arg(0, first)
+
+
+def _taken(
+    bench: Workbench,
+    choice: Choice,
+    tried: dict[int, bool],
+    put: dict[fx.Node, list[fx.Node]],
+    over: dict[fx.Node, tuple[fx.Node, list[fx.Node]]],
+) -> bool:
     """Read all rows in the place of a choice if they are alike; whether that was done for a mask that chose none."""
     kind = bench.hashes[choice.added]
     if kind not in tried:
@@ -177,6 +197,9 @@ def _taken(bench: Workbench, choice: Choice, tried: dict[int, bool], put: dict[f
     masks_so_far = choice.masks(put)
     if masks_so_far is not None:
         put[made[0]] = masks_so_far
+    if choice.replaces:
+        first, before = over.get(choice.base, (choice.base, []))
+        over[made[0]] = first, [*before, choice.mask]
     none = bool(choice.added.meta["val"].shape[0] == 0)
     bench.erase([*choice.closure, choice.write])
     return none
@@ -255,21 +278,24 @@ def _written(mask: fx.Node, rows: list[fx.Node], write: fx.Node, known: dict[fx.
         return _added(mask, rows, write, index)
     if at is None or len(set(at)) < len(at) or [shape[k] for k in at] != list(base.meta["val"].shape[: len(at)]):
         return None
+    replaces = False
     if not adds and write.target is aten.index_put.default:
         if not once(mask, at):
             return None  # of several rows for one place the last is kept
         own = [a for a in value.args if _reads(a, base, index)] if value.target is aten.add.Tensor else []
         if own and not value.kwargs:
             value = next((a for a in value.args if a is not own[0]), None)
-        elif not _everywhere(at, mask) or not _fresh(base, mask, known):
+        elif not _everywhere(at, mask):
             return None
+        else:
+            replaces = not _fresh(base, mask, known)
     if not isinstance(value, fx.Node) or value not in rows or any(i is None for i in index):
         return None
     if value.meta["val"].dim() - 1 != base.meta["val"].dim() - len(at):
         return None
     needed = _made_from(value, rows)
     outside = dict.fromkeys([base, mask, *(n for r in needed for n in r.all_input_nodes if n not in rows)])
-    return Choice(mask, rows, needed, write, base, value, at, None, list(outside))
+    return Choice(mask, rows, needed, write, base, value, at, None, list(outside), replaces)
 
 
 def _added(mask: fx.Node, rows: list[fx.Node], write: fx.Node, index: list[Any]) -> Choice | None:

@@ -16,6 +16,9 @@ from automerge._branches._joins import aten
 
 ZEROS = (aten.zeros_like.default, aten.zeros.default, aten.new_zeros.default)
 EMPTY = (aten.empty_like.default, aten.empty.memory_format, aten.new_empty.default)
+_ALSO = (aten.mul.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor)  # zero where either operand is
+_TRUTHS = (aten._to_copy.default, aten.clone.default, aten.alias.default, aten.detach.default)
+_NOT_ZERO = (aten.ne.Scalar, aten.gt.Scalar)
 _CHOICES = (aten.topk.default, aten.sort.default)
 _MOVES = (
     *(aten.t.default, aten.permute.default, aten.transpose.int, aten.unsqueeze.default, aten.squeeze.dim),
@@ -48,9 +51,40 @@ def distinct(index: fx.Node) -> bool:
 
 
 def exclusive(a: fx.Node, b: fx.Node) -> bool:
-    """Whether two masks choose different positions: those where one tensor is equal to different numbers."""
-    same = a.target is b.target is aten.eq.Scalar
-    return same and a.args[0] is b.args[0] and a.args[1] != b.args[1]
+    """Whether two masks choose different positions: no tensor is equal to two numbers, no code has two ones."""
+    if a.meta["val"].shape != b.meta["val"].shape:
+        return False
+    here, there = tells(a), tells(b)
+    return any(there.get(what, number) != number for what, number in here.items())
+
+
+def tells(mask: fx.Node) -> dict[Any, Any]:
+    """What holds wherever a mask chooses: tensor, or a code and its axis -> the number that it is equal to."""
+    args: Any = mask.args
+    if mask.target is aten.eq.Scalar:
+        return {args[0]: args[1]} | (tells(args[0]) if args[1] != 0 else {})
+    if mask.target is aten.select.int:
+        return {what: args[2] for what in _codes(args[0]) if what[1] == args[1] % args[0].meta["val"].dim()}
+    if mask.target in _ALSO:
+        parts = [a for a in args if isinstance(a, fx.Node) and a.meta["val"].shape == mask.meta["val"].shape]
+        return {what: number for part in parts for what, number in tells(part).items()}
+    if mask.target in _TRUTHS or (mask.target in _NOT_ZERO and args[1] == 0):
+        return tells(args[0])
+    return {}
+
+
+def _codes(node: Any) -> set[tuple[fx.Node, int]]:
+    """One-hot codes that a tensor is nothing but the ones of, or some of these, and the axis of each."""
+    args: Any = node.args
+    if node.target is aten.scatter.value and args[0].target in ZEROS:
+        dim = args[1] % node.meta["val"].dim()
+        return {(node, dim)} if args[2].meta["val"].shape[dim] == 1 else set()
+    if node.target in _ALSO:
+        parts = [a for a in args if isinstance(a, fx.Node) and a.meta["val"].shape == node.meta["val"].shape]
+        return {code for part in parts for code in _codes(part)}
+    if node.target in _TRUTHS or (node.target in _NOT_ZERO and args[1] == 0):
+        return _codes(args[0])
+    return set()
 
 
 def _chosen(node: fx.Node, compared: bool = False) -> tuple[torch.Tensor, torch.Tensor] | None:

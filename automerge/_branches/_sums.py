@@ -10,15 +10,17 @@ others::
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from automerge._branches._distinct import ZEROS, distinct, exclusive
+from automerge._branches._distinct import ZEROS, distinct, exclusive, tells
 from automerge._branches._graph import Workbench
 from automerge._branches._joins import aten
 
+_Mask = tuple[fx.Node, tuple[Any, ...]]
 _SPREADS = (aten.unsqueeze.default, aten.expand.default, aten.view.default, aten.reshape.default)
 
 
@@ -54,28 +56,65 @@ def adds_in_turn(graph: fx.Graph) -> bool:
 
 
 def _take_wheres_apart(bench: Workbench) -> None:
-    """Where masks that exclude each other choose what is put over zeros, each adds its values."""
-    masks: dict[fx.Node, list[tuple[fx.Node, list[Any]]]] = {}  # what was put over zeros so far -> where
+    """Where masks that exclude each other choose what is put over a tensor, each adds its values; the rest stays of that."""
+    known: dict[fx.Node, _Put] = {}
     for node in list(bench.graph.nodes):
         if not _chooses(node):
             continue
-        condition, value, base = node.args
+        condition, _, base = node.args
         mask = _mask_of(condition)
-        before = [] if base.target in ZEROS else masks.get(base)
-        if mask is None or before is None:
+        if mask is None:
             continue
-        if not all(exclusive(mask[0], other) and mask[1] == spread for other, spread in before):
+        before = known.get(base)
+        if before is None:
+            before = _Put(base, None, None) if base.target in ZEROS or _goes_on(node, mask) else None
+        if before is None or not all(exclusive(mask[0], m) and mask[1] == spread for m, spread in before.masks):
             continue
         with bench.graph.inserting_before(node):
-            alone = bench.graph.call_function(aten.where.ScalarOther, (condition, value, 0.0))
-            alone.meta = dict(node.meta)
-            total = bench.graph.call_function(aten.add.Tensor, (base, alone))
-            total.meta = dict(node.meta)
-        masks[total] = [*before, mask]
+            total, put = _separately(bench, node, before)
+        known[total] = replace(put, masks=(*before.masks, mask))
         node.replace_all_uses_with(total)
         bench.graph.erase_node(node)
     for node in bench.graph.nodes:
         bench.know(node)
+
+
+@dataclass(frozen=True)
+class _Put:
+    """What was put over a tensor under masks: the sum of that, and where the tensor itself is left (None: all, or zeros)."""
+
+    over: fx.Node
+    added: fx.Node | None
+    left: fx.Node | None
+    masks: tuple[_Mask, ...] = ()
+
+
+def _separately(bench: Workbench, node: fx.Node, before: _Put) -> tuple[fx.Node, _Put]:
+    """A choice between values and what is there, as a sum, where nodes are inserted now."""
+    condition, value, _ = node.args
+
+    def made(target: Any, *args: Any) -> fx.Node:
+        out = bench.graph.call_function(target, args)
+        out.meta = dict(node.meta)
+        return out
+
+    alone = made(aten.where.ScalarOther, condition, value, 0.0)
+    if before.over.target in ZEROS:
+        total = made(aten.add.Tensor, before.added or before.over, alone)
+        return total, replace(before, added=total)
+    blank = bench.fixed(torch.ones((), dtype=node.meta["val"].dtype).expand(node.meta["val"].shape), node)
+    rest = made(aten.where.ScalarSelf, condition, 0.0, blank)
+    left = rest if before.left is None else made(aten.mul.Tensor, before.left, rest)
+    added = alone if before.added is None else made(aten.add.Tensor, before.added, alone)
+    total = made(aten.add.Tensor, made(aten.mul.Tensor, before.over, left), added)
+    return total, replace(before, added=added, left=left)
+
+
+def _goes_on(node: fx.Node, mask: _Mask) -> bool:
+    """Whether what is put over a tensor under a mask is put over under another one that excludes it."""
+    following = [u for u in node.users if _chooses(u) and u.args[2] is node]
+    masks = [_mask_of(u.args[0]) for u in following]
+    return any(m is not None and exclusive(m[0], mask[0]) and m[1] == mask[1] for m in masks)
 
 
 def _chooses(node: Any) -> bool:
@@ -88,14 +127,13 @@ def _chooses(node: Any) -> bool:
     return len(shapes) == 3 and len(set(shapes)) == 1 and floats
 
 
-def _mask_of(condition: Any) -> tuple[fx.Node, list[Any]] | None:
-    """The comparison that a condition is, and how that is spread over further axes."""
+def _mask_of(condition: Any) -> _Mask | None:
+    """The mask that a condition is, if that tells something, and how it is spread over further axes."""
     spread = []
     while isinstance(condition, fx.Node) and condition.target in _SPREADS:
         spread.append((condition.target, condition.args[1:]))
         condition = condition.args[0]
-    compares = isinstance(condition, fx.Node) and condition.target is aten.eq.Scalar
-    return (condition, spread) if compares else None
+    return (condition, tuple(spread)) if isinstance(condition, fx.Node) and tells(condition) else None
 
 
 def _added(node: Any) -> tuple[fx.Node, fx.Node] | None:

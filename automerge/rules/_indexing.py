@@ -114,6 +114,8 @@ def _equal_bags(starts: np.ndarray | None, total: int, count: int) -> bool:
 
 @rule("index_select", carries=True)
 def index_select(context: Context, x: Value, dim: int, index: Value, reason: str = "looked up by data") -> Value:
+    if x.points is not None:
+        return index_select(context, bare(x), dim, index, reason).carry(x)
     dim %= max(len(x.settle().axes), 1)
     constant = constant_index(index)
     if constant is None:
@@ -126,8 +128,14 @@ def index_select(context: Context, x: Value, dim: int, index: Value, reason: str
 
 @rule("index", "_unsafe_index", carries=True)
 def index(context: Context, x: Value, indices: Sequence[Value | None]) -> Value:
+    """Some entries of a tensor; those of an index tensor are positions where they are read, too."""
+    if x.points is not None:
+        return _indexed(context, bare(x), indices).carry(x)
+    return _indexed(context, x.settle(), indices)
+
+
+def _indexed(context: Context, x: Value, indices: Sequence[Value | None]) -> Value:
     given = [(k, v) for k, v in enumerate(indices) if v is not None]
-    x.settle()
     if all(v.data is not None for _, v in given):
         shape = x.shape
         positions = torch.arange(int(np.prod(shape, dtype=np.int64))).reshape(shape)
@@ -230,6 +238,8 @@ def varies(value: Value, axis: int) -> bool:
 @rule("masked_select", carries=True)
 def masked_select(context: Context, x: Value, mask: Value) -> Value:
     """The entries where a mask holds, in their order."""
+    if x.points is not None:
+        return masked_select(context, bare(x), mask).carry(x)
     shape = torch.broadcast_shapes(x.shape, mask.shape)
     x = x.settle()
     if mask.data is not None:
@@ -241,6 +251,8 @@ def masked_select(context: Context, x: Value, mask: Value) -> Value:
 @rule("gather", "take_along_dim", carries=True)
 def gather(context: Context, x: Value, dim: int, index: Value, **_: Any) -> Value:
     """The axis read is pinned, unless the index came from that very axis; the others are paired with the index's."""
+    if x.points is not None:
+        return gather(context, bare(x), dim, index).carry(x)
     dim %= max(len(x.axes), 1)
     engine = context.engine
     points = points_into(engine, x.settle(), dim, index)

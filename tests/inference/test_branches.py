@@ -415,15 +415,6 @@ def _named_twice(h: Any, scores: Any, experts: Any) -> Any:
     return out
 
 
-def _added_or_put(h: Any, scores: Any, experts: Any) -> Any:
-    """The first expert adds to what the others replace."""
-    out, chosen = h * 1.0, scores.argmax(-1)
-    for e, expert in enumerate(experts):
-        mask = chosen == e
-        out[mask] = out[mask] + expert(h[mask]) if e == 0 else expert(h[mask])
-    return out
-
-
 def _compared_by_python(h: Any, scores: Any, experts: Any) -> Any:
     """Which expert is larger decides."""
     sizes = [expert[0].weight.norm().item() for expert in experts]
@@ -476,7 +467,7 @@ DIFFERENT = (
     *(_let_through_over, _let_through_or_as_before),
     *(_choosing_in_turn, _choosing_over),
     *(_weighed, _in_turn, _differently, _shifted_by_rank, _moved_on, _mean_of_rows, _overwritten),
-    *(_overwritten_by_second_choice, _added_or_put, _compared_by_python),
+    *(_overwritten_by_second_choice, _compared_by_python),
 )
 
 
@@ -548,7 +539,7 @@ def test_units_that_data_choose_by_their_place_stay() -> None:
 
 def test_rows_that_meet_are_not_read_as_all_rows() -> None:
     """All rows can be read only where each is treated alike, and no place is written twice."""
-    for mix in (_overwritten_by_second_choice, _named_twice, _added_or_put, _mean_of_rows, _mean_that_counts_nothing):
+    for mix in (_overwritten_by_second_choice, _named_twice, _mean_of_rows, _mean_that_counts_nothing):
         found = stacked([trace(Mixture(mix), X)])
         assert found is None or not found.stacks
 

@@ -266,6 +266,51 @@ def written_to_another_axis(s, h):
     return s.some(h, i, w) * (table * torch.arange(COUNT)[:, None]).sum()
 
 
+@free
+def put_up_to_a_capacity(s, h):
+    """Each expert takes the first rows that choose it; those above its capacity are left out."""
+    weight, index = s.gate(h).softmax(-1).max(-1)
+    code = F.one_hot(index, COUNT)
+    place = ((code.cumsum(0) - 1) * code).sum(-1)
+    kept = place < 2
+    room = h.new_zeros(COUNT, 2, WIDTH)
+    room[index[kept], place[kept]] = h[kept]
+    made = torch.bmm(torch.bmm(room, s.up).relu(), s.down)
+    out = torch.zeros_like(h)
+    out[kept] = made[index[kept], place[kept]] * weight[kept, None]
+    return out
+
+
+@free
+def read_in_another_order(s, h):
+    weight, index = s.best(h)
+    order = weight.neg().argsort(-1)
+    return s.some(h, index.gather(-1, order), weight.gather(-1, order))
+
+
+@free
+def read_for_some_rows(s, h):
+    rows, kept = h.sum(-1).argsort(), h.sum(-1) > 0
+    weight, index = s.best(h)
+    mine = s.some(h[kept], index[:, 0].masked_select(kept)[:, None], weight[kept][:, :1])
+    theirs = s.some(h[rows], index.index_select(0, rows), weight[rows])
+    return torch.zeros_like(h).index_add(0, rows, theirs).masked_scatter(kept[:, None], mine)
+
+
+@pinned
+def read_and_used_as_numbers(s, h):
+    weight, index = s.best(h)
+    kept = h.sum(-1) > 0
+    mine = s.some(h[kept], index[kept], weight[kept] * index[kept])
+    return torch.zeros_like(h).masked_scatter(kept[:, None], mine)
+
+
+@pinned
+def read_and_sorted(s, h):
+    weight, index = s.best(h)
+    return s.some(h, index.gather(-1, weight.argsort(-1)).sort(-1).values, weight)
+
+
 @pytest.mark.parametrize("name", FREE)
 def test_experts_may_be_permuted(name):
     found = sorted(g.size for g in infer(Routed(FREE[name]), X).generators())  # verifies, too
