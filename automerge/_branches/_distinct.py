@@ -59,32 +59,61 @@ def exclusive(a: fx.Node, b: fx.Node) -> bool:
 
 
 def tells(mask: fx.Node) -> dict[Any, Any]:
-    """What holds wherever a mask chooses: tensor, or a code and its axis -> the number that it is equal to."""
+    """What holds wherever a mask chooses: tensor, or a code and its axis, and what was moved -> the number it is equal to."""
     args: Any = mask.args
     if mask.target is aten.eq.Scalar:
         return {args[0]: args[1]} | (tells(args[0]) if args[1] != 0 else {})
     if mask.target is aten.select.int:
-        return {what: args[2] for what in _codes(args[0]) if what[1] == args[1] % args[0].meta["val"].dim()}
+        dim = args[1] % args[0].meta["val"].dim()
+        codes = {(code, dim): args[2] for code, along in _codes(args[0]).items() if along == dim}
+        return codes or _moved(mask, tells(args[0]))
     if mask.target in _ALSO:
-        parts = [a for a in args if isinstance(a, fx.Node) and a.meta["val"].shape == mask.meta["val"].shape]
-        return {what: number for part in parts for what, number in tells(part).items()}
+        return {what: number for part in _parts(mask) for what, number in tells(part).items()}
     if mask.target in _TRUTHS or (mask.target in _NOT_ZERO and args[1] == 0):
         return tells(args[0])
-    return {}
+    return _moved(mask, tells(args[0])) if mask.target in _MOVES else {}
 
 
-def _codes(node: Any) -> set[tuple[fx.Node, int]]:
-    """One-hot codes that a tensor is nothing but the ones of, or some of these, and the axis of each."""
+def _codes(node: Any) -> dict[Any, int]:
+    """One-hot codes that a tensor is nothing but the ones of, or some of these, and what was moved -> the axis of each."""
     args: Any = node.args
     if node.target is aten.scatter.value and args[0].target in ZEROS:
         dim = args[1] % node.meta["val"].dim()
-        return {(node, dim)} if args[2].meta["val"].shape[dim] == 1 else set()
+        return {node: dim} if args[2].meta["val"].shape[dim] == 1 else {}
     if node.target in _ALSO:
-        parts = [a for a in args if isinstance(a, fx.Node) and a.meta["val"].shape == node.meta["val"].shape]
-        return {code for part in parts for code in _codes(part)}
+        return {code: dim for part in _parts(node) for code, dim in _codes(part).items()}
     if node.target in _TRUTHS or (node.target in _NOT_ZERO and args[1] == 0):
         return _codes(args[0])
-    return set()
+    if node.target not in _MOVES:
+        return {}
+    return {
+        code: dim for code, along in _moved(node, _codes(args[0])).items() if (dim := _axis(node, along)) is not None
+    }
+
+
+def _parts(node: fx.Node) -> list[fx.Node]:
+    """The operands that have the shape of the result."""
+    shape = node.meta["val"].shape
+    return [a for a in node.args if isinstance(a, fx.Node) and a.meta["val"].shape == shape]
+
+
+def _moved(node: fx.Node, found: dict[Any, Any]) -> dict[Any, Any]:
+    """What was found of a tensor, of the same tensor in another layout."""
+    return {(what, str(node.target), repr(node.args[1:])): number for what, number in found.items()}
+
+
+def _axis(node: fx.Node, dim: int) -> int | None:
+    """Where a move takes an axis; None if it does not stay one."""
+    before, after = (n.meta["val"].shape for n in (node.args[0], node))  # type: ignore[union-attr]
+    move: Any = node.target
+    own = torch.arange(before[dim]).reshape([-1 if k == dim else 1 for k in range(len(before))]).expand(before)
+    moved = move(own, *node.args[1:])
+    for k, n in enumerate(after):
+        if n == before[dim] and torch.equal(
+            moved, own.new_tensor(range(n)).reshape([-1 if i == k else 1 for i in range(len(after))]).expand(after)
+        ):
+            return k
+    return None
 
 
 def _chosen(node: fx.Node, compared: bool = False) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -79,6 +79,23 @@ def _up_to_a_capacity_compared(h: Any, scores: Any, experts: Any) -> Any:
     return out
 
 
+def _put_by_number(h: Any, scores: Any, experts: Any) -> Any:
+    out, chosen = h.clone(), scores.argmax(-1, keepdim=True)
+    for e, expert in enumerate(experts):
+        (rows,) = torch.where(chosen.eq(e).squeeze(-1))
+        out[rows] = expert(out[rows]) + out[rows]
+    return out
+
+
+def _codes_in_another_layout(h: Any, scores: Any, experts: Any) -> Any:
+    codes = _codes(scores).view(2, -1, COUNT).permute(2, 0, 1).reshape(COUNT, -1)
+    out = h.clone()
+    for e, expert in enumerate(experts):
+        mask = codes[e].bool()
+        out[mask] = expert(h[mask])
+    return out
+
+
 def _chosen_and_kept(h: Any, scores: Any, experts: Any) -> Any:
     kept, chosen, out = scores.amax(-1) > 1, scores.argmax(-1), h.clone()
     for e, expert in enumerate(experts):
@@ -90,6 +107,7 @@ def _chosen_and_kept(h: Any, scores: Any, experts: Any) -> Any:
 PUT = (
     *(_put, _put_in_place, _let_through_over_all, _up_to_a_capacity, _up_to_a_capacity_in_place),
     *(_up_to_a_capacity_over_zeros, _up_to_a_capacity_compared, _chosen_and_kept),
+    *(_put_by_number, _codes_in_another_layout),
 )
 
 
