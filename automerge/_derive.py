@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -13,10 +14,11 @@ from torch import fx
 from automerge._assemble import Assembler, halved
 from automerge._branches import stacked
 from automerge._notes import of_reach, of_trace
-from automerge._search import search
+from automerge._search import UnitSet, search
 from automerge._stacks import aligned, joined, taken_apart
 from automerge._structure import Structure
 from automerge.rules import DEBUG, Analysis, analyse, is_state
+from automerge.rules._axes import Family
 from automerge.symmetry import Exchange, Generator, Symmetry
 from automerge.trace import TraceInfo
 
@@ -112,23 +114,25 @@ def infer_recorded(
     """
     graph = graphs[0]
     clock = time.perf_counter()
-    splits = dict(splits or {})
-    passes = 0
+    splits, withdrawn, passes = dict(splits or {}), set[tuple[str, int, int]](), 0
     while True:
-        analysis = analyse(graphs, splits)
-        passes += 1
-        if set(analysis.engine.requests) == set(splits) or passes >= _MAX_PASSES:
+        analysis, more = _analysed(graphs, splits, withdrawn)
+        passes += more
+        ruled = time.perf_counter()
+        axes = analysis.engine.axes
+        structure = Structure(axes)
+        assembler = Assembler(axes, structure)
+        found = search(structure, assembler.wanted())
+        idle = _idle(analysis.engine.in_the_way(), structure, found) - withdrawn
+        if not idle:
             break
-        splits = dict(analysis.engine.requests)
-    ruled = time.perf_counter()
-    axes = analysis.engine.axes
-    structure = Structure(axes)
-    assembler = Assembler(axes, structure)
+        withdrawn |= idle
+        splits = {key: classes for key, classes in analysis.engine.requests.items() if key not in withdrawn}
     info: TraceInfo = graph.meta["trace"]
     shapes = _shapes(graph)
     generators: list[Generator] = []
     dropped = 0
-    for units in search(structure, assembler.wanted()):
+    for units in found:
         made = assembler.generator(units)
         if made is None or halved(made, analysis.unread):
             dropped += 1
@@ -157,6 +161,40 @@ def infer_recorded(
         },
     )
     return symmetry, analysis, assembler
+
+
+def _analysed(
+    graphs: Sequence[fx.GraphModule],
+    splits: Mapping[tuple[str, int, int], np.ndarray],
+    withdrawn: Collection[tuple[str, int, int]],
+) -> tuple[Analysis, int]:
+    """The analysis with all splits that it asks for, and the number of passes."""
+    for passes in itertools.count(1):
+        analysis = analyse(graphs, splits, withdrawn)
+        if set(analysis.engine.requests) == set(splits) or passes >= _MAX_PASSES:
+            break
+        splits = dict(analysis.engine.requests)
+    return analysis, passes
+
+
+def _idle(
+    splits: Sequence[tuple[Family, int]], structure: Structure, found: Sequence[UnitSet]
+) -> set[tuple[str, int, int]]:
+    """Splits that came to nothing: whatever moves positions of one class moves some of all.
+
+    Args:
+        splits: families of parameters, and by which of its axes each.
+        structure: what was searched.
+        found: the sets of units.
+    """
+    out = set()
+    for family, i in splits:
+        vertices = structure.index[family.start : family.start + family.size].reshape(family.shape)
+        classes = np.moveaxis(vertices, i, 0).reshape(family.shape[i], -1)
+        moved = [np.isin(classes, units.table).any(1) for units in found]
+        if family.param is not None and all(of.all() or not of.any() for of in moved):
+            out.add((family.param, family.axis, family.by[i][0]))
+    return out
 
 
 def _shapes(graph: fx.GraphModule) -> dict[str, tuple[int, ...]]:

@@ -105,25 +105,36 @@ def place(node: fx.Node) -> str:
     return " ".join(parts)
 
 
-def analyse(graphs: Sequence[fx.GraphModule], splits: Splits | None = None) -> Analysis:
+def analyse(
+    graphs: Sequence[fx.GraphModule],
+    splits: Splits | None = None,
+    withdrawn: Collection[tuple[str, int, int]] = (),
+) -> Analysis:
     """Run the rules over traced graphs of one model, whose parameters they share: what is found holds for all of them.
 
     Args:
         graphs: from `automerge.trace`, on inputs of different sizes.
         splits: parameter axes to be given an order per position of another axis (from an earlier pass's requests).
+        withdrawn: splits that are not to be asked for.
     """
     unsorted = [without_dispatch(graph) for graph in graphs]
-    out = _analysed([u.graph for u in unsorted], splits or {}, None)
+    out = _analysed([u.graph for u in unsorted], splits or {}, withdrawn, None)
     while out.engine.refused:
-        out = _analysed([u.graph for u in unsorted], splits or {}, out.engine.states)
+        out = _analysed([u.graph for u in unsorted], splits or {}, withdrawn, out.engine.states)
     for u in unsorted:
         out.values.update({node: out.values[other] for node, other in u.nodes.items() if other in out.values})
         out.sorted |= u.sorted
     return out
 
 
-def _analysed(graphs: Sequence[fx.GraphModule], splits: Splits, states: Collection[Any] | None) -> Analysis:
+def _analysed(
+    graphs: Sequence[fx.GraphModule],
+    splits: Splits,
+    withdrawn: Collection[tuple[str, int, int]],
+    states: Collection[Any] | None,
+) -> Analysis:
     engine = Engine(states)
+    engine.withdrawn = frozenset(withdrawn)
     engine.requests, engine.several = dict(splits), len(graphs) > 1
     out = Analysis(engine)
     runs = [_Run(graph, splits, out) for graph in graphs]

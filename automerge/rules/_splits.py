@@ -16,11 +16,13 @@ class Splits(Letters):
 
     Attributes:
         requests: ``(param, axis, by axis) -> classes``: the axis gets an order for every class of positions of the other.
+        withdrawn: those that are not asked for again.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.requests: dict[tuple[str, int, int], np.ndarray] = {}
+        self.withdrawn: frozenset[tuple[str, int, int]] = frozenset()
         self._slices: dict[tuple[str, int, int], list[np.ndarray]] = {}
 
     def _ask_batched(self, values: Sequence[Value], batch: set[int]) -> None:
@@ -99,7 +101,7 @@ class Splits(Letters):
                     continue
                 before = np.searchsorted(read, np.arange(classes.size), side="right") - 1
                 _, classes = np.unique(classes[read[before.clip(0)]], return_inverse=True)
-            if int(classes.max()) > 0:
+            if int(classes.max()) > 0 and (param, axis, by) not in self.withdrawn:
                 self.requests[param, axis, by] = classes
 
     def _source(self, factor: Factor) -> Family | None:
@@ -132,7 +134,23 @@ class Splits(Letters):
             return
         if numbers[0] < 0 or (family.param, axis.axis, family.axis) in self.requests:
             return
-        self.requests.setdefault((family.param, family.axis, axis.axis), runs.reshape(-1).astype(np.int64))
+        if (family.param, family.axis, axis.axis) not in self.withdrawn:
+            self.requests.setdefault((family.param, family.axis, axis.axis), runs.reshape(-1).astype(np.int64))
+
+    def in_the_way(self) -> list[tuple[Family, int]]:
+        """The splits that others gave way to, since splits do not nest: the family, and by which of its axes."""
+        made = {
+            (f.param, f.axis, other): (f, i)
+            for f in self.axes.families
+            if f.param is not None
+            for i, (other, _) in enumerate(f.by)
+        }
+        lost = [key for key in self.requests if key not in made]
+        return [
+            place
+            for (param, axis, by), place in made.items()
+            if any(param == p and (axis == outer or by == inner) for p, inner, outer in lost)
+        ]
 
     def _same_param(self, outer: Factor, param: str) -> tuple[Family, np.ndarray] | None:
         """The outer factor as positions of another axis of the same parameter, looking through united families."""

@@ -377,3 +377,44 @@ def test_experts_in_a_parameter_of_several_layers() -> None:
     assert [e.size for e in symmetry.exchanges] == [3]
     alone = {w for g in symmetry.sets for s in g.slots if s.param == "v" for w in [s.within] if len(w) == 2}
     assert len(alone) == 6  # the hidden units of each expert in each layer
+
+
+# ------------------------------------------------------------ capsules: an order inside each, however many share weights
+def _squash(s: torch.Tensor) -> torch.Tensor:
+    n = s.square().sum(-1, keepdim=True)
+    return n / (1 + n) * s / (n.sqrt() + 1e-8)
+
+
+class Capsules(nn.Module):
+    """Three layers of capsules that choose by agreement (Sabour et al. 2017), as einsum: 6 of 3, 5 of 4, 3 outputs of 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp = nn.Linear(5, 18)
+        self.first, self.second = nn.Parameter(torch.randn(5, 6, 4, 3)), nn.Parameter(torch.randn(3, 5, 2, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        u = _squash(self.inp(x).view(-1, 6, 3))
+        for w in (self.first, self.second):
+            votes = torch.einsum("jidk,bik->bjid", w, u)
+            b = torch.zeros(votes.shape[:3])
+            for _ in range(3):
+                u = _squash(torch.einsum("bji,bjid->bjd", b.softmax(1), votes))
+                b = b + torch.einsum("bjd,bjid->bji", u, votes)
+        return u.norm(dim=-1)
+
+
+def test_capsules_have_orders_of_their_own_in_both_layers() -> None:
+    found(Capsules, "6 5 3x6 4x5 2x3", torch.randn(2, 5), torch.randn(7, 5))
+
+
+def test_a_split_that_comes_to_nothing_gives_way() -> None:
+    """The inputs that a sum runs over show no order for each of the outputs, but the outputs do for their entries."""
+
+    def program(s: Any, x: torch.Tensor) -> torch.Tensor:
+        votes = torch.einsum("jidk,bik->bjid", s.w, x)
+        chosen = torch.einsum("bji,bjid->bjd", votes.square().sum(-1).softmax(1), votes)
+        return torch.einsum("bjd,jdp->bp", chosen, s.v)
+
+    parts = {"w": lambda: nn.Parameter(torch.randn(5, 3, 4, 2)), "v": lambda: nn.Parameter(torch.randn(5, 4, 2))}
+    found(lambda: Program(program, parts), "5 4x5", torch.randn(2, 3, 2), torch.randn(4, 3, 2))
