@@ -25,6 +25,7 @@ from automerge._ranks import Ranks
 from automerge._singular import agreed, marks, measured_again
 from automerge.io import StateDict, hash_state_dict, tied_names
 from automerge.matchers import FrankWolfe, Matching, Progress
+from automerge.matchers._crossing import Crossing
 from automerge.symmetry import Symmetry
 
 
@@ -92,7 +93,11 @@ def merge_share(
     seconds["read"] = time.perf_counter() - begin
     symmetry = _symmetry(ranks, network, states, args, kwargs, store)
     seconds["infer"] = time.perf_counter() - begin - seconds["read"]
-    matching = matcher.match_share(states, symmetry, progress, ranks)
+    crossing = Crossing.of(symmetry)
+    if crossing is None:
+        matching = matcher.match_share(states, symmetry, progress, ranks)
+    else:
+        matching = crossing.match(matcher, states, progress, ranks)
     seconds["match"] = matching.stats["seconds"]["total"]
     share = [1.0 / len(paths)] * len(paths) if weights is None else [w / sum(weights) for w in weights]
     merged: StateDict = {}

@@ -15,12 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from automerge import cli
+from automerge import cli, infer
 from automerge._ranks import ALONE, Ranks
 from automerge.io import load_state_dict
 from automerge.matchers import FrankWolfe, Matching, match
 from tests import _factories
 from tests import _symmetries as hand
+from tests.matchers.test_crossing import Monarch, states_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -116,6 +117,42 @@ def test_all_processes_find_what_one_finds(
         shared = Matching.load(tmp_path / f"{rank}.safetensors")
         assert shared.to_universe == alone.to_universe
         assert shared.stats["objective"] == pytest.approx(alone.stats["objective"], rel=1e-12)
+
+
+_CROSSING = """
+import sys, torch
+torch.set_num_threads(1)
+from automerge import infer
+from automerge._ranks import Group
+from automerge.matchers import FrankWolfe
+from automerge.matchers._crossing import Crossing
+from tests.matchers.test_crossing import Monarch, states_of
+count, out, options = int(sys.argv[1]), sys.argv[2], eval(sys.argv[3])
+parts = Crossing.of(infer(Monarch(), torch.ones(4, 5)))
+ranks = Group(60)
+models = [states_of(m) for m in ranks.shares(count)[ranks.rank]]
+matching = parts.match(FrankWolfe(dtype="float64", **options), models, None, ranks)
+matching.save(f"{out}/{ranks.rank}.safetensors")
+ranks.close()
+"""
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "options"), [(2, 3, {}), (3, 4, {"anchor": 3, "block_weights": "normalised"})]
+)
+def test_groups_that_cross_are_searched_by_turns(
+    size: int, count: int, options: dict[str, Any], tmp_path: Path
+) -> None:
+    symmetry = infer(Monarch(), torch.ones(4, 5))
+    running = start(size, "-c", _CROSSING, count, tmp_path, repr(options))
+    alone = match([states_of(m) for m in range(count)], symmetry, FrankWolfe(dtype="float64", **options))
+    done = ends(running)
+    assert all(code == 0 for code, _, _ in done), done
+    for rank in range(size):
+        shared = Matching.load(tmp_path / f"{rank}.safetensors")
+        assert shared.to_universe == alone.to_universe
+        assert shared.stats["objective"] == pytest.approx(alone.stats["objective"], rel=1e-12)
+    assert any(not e.is_identity() for e in alone.to_universe)
 
 
 @pytest.fixture
@@ -217,7 +254,7 @@ def test_a_process_that_dies_ends_the_others(checkpoints: list[Path], tmp_path: 
 
 _SLOW = """
 import os, sys, time
-from automerge import cli
+from automerge import cli, infer
 from automerge.matchers import _search
 step = _search.Search._turn
 def slow(self, *given):

@@ -100,8 +100,8 @@ def match(
     matcher = FrankWolfe() if matcher is None else matcher
     check_matcher(matcher)
     data = data if data is None or isinstance(data, Batches) else Batches(data, inputs, kwargs)
-    # by turns the models are moved in memory, and a matcher that looks at activations has modules to run
-    whole = isinstance(matcher, Identity) or matcher.needs_data or getattr(matcher, "offload", None) is not None
+    # a matcher that looks at activations has modules to run, and by turns the models are moved
+    whole = isinstance(matcher, Identity) or matcher.needs_data
     crossing = None if whole else Crossing.of(symmetry)
     if crossing is None:
         found = matcher.match(models, symmetry, progress=progress, data=data)

@@ -8,19 +8,22 @@ order, so a second beginning brings the blocks into an order by their sorted ent
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import numpy as np
 import torch
 
 from automerge._assignment import assign
 from automerge._data import reals
+from automerge._offload import Store
+from automerge._ranks import ALONE, Ranks
 from automerge._tree import crossing
 from automerge.groups import Element
 from automerge.matchers._base import Matcher, Matching, Progress
+from automerge.matchers._frank_wolfe import FrankWolfe
 from automerge.symmetry import Slot, Symmetry
 
 _ROUNDS = 4
@@ -55,41 +58,73 @@ class Crossing:
             return None
         return cls(symmetry, tuple(sorted(left)), parts)
 
-    def match(self, matcher: Matcher, states: Sequence[State], progress: Progress | None) -> Matching:
+    def match(
+        self, matcher: Matcher, states: Sequence[State], progress: Progress | None, ranks: Ranks = ALONE
+    ) -> Matching:
         """The better end of two beginnings; statistics are those of the last search.
 
         Args:
             matcher: of weights.
-            states: one per model.
+            states: one per model; of several processes, this one's (`Ranks.shares`).
             progress: as for `match`.
+            ranks: the processes.
         """
+        count = round(ranks.add(len(states))[0])
         given: Matching | None = getattr(matcher, "resume", None)
-        first = [self.symmetry.identity() for _ in states] if given is None else list(given.to_universe)
+        first = [self.symmetry.identity()] * count if given is None else list(given.to_universe)
         matcher = matcher if given is None else replace(matcher, resume=None)  # type: ignore[type-var]
-        ends = [self._by_turns(matcher, states, first, progress)]
-        if not ends[0][2].stats.get("interrupted"):
-            ends.append(self._by_turns(matcher, states, self._sorted(matcher, states), progress))
-        value, elements, last = max(ends, key=lambda end: end[0])
-        note = (
-            f"units of {len(self.left)} groups cross those of others without being nested; these were searched by turns"
-        )
-        stats = {**last.stats, "notes": [*last.stats.get("notes", ()), note]}
-        if "objective" in stats:
-            stats |= {"objective": value, "start_objective": self._agreement(matcher, states)}
+        turns = _Turns(self, matcher, states, ranks.shares(count)[ranks.rank], progress, ranks)
+        with turns.store.working():
+            ends = [turns.run(first)]
+            if not ends[0][2].stats.get("interrupted"):
+                ends.append(turns.run(turns.sorted(count)))
+            value, elements, last = max(ends, key=lambda end: end[0])
+            note = f"units of {len(self.left)} groups cross those of others without being nested; these were searched by turns"
+            stats = {**last.stats, "notes": [*last.stats.get("notes", ()), note]}
+            if "objective" in stats:
+                stats |= {"objective": value, "start_objective": turns.agreement(states)}
         return Matching(tuple(elements), self.symmetry, last.matcher, stats)
 
-    def _by_turns(
-        self, matcher: Matcher, states: Sequence[State], start: Sequence[Element], progress: Progress | None
-    ) -> tuple[float, list[Element], Matching]:
+
+class _Turns:
+    """One search by turns.
+
+    Args:
+        crossing: what is searched.
+        matcher: of weights.
+        states: of this process's models.
+        mine: their numbers.
+        progress: as for `match`.
+        ranks: the processes.
+
+    Attributes:
+        store: where moved models are held, as the matcher says.
+    """
+
+    def __init__(
+        self,
+        crossing: Crossing,
+        matcher: Matcher,
+        states: Sequence[State],
+        mine: range,
+        progress: Progress | None,
+        ranks: Ranks,
+    ) -> None:
+        self.crossing, self.symmetry, self.matcher = crossing, crossing.symmetry, matcher
+        self.states, self.mine, self.progress, self.ranks = states, mine, progress, ranks
+        self.store = Store(getattr(matcher, "offload", None))
+
+    def run(self, start: Sequence[Element]) -> tuple[float, list[Element], Matching]:
+        """The best value, its elements of all models, and the last search."""
         elements = list(start)
-        moved = [self.symmetry.apply(s, e) for s, e in zip(states, elements, strict=True)]
+        moved = self._moved(elements)
         best: tuple[float, list[Element], Matching] | None = None
         for _ in range(_ROUNDS):
-            for part in reversed(self.parts):
-                found = matcher.match(moved, part, progress=progress)
+            for part in reversed(self.crossing.parts):
+                found = self._search(moved, part)
                 elements = [a.then(b) for a, b in zip(elements, found.to_universe, strict=True)]
-                moved = [self.symmetry.apply(s, e) for s, e in zip(states, elements, strict=True)]
-            value = self._agreement(matcher, moved)
+                moved = self._moved(elements)
+            value = self.agreement(moved)
             gained = np.inf if best is None else value - best[0]
             if best is None or gained > 0:  # not every matcher ascends
                 best = value, elements, found
@@ -98,31 +133,58 @@ class Crossing:
         assert best is not None
         return best
 
-    def _agreement(self, matcher: Matcher, states: Sequence[State]) -> float:
+    def _search(self, states: Sequence[State], part: Symmetry) -> Matching:
+        if isinstance(self.matcher, FrankWolfe) and self.ranks.size > 1:
+            return self.matcher.match_share(list(map(dict, states)), part, self.progress, self.ranks)
+        return self.matcher.match(states, part, progress=self.progress)
+
+    def _moved(self, elements: Sequence[Element]) -> list[State]:
+        out: list[State] = []
+        for state, m in zip(self.states, self.mine, strict=True):
+            new = self.symmetry.apply(state, elements[m])
+            out.append({n: v if v is state[n] else self.store.keep(v) for n, v in new.items()})
+        return out
+
+    def agreement(self, states: Sequence[State]) -> float:
         """The sum of the inner products of all pairs, over what moves and is no statistic, weighed as a matcher does."""
-        weights = getattr(matcher, "block_weights", "uniform")
-        given = {} if isinstance(weights, str) else {self.symmetry.aliases.get(n, n): w for n, w in weights.items()}
+        weights = getattr(self.matcher, "block_weights", "uniform")
+        aliases = self.symmetry.aliases
+        given = {} if isinstance(weights, str) else {aliases.get(n, n): w for n, w in weights.items()}
+        count = self.ranks.add(len(states))[0]
         out = []
         for name in sorted(self.symmetry.moved - self.symmetry.statistics):
             values = [x for s in states if (x := reals(s[name])) is not None]
-            products = math.fsum(float((a * b).sum()) for a, b in itertools.combinations(values, 2))
-            norm = sum(float(x.square().sum()) for x in values) / len(states) if weights == "normalised" else 1.0
-            out.append(given.get(name, 1.0) * products / (norm or 1.0))
+            if not values:
+                continue
+            total = self.ranks.sum(reduce(torch.add, values).clone())
+            (squares,) = self.ranks.add(math.fsum(float(x.square().sum()) for x in values))
+            norm = squares / count if weights == "normalised" else 1.0
+            out.append(given.get(name, 1.0) * (float(total.square().sum()) - squares) / 2 / (norm or 1.0))
         return math.fsum(out)
 
-    def _sorted(self, matcher: Matcher, states: Sequence[State]) -> list[Element]:
+    def sorted(self, count: int) -> list[Element]:
         """Blocks of all models in the order of those of one, by the sorted entries of what they own."""
-        whole = self.symmetry.stacked
+        whole, left = self.symmetry.stacked, self.crossing.left
         generators = whole.generators()
-        still = getattr(matcher, "anchor", None) or getattr(matcher, "reference", None) or 0
-        named = {s.param for g in self.left for s in generators[g].slots} - whole.statistics
-        stacked = [{n: self.symmetry.stacks.read(n, s) for n in named} for s in states]
+        still = getattr(self.matcher, "anchor", None) or getattr(self.matcher, "reference", None) or 0
+        owner = next(rank for rank, share in enumerate(self.ranks.shares(count)) if still in share)
+        named = {s.param for g in left for s in generators[g].slots} - whole.statistics
+        orders: list[list[np.ndarray]] = [[] for _ in self.states]
+        for g in left:
+            own = []
+            for state in self.states:
+                stacked = {n: self.symmetry.stacks.read(n, state) for n in named}
+                own.append(_entries(generators[g].slots, stacked))
+            first = own[still - self.mine.start].clone() if still in self.mine else torch.empty_like(own[0])
+            self.ranks.broadcast(first, owner)
+            for m, entries, order in zip(self.mine, own, orders, strict=True):
+                same = np.arange(generators[g].size)
+                order.append(same if m == still else assign(-torch.cdist(first, entries).square().numpy()))
         out = []
-        for m, state in enumerate(stacked):
+        for own_orders in (order for share in self.ranks.gather(orders) for order in share):
             flat = [np.arange(g.size) for g in generators]
-            for g in self.left if m != still else ():
-                mine, first = (_entries(generators[g].slots, s) for s in (state, stacked[still]))
-                flat[g] = assign(-torch.cdist(first, mine).square().numpy())
+            for g, order in zip(left, own_orders, strict=True):
+                flat[g] = order
             out.append(self.symmetry.apart(whole.element(flat)))
         return out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from torch import nn
 
 from automerge import FrankWolfe, WeightMatching, infer, match, merge
+from automerge._ranks import ALONE
 from automerge._tree import crossing
 from automerge.matchers import Identity, MergeMany, PairwiseFrankWolfe, Synchronised
-from automerge.matchers._crossing import Crossing
+from automerge.matchers._crossing import Crossing, _Turns
 from automerge.symmetry import Symmetry
 
 torch.set_num_threads(1)
@@ -47,11 +49,17 @@ class Layers(nn.Module):
         return self.out(torch.cat([x, x], -1))
 
 
+def states_of(seed: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    return Monarch().state_dict()
+
+
 def agreement(symmetry: Symmetry, states: Any, weights: Any = "uniform") -> float:
     """The sum of the inner products of all pairs."""
     parts = Crossing.of(symmetry)
     assert parts is not None
-    return parts._agreement(FrankWolfe(block_weights=weights), states)
+    turns = _Turns(parts, FrankWolfe(block_weights=weights), states, range(len(states)), None, ALONE)
+    return turns.agreement(states)
 
 
 def planted(
@@ -130,6 +138,16 @@ def test_block_weights_decide_between_ends() -> None:
     expected = sum(weights.get(n, 1.0) * float((a[n].double() * b[n].double()).sum()) for n in names)
     assert found.stats["objective"] == pytest.approx(expected, rel=1e-9)
     assert found.stats["objective"] >= agreement(symmetry, [n.state_dict() for n in nets], weights)
+
+
+def test_moved_models_are_held_in_files(tmp_path: Path) -> None:
+    symmetry, models = infer(Monarch(), torch.randn(3, 5)), [states_of(m) for m in range(3)]
+    here = match(models, symmetry)
+    there = match(models, symmetry, FrankWolfe(offload=tmp_path))
+    assert here.to_universe == there.to_universe
+    assert here.stats["objective"] == there.stats["objective"]
+    assert any("cross those of others" in remark for remark in there.remarks())
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_search_goes_on_from_an_answer() -> None:
