@@ -93,18 +93,21 @@ def _separately(bench: Workbench, node: fx.Node, before: _Put) -> tuple[fx.Node,
     """A choice between values and what is there, as a sum, where nodes are inserted now."""
     condition, value, _ = node.args
 
-    def made(target: Any, *args: Any) -> fx.Node:
-        out = bench.graph.call_function(target, args)
-        out.meta = dict(node.meta)
+    def made(target: Any, *args: Any, like: torch.Tensor = node.meta["val"], **kwargs: Any) -> fx.Node:
+        out = bench.graph.call_function(target, args, kwargs)
+        out.meta = {**node.meta, "val": like}
         return out
 
     alone = made(aten.where.ScalarOther, condition, value, 0.0)
     if before.over.target in ZEROS:
         total = made(aten.add.Tensor, before.added or before.over, alone)
         return total, replace(before, added=total)
-    blank = bench.fixed(torch.ones((), dtype=node.meta["val"].dtype).expand(node.meta["val"].shape), node)
-    rest = made(aten.where.ScalarSelf, condition, 0.0, blank)
-    left = rest if before.left is None else made(aten.mul.Tensor, before.left, rest)
+    mask = condition.meta["val"]  # type: ignore[union-attr]
+    like = torch.empty(mask.shape, dtype=node.meta["val"].dtype, device="meta")
+    rest = made(
+        aten._to_copy.default, made(aten.logical_not.default, condition, like=mask), like=like, dtype=like.dtype
+    )
+    left = rest if before.left is None else made(aten.mul.Tensor, before.left, rest, like=like)
     added = alone if before.added is None else made(aten.add.Tensor, before.added, alone)
     total = made(aten.add.Tensor, made(aten.mul.Tensor, before.over, left), added)
     return total, replace(before, added=added, left=left)
