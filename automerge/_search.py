@@ -346,7 +346,11 @@ def _tables(images: dict[int, dict[int, int]]) -> list[list[list[int]]]:
                 sides[frozenset(image)].append(image)
             groups = [(sorted(side), members) for side, members in sides.items()]
         for mine, members in groups:
-            rows = {frozenset(row): row for row in [mine, *([i[a] for a in mine] for i in members)]}
+            # of exchanges that differ inside the units the one that keeps the order there: slices can follow it where
+            # every unit has an order of its own along another axis
+            rows: dict[frozenset[int], list[int]] = {}
+            for row in [mine, *sorted([i[a] for a in mine] for i in members)]:
+                rows.setdefault(frozenset(row), row)
             flat = [v for row in rows.values() for v in row]
             if len(rows) > 1 and len(set(flat)) == len(flat):
                 out.append(list(rows.values()))
