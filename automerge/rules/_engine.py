@@ -175,21 +175,26 @@ class Engine(Combine):
                 if len(mine) == 1 and mine[0].letters == tuple(own[i]):
                     join = Join(mine[0].labels, (*place, i), node, same[i], self.axes.where)
                     (self.fillings if filling[i] and not fixed else self.joins).append(join)
-        rest = [f for f in both.factors if not inner & set(f.letters)] + beside
+        rest = [f for f in both.factors if not inner & set(f.letters)]
         pinned = both.pinned - inner
         size_out = {c: n for c, n in both.size.items() if c not in inner} | {made: total}
         axes_out = tuple((made,) if k == axis else a for k, a in enumerate(axes))
         seen = [id(who) for who, f in zip(same, filling, strict=True) if not f]
         if not any(parts) and all(set(a) <= both.pinned for a in own) and len(set(seen)) == len(seen):
-            return Value(axes_out, size_out, rest, pinned | {made}, chosen=both.chosen)
+            return self._and(Value(axes_out, size_out, rest, pinned | {made}, chosen=both.chosen), beside)
         joint = self._join_segments(both, own, parts, lengths, same, made)
         if joint is not None and not orders and joint.letters == (made,) and self._all_fixed(joint.labels):
-            return Value(axes_out, size_out, rest, pinned | {made}, chosen=both.chosen)
+            return self._and(Value(axes_out, size_out, rest, pinned | {made}, chosen=both.chosen), beside)
         if joint is not None:
             rest.append(joint)
         out = Value(axes_out, size_out, rest, pinned, chosen=both.chosen)
         inside = self._join_segments(both, own, [[f] for f in orders], lengths, same, made) if orders else None
-        return out if inside is None else self.combine([out, replace(out, factors=[inside])], axes_out, size_out)
+        return self._and(out, beside if inside is None else [*beside, inside])
+
+    def _and(self, value: Value, factors: Sequence[Factor]) -> Value:
+        """A value that has further factors, too, which must agree with what they share with its own."""
+        more = [replace(value, factors=[f]) for f in factors]
+        return self.combine([value, *more], value.axes, value.size) if more else value
 
     def settle_lengths(self) -> None:
         """Pin what only stands for units if their number is no length of the inputs: first states, kernels over all units.
@@ -232,12 +237,12 @@ class Engine(Combine):
         """Factors that every operand of a stack has over the same letters with labels of its own, taken out and stacked.
 
         Each operand keeps its order until something reads several of them alike: the last states of both directions of a
-        recurrence, weights of several members read in one batched product.
+        recurrence, weights of several members read in one batched product, the points that every head takes of each level.
         """
         out, stacked = list(values), []
         for f in values[0].factors:
-            mine = [[g for g in v.factors if set(g.letters) & set(f.letters)] for v in values]
-            if any(len(m) != 1 or set(m[0].letters) != set(f.letters) or not m[0].injective for m in mine):
+            mine = [[g for g in v.factors if set(g.letters) == set(f.letters)] for v in values]
+            if any(len(m) != 1 or not m[0].injective for m in mine):
                 continue
             if any(set(f.letters) & v.pinned or v.chosen for v in values) or f.labels.size * len(values) > MAX_BESIDE:
                 continue

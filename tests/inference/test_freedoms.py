@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from automerge import infer, trace
 from automerge._derive import infer_graph
 from automerge.testing import assert_sound
+from tests.inference.networks_hostile import Program
 
 
 class _Nested(nn.Module):
@@ -35,3 +41,51 @@ def test_units_in_units_are_found_where_several_lengths_are_read() -> None:
     for x in inputs:
         assert_sound(net, x, symmetry)
     assert sorted(g.size for g in infer(net, inputs[0]).sets) == [2, 2, 2, 3, 3, 3, 3]
+
+
+class _Deformable(nn.Module):
+    """Attention at places that every head computes on each of several levels of an image (Deformable DETR)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value, self.query = nn.Linear(3, 4), nn.Linear(3, 5)
+        self.places, self.weights = nn.Linear(5, 2 * 2 * 3 * 2), nn.Linear(5, 2 * 2 * 3)
+        self.out = nn.Linear(4, 2)
+
+    def forward(self, levels: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        b, n, _ = x.shape
+        q = self.query(x).relu()
+        places = self.places(q).view(b, n, 2, 2, 3, 2).tanh()
+        weights = self.weights(q).view(b, n, 2, 6).softmax(-1).transpose(1, 2).reshape(2 * b, 1, n, 6)
+        sampled = []
+        for i, level in enumerate(levels):
+            value = self.value(level.flatten(2).mT).mT.reshape(2 * b, 2, *level.shape[2:])
+            grid = places[:, :, :, i].transpose(1, 2).flatten(0, 1)
+            sampled.append(F.grid_sample(value, grid, align_corners=False))
+        mixed = (torch.stack(sampled, -2).flatten(-2) * weights).sum(-1)
+        return self.out(mixed.view(b, 4, n).mT)
+
+
+def test_every_head_has_an_order_of_its_points_on_each_level() -> None:
+    torch.manual_seed(0)
+    net, args = _Deformable(), ([torch.randn(2, 3, 4, 5), torch.randn(2, 3, 2, 3)], torch.randn(2, 7, 3))
+    symmetry = assert_sound(net, args, infer(net, args))
+    # the queries; of each head the points on both levels and the values; the heads
+    assert sorted(g.size for g in symmetry.sets) == [2, 2, 2, 3, 3, 3, 3, 5]
+    assert {s.index.shape[1] for g in symmetry.sets if g.size == 3 for s in g.slots} == {1, 2}
+
+
+@pytest.mark.parametrize("last", [lambda s, y: s.mean(y.sum(0)), lambda s, y: s.apart(y.transpose(0, 1).flatten(1))])
+def test_stacked_heads_keep_an_order_each(last: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
+    """Each of two tensors has heads and their dimensions, and something for every head (its factor) beside these."""
+
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        heads = [f(x).unflatten(-1, (3, 4)).relu() * g(x)[..., None].tanh() for f, g in ((s.a, s.c), (s.b, s.d))]
+        return last(s, torch.stack([(y / y.norm(dim=-1, keepdim=True)).flatten(1) for y in heads]))
+
+    parts: dict[str, Any] = {n: lambda: nn.Linear(5, 12) for n in "ab"} | {n: lambda: nn.Linear(5, 3) for n in "cd"}
+    torch.manual_seed(0)
+    net = Program(forward, parts | {"mean": lambda: nn.Linear(12, 2), "apart": lambda: nn.Linear(24, 2)})
+    symmetry = assert_sound(net, (torch.randn(4, 5),), infer(net, (torch.randn(4, 5),)))
+    used = {s.param for g in symmetry.sets for s in g.slots}
+    assert sorted(g.size for g in symmetry.sets) == ([3, 4, 4, 4] if "mean.weight" in used else [3, 3, *[4] * 6])
