@@ -48,6 +48,7 @@ from automerge.rules._registry import (
     register_rule,
     values_in,
 )
+from automerge.rules._twins import twins
 from automerge.rules._value import ConstantValue, Factor, Value, plain
 
 __all__ = [
@@ -154,6 +155,7 @@ class _Run:
         self.constant: set[fx.Node] = set()
         self.veiled: set[fx.Node] = set()
         self.statistics: list[Value] = []
+        self.twins = twins(graph.graph)
         info = graph.meta["trace"]
         self.reads = [n for n in graph.graph.nodes if n.name in info.reads and n.name not in info.again]
         self.none = choosing_none(graph)
@@ -218,7 +220,21 @@ class _Run:
                 self.veiled.add(node)  # known by its values, but its structure is that of what it was made from
                 self.values[node] = _with_data(self.found(node), value)
         else:
-            self.values[node] = self.found(node)
+            again = self.again(node)
+            self.values[node] = self.found(node) if again is None else again
+
+    def again(self, node: fx.Node) -> Any:
+        """What is known of an earlier node that computes the same; None if there is none, or if it is one of several uses.
+
+        (Pieces and positions promise something until they are used in another way than to be joined again.)
+        """
+        first = self.twins[node]
+        if first is node or first not in self.values or not self.used.get(node, {0}) <= self.used.get(first, {0}):
+            return None
+        known = self.values[first]
+        several = [known] if isinstance(known, Value) else known
+        bound = any(v is not None and (v.origin is not None or v.promises or v.obligations) for v in several)
+        return None if bound else known
 
     def empty(self, node: fx.Node, value: torch.Tensor) -> Value:
         """A tensor without entries; a cut of none still shows its other axes, which may be filled up again."""
@@ -284,7 +300,7 @@ class _Run:
 
     def call(self, rule: Any, node: fx.Node) -> Any:
         used = self.used.get(node, {0})
-        context = Context(self.engine, node, used, self.statistics)
+        context = Context(self.engine, node, used, self.statistics, self.twins.__getitem__)
         args, kwargs = self.fetch(node.args), self.fetch(node.kwargs)
         if carries(node.target):
             return rule(context, *args, **kwargs)
@@ -331,6 +347,7 @@ class _Sub(_Run):
         self.graph, self.splits = graph, parent.splits
         self.engine, self.out = parent.engine, parent.out
         self.values, self.constant, self.veiled, self.statistics = values, set(), set(), parent.statistics
+        self.twins = twins(graph.graph)
         self.live, self.used = liveness(graph, [])
         placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
         for inside, source in zip(placeholders, sources, strict=True):

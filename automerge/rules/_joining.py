@@ -16,7 +16,7 @@ from automerge.rules._value import SELECTED, Value
 
 @rule("cat", "concat", "concatenate", carries=True)
 def cat(context: Context, tensors: Sequence[Value], dim: int = 0) -> Value:
-    nodes = context.node.args[0]
+    nodes = [context.first(n) for n in context.node.args[0]]
     pairs = [(v, n) for v, n in zip(tensors, nodes, strict=True) if v.shape != (0,)]
     if not pairs:
         return tensors[0]
@@ -56,7 +56,8 @@ def stack(context: Context, tensors: Sequence[Value], dim: int = 0) -> Value:
         return apart
     if same_points(context.engine, tensors) is None:
         tensors = [v.settle() for v in tensors]
-    return _joined(context, [with_axis(v, dim).carry(v) for v in tensors], dim, context.node.args[0])
+    nodes = [context.first(n) for n in context.node.args[0]]
+    return _joined(context, [with_axis(v, dim).carry(v) for v in tensors], dim, nodes)
 
 
 def _joined(context: Context, values: Sequence[Value], dim: int, nodes: Sequence[Any], node: Any = None) -> Value:

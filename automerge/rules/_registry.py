@@ -28,12 +28,14 @@ class Context:
         node: the fx node; ``node.meta["val"]`` is the example output.
         used: which outputs of the node anyone reads (a set of indices; ``{0}`` for a single output).
         statistics: collects the values that are normalisation statistics.
+        first: node -> the first node that computes the same.
     """
 
     engine: Engine
     node: Any
     used: set[int]
     statistics: list[Value]
+    first: Callable[[fx.Node], fx.Node] = lambda node: node
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -89,3 +89,41 @@ def test_stacked_heads_keep_an_order_each(last: Callable[[Any, torch.Tensor], to
     symmetry = assert_sound(net, (torch.randn(4, 5),), infer(net, (torch.randn(4, 5),)))
     used = {s.param for g in symmetry.sets for s in g.slots}
     assert sorted(g.size for g in symmetry.sets) == ([3, 4, 4, 4] if "mean.weight" in used else [3, 3, *[4] * 6])
+
+
+TWICE: list[tuple[Callable[[Any, torch.Tensor], torch.Tensor], list[int]]] = [
+    (lambda s, x: torch.cat([s.a(x).relu(), s.a(x).relu()], -1), [2] * 6 + [6]),
+    (lambda s, x: torch.stack([s.a(x).softmax(-1), s.a(x).softmax(-1)], 1).flatten(1), [2] * 6 + [6]),
+    (lambda s, x: torch.cat([s.b(s.a(x).relu()).tanh(), s.b(s.a(x).relu()).tanh()], -1), [2] * 6 + [6, 6]),
+    (lambda s, x: torch.cat([s.a(x), s.a(x)], -1) * torch.cat([s.a(x), s.a(x)], -1), [2] * 6 + [6]),
+    # what is drawn, written between, or computed otherwise is another tensor
+    (lambda s, x: torch.cat([s.a(x) + 1, s.a(x) + 1.5], -1), [6]),
+    (lambda s, x: torch.cat([s.a(x).clone().mul_(2), s.a(x)], -1), [6]),
+    (lambda s, x: torch.cat([s.a(x), s.a(x).add_(s.a(x).amax(-1, True))], -1), [6]),
+    (lambda s, x: torch.cat([s.a(x) + torch.rand(()), s.a(x) + torch.rand(())], -1), [6]),
+    (lambda s, x: torch.cat([s.a(x).relu(), s.a(x.flip(0)).relu()], -1), [6]),
+]
+
+
+@pytest.mark.parametrize(("forward", "sizes"), TWICE, ids=map(str, range(len(TWICE))))
+def test_what_is_computed_twice_is_one_tensor(forward: Any, sizes: list[int]) -> None:
+    """Two columns that read the same unit may be exchanged."""
+    torch.manual_seed(0)
+    net = Program(
+        lambda s, x: s.out(forward(s, x)),
+        {k: lambda: nn.Linear(6, 6) for k in "ab"} | {"out": lambda: nn.Linear(12, 2)},
+    )
+    args = (torch.randn(4, 6),)
+    symmetry = infer(net, args, verify="rand" not in forward.__code__.co_names)
+    assert sorted(g.size for g in symmetry.sets) == sizes
+    if "rand" not in forward.__code__.co_names:
+        assert_sound(net, args, symmetry)
+
+
+def test_pieces_cut_twice_keep_their_promises() -> None:
+    """One use of a piece is to be joined again, the other is not; neither loses what the other shows."""
+    torch.manual_seed(0)
+    forward = lambda s, x: s.out(torch.cat([s.a(x)[:, 3:], s.a(x)[:, :3]], -1)) + s.b(s.a(x)[:, :3].relu())  # noqa: E731
+    net = Program(forward, {n: lambda: nn.Linear(6, 6) for n in ("a", "out")} | {"b": lambda: nn.Linear(3, 6)})
+    args = (torch.randn(4, 6),)
+    assert sorted(g.size for g in assert_sound(net, args, infer(net, args)).sets) == [3, 3]
