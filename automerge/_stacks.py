@@ -8,7 +8,7 @@ generators (blocks, trees of nested groups, matchers) sees this form; state dict
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -288,7 +288,38 @@ def joined(
         unused: parameters of which the first ones know nothing, such as those of an expert that is not reached.
     """
     more = _beyond(sets, found)
-    return (*(g for g in sets if not any(_inside_of(g, m, unused) for m in more)), *more)
+    left = [g for g in sets if not any(_inside_of(g, m, unused) for m in more)]
+    moved_by = {key: m for m in found for key, _ in _columns(m)}
+    parts = [_parts(g, moved_by) for g in left]
+    finer = dict.fromkeys(m for one in parts for m in one if m not in more)
+    return (*(g for g, one in zip(left, parts, strict=True) if not one), *finer, *more)
+
+
+def _columns(generator: Generator) -> Iterator[tuple[Hashable, np.ndarray]]:
+    """The columns of a generator's tables, each with what tells which positions it exchanges."""
+    for slot in generator.slots:
+        for column in slot.index.T:
+            yield (slot.param, slot.axis, slot.within, np.sort(column).tobytes()), column
+
+
+def _parts(whole: Generator, moved_by: Mapping[Hashable, Generator]) -> list[Generator]:
+    """The generators that move parts of what one moves, each by itself, if together they move all of it; else none.
+
+    (The units of every expert, where these were found in one order for all experts.)
+    """
+    mine = dict(_columns(whole))
+    parts = list(dict.fromkeys(moved_by[key] for key in mine if key in moved_by))
+    count = sum(s.index.shape[1] for s in whole.slots)
+    if len(parts) < 2 or len(mine) != count or sum(s.index.shape[1] for g in parts for s in g.slots) != count:
+        return []
+    for part in parts:
+        if not all(key in mine for key, _ in _columns(part)):
+            return []
+        # for every column of the part, which unit of the whole each of its units is
+        units = [np.argsort(mine[key])[np.searchsorted(np.sort(mine[key]), column)] for key, column in _columns(part)]
+        if any(not np.array_equal(own, units[0]) for own in units):
+            return []
+    return parts
 
 
 def _inside_of(small: Generator, large: Generator, unused: Collection[str]) -> bool:

@@ -27,6 +27,7 @@ from torch import fx
 from automerge._branches._counts import World, counted, following, made_up_choices
 from automerge._branches._graph import Workbench
 from automerge._branches._joins import SORTS, aten, keeps_rows, likeness, order_of, piece
+from automerge._branches._through import carry_through
 
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.clone.default, aten.detach.default)
 
@@ -94,6 +95,8 @@ def _runs(bench: Workbench, ids: fx.Node, order: fx.Node) -> Runs | None:
         if len({stop - start for start, stop in bounds.values()}) < 2:
             continue  # equal pieces may be cut for another reason
         slices = _slices(bench, order, bounds, len(ids.meta["val"]))
+        if carry_through(bench, slices, bounds):
+            slices = _slices(bench, order, bounds, len(ids.meta["val"]))
         writes = _alike(bench, slices, bounds)
         if writes is not None:
             return Runs(ids, order, count, bounds, reads, slices, writes)

@@ -127,9 +127,26 @@ def _skipped_by_number(h: Any, weight: Any, chosen: Any, experts: Any, _: Any) -
     return out
 
 
+def _one_after_the_other(between: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    """Every layer cuts the same rows, and puts them together (JetMoe)."""
+
+    def mix(h: Any, weight: Any, chosen: Any, experts: Any, _: Any) -> Any:
+        order = chosen.flatten().argsort()
+        counts = torch.zeros(len(h), COUNT).scatter(1, chosen, 1).long().sum(0).tolist()
+        rows, weights = h[order // CHOSEN], weight.flatten()[order]
+        rows = torch.cat([expert[0](part) for expert, part in zip(experts, rows.split(counts), strict=True)])
+        rows = between(rows, weights)
+        rows = torch.cat([expert[2](part) for expert, part in zip(experts, rows.split(counts), strict=True)])
+        return torch.zeros_like(h).index_add(0, order // CHOSEN, rows * weights[:, None])
+
+    return mix
+
+
+_layer_by_layer = _one_after_the_other(lambda rows, _: rows.relu())
+_layer_by_layer.__name__ = "_layer_by_layer"
 SPELLINGS = (
     *(_added_where_they_came_from, _reduced, _put_together, _split, _written_over_zeros, _asked_one_by_one),
-    _skipped_by_number,
+    *(_skipped_by_number, _layer_by_layer),
 )
 
 
@@ -146,25 +163,31 @@ def test_spellings(mix: Callable[..., Any], in_order: bool) -> None:
     assert_sound(net, X[:7], symmetry)  # some experts get no row
 
 
-def test_layers_of_experts_one_after_the_other() -> None:
-    """Every layer cuts the same rows, and puts them together; of the units between one order for all experts is found."""
+BETWEEN: dict[str, tuple[Callable[[Any, Any], Any], bool]] = {  # and whether every row is treated alone
+    "its own parts": (lambda r, w: r.view(len(r), -1)[:, :HIDDEN].clone() * (1 + r[:, :HIDDEN].sigmoid()), True),
+    "a weight of its own": (lambda r, w: torch.tanh(r) * w[:, None], True),
+    "softmax of the row": (lambda r, w: r.softmax(-1) + r, True),
+    "the mean of all": (lambda r, w: r - r.mean(0), False),
+    "softmax of all": (lambda r, w: r.softmax(0), False),
+    "the next": (lambda r, w: r.relu().roll(1, 0), False),
+    "turned": (lambda r, w: r.relu().flip(0), False),
+    "so far": (lambda r, w: r.relu().cumsum(0), False),
+    "half": (lambda r, w: torch.cat([r[len(r) // 2 :], r[: len(r) // 2]]), False),
+}
 
-    def mix(h: Any, weight: Any, chosen: Any, experts: Any, _: Any) -> Any:
-        order = chosen.flatten().argsort()
-        counts = torch.zeros(len(h), COUNT).scatter(1, chosen, 1).long().sum(0).tolist()
-        rows = h[order // CHOSEN]
-        for k in range(3):
-            rows = (
-                torch.cat([experts[e][k](part) for e, part in enumerate(rows.split(counts))]) if k != 1 else rows.relu()
-            )
-        return torch.zeros_like(h).index_add(0, order // CHOSEN, rows * weight.flatten()[order][:, None])
 
-    net = Mixture(mix)
-    symmetry = infer(net, X)
-    (exchange,) = symmetry.exchanges
-    assert (exchange.size, len(exchange.params[0])) == (COUNT, 4)
-    assert sorted(g.size for g in symmetry.generators()) == [HIDDEN, WIDTH, WIDTH]
-    assert_sound(net, X, symmetry)
+@pytest.mark.parametrize("how", BETWEEN)
+def test_what_is_done_between_layers_of_experts(how: str) -> None:
+    """A second layer cuts the same rows that the first has put together."""
+    between, alone = BETWEEN[how]
+    net = Mixture(_one_after_the_other(between))
+    for symmetry in (infer(net, X), infer(net, X, verify=False)):
+        if alone:
+            (exchange,) = symmetry.exchanges
+            assert (exchange.size, len(exchange.params[0])) == (COUNT, 4)
+            assert sorted(g.size for g in symmetry.generators()) == [*[HIDDEN] * COUNT, WIDTH, WIDTH]
+        assert_sound(net, X, symmetry)
+        assert_sound(net, X[:7], symmetry)
 
 
 # -------------------------------------------------------------------- experts that are told apart
