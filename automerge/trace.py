@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from automerge._caches import forget
 from automerge._errors import TraceError
 from automerge._machine import releasing
 from automerge._opaque import opaque_modules
@@ -216,6 +217,7 @@ def prepared(model: nn.Module) -> Iterator[Before]:
     fastpath = torch.backends.mha.get_fastpath_enabled()
     mkldnn, recurrent = torch._C._get_mkldnn_enabled(), any(isinstance(m, nn.RNNBase) for m in modules)
     with restored(model) as before:
+        forget(model)
         try:
             model.eval()  # in eval mode already, too: a model may drop its caches at that
         except NotImplementedError as error:
@@ -229,6 +231,7 @@ def prepared(model: nn.Module) -> Iterator[Before]:
             with sdpa_kernel(_attention_kernels(model)), torch.compiler.set_stance("force_eager"):
                 yield before
         finally:
+            forget(model)
             torch._C._set_mkldnn_enabled(mkldnn)
             torch.backends.mha.set_fastpath_enabled(fastpath)
             for module, mode in modes:
