@@ -48,6 +48,7 @@ from automerge.rules._registry import (
     register_rule,
     values_in,
 )
+from automerge.rules._shadows import shadows, single, told_apart_by
 from automerge.rules._twins import twins
 from automerge.rules._value import ConstantValue, Factor, Value, plain
 
@@ -154,6 +155,8 @@ class _Run:
         self.values: dict[fx.Node, Any] = {}
         self.constant: set[fx.Node] = set()
         self.veiled: set[fx.Node] = set()
+        self.single: set[fx.Node] = set()  # the constants that depend on a length of one
+        self.shadows: dict[fx.Node, Sequence[Any]] = {}
         self.statistics: list[Value] = []
         self.twins = twins(graph.graph)
         info = graph.meta["trace"]
@@ -216,6 +219,8 @@ class _Run:
                 self.constant.add(node)
         elif is_constant(node, self.constant):
             self.constant.add(node)
+            if single(node) or not self.single.isdisjoint(node.all_input_nodes):
+                self.single.add(node)
             if not self.veiled.isdisjoint(node.all_input_nodes) or veils(node, self.live, self.engine.several):
                 self.veiled.add(node)  # known by its values, but its structure is that of what it was made from
                 self.values[node] = _with_data(self.found(node), value)
@@ -269,6 +274,8 @@ class _Run:
             low = tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
             if low and node is not None and node.op == "call_function":
                 array = told_apart(array, lambda: entries(in_double(node, self.constant)))
+            if node in self.single and tensor.numel() > 1:
+                array = told_apart_by(array, shadows(node, self.single, self.shadows))
             return self.engine.constant_structure(array, axes)
 
         return ConstantValue(tensor, structure)
@@ -348,12 +355,16 @@ class _Sub(_Run):
         self.engine, self.out = parent.engine, parent.out
         self.values, self.constant, self.veiled, self.statistics = values, set(), set(), parent.statistics
         self.twins = twins(graph.graph)
+        self.single, self.shadows = set(), {}
         self.live, self.used = liveness(graph, [])
         placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
         for inside, source in zip(placeholders, sources, strict=True):
             if source in parent.constant and source not in parent.veiled:
                 self.constant.add(inside)
                 inside.meta["val"] = source.meta["val"]
+                if source in parent.single:
+                    self.single.add(inside)
+                    self.shadows[inside] = shadows(source, parent.single, parent.shadows)
             values[inside] = parent.read(source)
             for value in values_in([values[inside]]):
                 value.settle()

@@ -11,7 +11,7 @@ from torch import fx
 
 from automerge._double import double_precision
 
-_ROUNDING = 2.0**-44  # what float64 itself may leave of a number, as a share of the largest
+ROUNDING = 2.0**-44  # what float64 itself may leave of a number, as a share of the largest
 
 
 def in_double(node: fx.Node, constant: Collection[fx.Node]) -> Any:
@@ -63,7 +63,7 @@ def told_apart(rounded: np.ndarray, exact: Callable[[], np.ndarray]) -> np.ndarr
     if rounded.shape != wide.shape or not np.isfinite(wide).all() or np.array_equal(rounded, wide):
         return rounded
     numbers, where = np.unique(wide, return_inverse=True)
-    steps = np.diff(numbers) > _ROUNDING * np.abs(numbers).max(initial=0.0)
+    steps = np.diff(numbers) > ROUNDING * np.abs(numbers).max(initial=0.0)
     near = np.concatenate([[0], np.cumsum(steps)])[where.reshape(-1)]
     _, first, both = np.unique(kind.reshape(-1) * (near.max() + 1) + near, return_index=True, return_inverse=True)
     return wide.reshape(-1)[first][both.reshape(-1)].reshape(wide.shape)
