@@ -227,6 +227,7 @@ class _Run:
         else:
             again = self.again(node)
             self.values[node] = self.found(node) if again is None else again
+            self.engine.same_choice(self.values.get(self.twins[node]), self.values[node])
 
     def again(self, node: fx.Node) -> Any:
         """What is known of an earlier node that computes the same; None if there is none, or if it is one of several uses.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,11 @@ class Letters:
     def choice(self, index: Value) -> int:
         """The letter of everything that is read at the positions which an index tensor gives."""
         return self.choices.setdefault(id(index), (new_letter(), index))[0]
+
+    def same_choice(self, first: Any, again: Any) -> None:
+        """An index tensor holds the same positions as an earlier one."""
+        if id(first) in self.choices:
+            self.choices[id(again)] = self.choices[id(first)][0], again
 
     def make_injective(self, factors: list[Factor], i: int) -> Factor:
         """See to it that factor i of a value names no vertex twice, with a fresh vertex per position if it does."""

@@ -289,6 +289,17 @@ def read_in_another_order(s, h):
 
 
 @free
+def read_choice_by_choice(s, h):
+    """Each choice is cut out anew wherever it is used."""
+    weight, index = s.best(h)
+    out = 0
+    for k in range(2):
+        hidden = torch.bmm(h[:, None], s.up[index[:, k]]).relu()
+        out = out + torch.bmm(hidden, s.down[index[:, k]])[:, 0] * weight[:, k, None]
+    return out
+
+
+@free
 def read_for_some_rows(s, h):
     rows, kept = h.sum(-1).argsort(), h.sum(-1) > 0
     weight, index = s.best(h)
