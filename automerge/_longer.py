@@ -21,7 +21,7 @@ Inputs = tuple[Any, Any]
 
 
 def longer_inputs(
-    args: Any, kwargs: Any, seed: int, sizes: Collection[int] = (), growth: int = 1
+    args: Any, kwargs: Any, seed: int, sizes: Collection[int] = (), growth: int = 1, only: int | None = None
 ) -> Iterator[Sequence[Callable[[], Inputs]]]:
     """For every length, inputs whose axes of that length are longer.
 
@@ -34,6 +34,7 @@ def longer_inputs(
         seed: of the values.
         sizes: the lengths of the parameters' axes. What is broadcast to one of these is no longer sequence.
         growth: how many times as long as they need be, about; from two on floats are of either sign, to reach more.
+        only: the one length that is made longer; all without.
 
     Yields:
         groups of functions that make inputs; none that are large.
@@ -41,7 +42,7 @@ def longer_inputs(
     how = Fresh() if growth == 1 else Fresh("centred")
     many = next(n for n in (7, 11, 13, 17, 19, 23, 29, 31, 37) if n >= 6 * growth and (n not in sizes or n > 30))
     shapes = [tuple(t.shape) for t in tensors_of((args, kwargs))]
-    for n in sorted({n for shape in shapes for n in shape}):
+    for n in sorted({n for shape in shapes for n in shape if only in (None, n)}):
         ranks = sorted({k for shape in shapes for k, m in enumerate(shape) if m == n})
         where: list[list[int]] = [ranks, *([k] for k in ranks if len(ranks) > 1)]
         group = []

@@ -16,6 +16,7 @@ from automerge._auxiliary import holds_in_training, with_training
 from automerge._derive import infer_graph, infer_recorded
 from automerge._diagnosis import OtherPathError
 from automerge._errors import InvarianceError, TraceError, UnknownOperatorError
+from automerge._hidden import hides
 from automerge._longer import longer_inputs
 from automerge._machine import physical_memory, readable
 from automerge._notes import of_numbers, of_writes
@@ -77,8 +78,11 @@ def infer(
     notes = [of_numbers(*normalise_args(args, kwargs)), of_writes(recorded), _too_large(model) if verify else None]
     verify = verify and notes[-1] is None
     # without verification only where other data take another path: an expert that python skips would stay in place
-    draws = _DRAWS if verify or graph.meta["trace"].data_dependent or choosing_none(graph) else 0
+    by_data = graph.meta["trace"].data_dependent or choosing_none(graph)
+    draws = _DRAWS if verify or by_data else 0
     graphs = [*recorded, *_reaching(model, args, kwargs, constants, symmetry, analysis, _by_data(graph), draws)]
+    if not verify and hides(graph) and _on_cpu(model):  # with verification longer inputs are looked at anyway
+        graphs += _longer_traces(model, args, kwargs, constants, symmetry, 0)
     if len(graphs) > len(recorded):
         symmetry, analysis = _inferred(graphs, verify)
     found = with_training(model, args, kwargs, constants, graphs, symmetry, analysis, partial(_inferred, verify=verify))
@@ -142,11 +146,12 @@ def _reaching(
     missing |= {n for n, mask in analysis.unseen.items() if mask.all()}
     # where the path depends on data, others may read more of what this one reads in part (experts stacked in one tensor)
     partly = {n: mask for n, mask in analysis.unseen.items() if n not in missing and depends}
-    if not (missing or partly) or any(t.device.type != "cpu" for t in (*model.parameters(), *model.buffers())):
+    if not (missing or partly) or not _on_cpu(model):
         return
-    for seed in range(draws):
+    only = None if draws else 1  # of one step a recurrence does not show what it multiplies its state with
+    for seed in range(draws or 1):
         depends = False
-        for graph in _longer_traces(model, args, kwargs, constants, symmetry, seed):
+        for graph in _longer_traces(model, args, kwargs, constants, symmetry, seed, only):
             depends = depends or _by_data(graph)
             more = analyse([graph])
             found = missing & {n for n in more.states if n not in more.unseen or not more.unseen[n].all()}
@@ -157,6 +162,10 @@ def _reaching(
             partly = {n: mask for n, mask in (partly | left).items() if mask.any()}
         if not (missing or partly) or not depends:
             return
+
+
+def _on_cpu(model: nn.Module) -> bool:
+    return all(t.device.type == "cpu" for t in (*model.parameters(), *model.buffers()))
 
 
 def _by_data(graph: fx.GraphModule) -> bool:
@@ -174,10 +183,11 @@ def _longer_traces(
     constants: Collection[str],
     symmetry: Symmetry,
     seed: int,
+    only: int | None = None,
 ) -> Iterator[fx.GraphModule]:
-    """Traces on inputs that are the longer, the larger the seed, as far as the model runs on them."""
+    """Traces on inputs that are the longer, the larger the seed, as far as the model runs on them; of ``only`` one length."""
     sizes = {n for shape in symmetry.shapes.values() for n in shape}
-    for group in longer_inputs(*normalise_args(args, kwargs), seed, sizes, seed + 1):
+    for group in longer_inputs(*normalise_args(args, kwargs), seed, sizes, seed + 1, only):
         for i, make in enumerate(group):
             try:
                 with warnings.catch_warnings():

@@ -161,3 +161,40 @@ def test_a_table_in_a_cache_of_python_is_computed_again() -> None:
     assert Cached.square.cache_info().currsize == 1  # what holds no tensors is not touched
     torch.testing.assert_close(model(ONE[0]), before)
     assert _cached(1).dtype is torch.float32  # and not as verification computed it
+
+
+def _recurrent(s: Any, x: torch.Tensor) -> torch.Tensor:
+    h = torch.zeros(len(x), 8)
+    for t in range(x.shape[1]):
+        h = torch.where(torch.tensor(t) % (1 + torch.arange(8) // 4) == 0, (h @ s.w + s.inp(x[:, t])).tanh(), h)
+    return s.out(h)
+
+
+HIDDEN: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    "a view that mixes": (lambda s, x: s.out(s.inp(x).transpose(1, 2).reshape(len(x), -1, 8).relu()), "", PARTS),
+    "heads by a view": (
+        lambda s, x: s.out((lambda q: (q @ q.mT).softmax(-1) @ q)(s.inp(x).view(len(x), 4, -1, 2)).flatten(1)[:, :8]),
+        "2",
+        PARTS,
+    ),
+    "a table from lists": (
+        lambda s, x: s.out(s.inp(x) + torch.tensor([[(t * c) % 5 + 0.0 for c in range(8)] for t in range(x.shape[1])])),
+        "2 2 2",
+        PARTS,
+    ),
+    "the state of a recurrence": (_recurrent, "4 4", {"w": lambda: nn.Parameter(torch.randn(8, 8)), **PARTS}),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_longer_inputs_are_read_where_a_length_of_one_hides_what_is_done(name: str) -> None:
+    forward, sizes, parts = HIDDEN[name]
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return Program(forward, parts)
+
+    symmetry = infer(make(), ONE, verify=False)
+    assert sorted(g.size for g in symmetry.generators()) == parse(sizes), str(symmetry)
+    for given in (ONE, *LONGER):
+        assert worst_change(make, given, {}, symmetry) < 1e-6
