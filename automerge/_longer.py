@@ -37,23 +37,40 @@ def longer_inputs(
         only: the one length that is made longer; all without.
 
     Yields:
-        groups of functions that make inputs; none that are large.
+        groups of functions that make inputs; none that are large. Where they would be, those of fewer rows: the first axis, if
+        all tensors have it, is the batch more often than not.
     """
     how = Fresh() if growth == 1 else Fresh("centred")
     many = next(n for n in (7, 11, 13, 17, 19, 23, 29, 31, 37) if n >= 6 * growth and (n not in sizes or n > 30))
     shapes = [tuple(t.shape) for t in tensors_of((args, kwargs))]
     for n in sorted({n for shape in shapes for n in shape if only in (None, n)}):
-        ranks = sorted({k for shape in shapes for k, m in enumerate(shape) if m == n})
-        where: list[list[int]] = [ranks, *([k] for k in ranks if len(ranks) > 1)]
-        group = []
-        for axes in where:
-            times = many if n < 2 else (5 if n == 2 else 2) * growth
-            if sum(_entries(shape, n, axes, times) for shape in shapes) > _FEW:
-                times = 2
-            if sum(_entries(shape, n, axes, times) for shape in shapes) <= _ENTRIES:
-                group.append(partial(_lengthened, args, kwargs, n, axes, times, seed, how=how))
-        if group:
-            yield group
+        times = many if n < 2 else (5 if n == 2 else 2) * growth
+        for rows in (None, 2, 1):
+            given = (args, kwargs) if rows is None else _of_rows(args, kwargs, rows)
+            group = [] if given is None else _group(*given, n, times, seed, how)
+            if group:
+                yield group
+                break
+
+
+def _group(args: Any, kwargs: Any, n: int, times: int, seed: int, how: Fresh) -> list[Callable[[], Inputs]]:
+    """Inputs whose axes of one length are longer: all of them, and those at one place in the shape; none that are large."""
+    shapes = [tuple(t.shape) for t in tensors_of((args, kwargs))]
+    ranks = sorted({k for shape in shapes for k, m in enumerate(shape) if m == n})
+    group: list[Callable[[], Inputs]] = []
+    for axes in [ranks, *([k] for k in ranks if len(ranks) > 1)] if ranks else ():
+        fewer = times if sum(_entries(shape, n, axes, times) for shape in shapes) <= _FEW else 2
+        if sum(_entries(shape, n, axes, fewer) for shape in shapes) <= _ENTRIES:
+            group.append(partial(_lengthened, args, kwargs, n, axes, fewer, seed, how=how))
+    return group
+
+
+def _of_rows(args: Any, kwargs: Any, rows: int) -> Inputs | None:
+    """The first rows of all inputs; None where they have no first axis in common, or no more rows."""
+    first = {tuple(t.shape)[:1] for t in tensors_of((args, kwargs)) if t.dim()}
+    if len(first) != 1 or next(iter(first))[0] <= rows:
+        return None
+    return _cut(args, kwargs, next(iter(first))[0], [0], rows)
 
 
 def other_sizes(

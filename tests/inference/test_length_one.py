@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -198,3 +199,24 @@ def test_longer_inputs_are_read_where_a_length_of_one_hides_what_is_done(name: s
     assert sorted(g.size for g in symmetry.generators()) == parse(sizes), str(symmetry)
     for given in (ONE, *LONGER):
         assert worst_change(make, given, {}, symmetry) < 1e-6
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("rows", [2, 4, 16])
+def test_of_a_large_batch_few_rows_are_made_larger(rows: int, verify: bool) -> None:
+    """The whole batch is too large with larger images; the positions come from numpy, and here there is one."""
+
+    def program(s: Any, x: torch.Tensor) -> torch.Tensor:
+        h = s.inp(x)
+        angles = np.outer(np.arange(h.shape[2] * h.shape[3]), [1, 0.5, 0.2, 0.1])
+        places = torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], 1)).to(h)
+        return s.out((h + places.T.unflatten(1, h.shape[2:])).relu())
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        parts = {"inp": lambda: nn.Conv2d(3, 8, 32, 32), "out": lambda: nn.Conv2d(8, 2, 1)}
+        return Program(program, parts)
+
+    symmetry = infer(make(), draw(rows, 3, 32, 32), verify=verify)
+    assert not symmetry.generators()
+    assert worst_change(make, (draw(1, 3, 64, 64),), {}, symmetry) < 1e-9
