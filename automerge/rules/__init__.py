@@ -38,7 +38,7 @@ from automerge.rules._exact import entries, in_double, told_apart
 from automerge.rules._movement import all_border
 from automerge.rules._nodes import choosing_none, counted, is_constant, is_state, lasting, liveness, sizing, viewed
 from automerge.rules._parameters import Splits, parameter, share
-from automerge.rules._reads import unread
+from automerge.rules._reads import in_part, unread
 from automerge.rules._registry import (
     Context,
     carries,
@@ -155,7 +155,7 @@ class _Run:
         self.values: dict[fx.Node, Any] = {}
         self.constant: set[fx.Node] = set()
         self.veiled: set[fx.Node] = set()
-        self.single: set[fx.Node] = set()  # the constants that depend on a length of one
+        self.single: set[fx.Node] = set()
         self.shadows: dict[fx.Node, Sequence[Any]] = {}
         self.statistics: list[Value] = []
         self.twins = twins(graph.graph)
@@ -382,22 +382,14 @@ class _Sub(_Run):
 def _settle_splits(runs: Sequence[_Run], out: Analysis) -> None:
     """Decide what to split in the next pass; what no graph reads stays in place."""
     engine = out.engine
-    out.unread = _in_part([run.unread(run.live) for run in runs], out)
-    out.unseen = _in_part([run.unread(run.seen) for run in runs], out) if any(run.none for run in runs) else out.unread
+    shapes = {name: value.shape for name, value in out.states.items()}
+    out.unread = in_part([run.unread(run.live) for run in runs], shapes)
+    out.unseen = (
+        in_part([run.unread(run.seen) for run in runs], shapes) if any(run.none for run in runs) else out.unread
+    )
     engine.settle_requests(out.unread)
     if out.unread:
         settle_unread(engine.axes, out.unread)
-
-
-def _in_part(reads: Sequence[dict[str, np.ndarray | None]], out: Analysis) -> dict[str, np.ndarray]:
-    """The entries that no graph reads, of parameters that none of them reads whole."""
-    found: dict[str, np.ndarray] = {}
-    for name, value in out.states.items():
-        masks = [of[name] for of in reads if name in of]
-        partly = [mask for mask in masks if mask is not None]
-        if len(partly) == len(masks):
-            found[name] = np.logical_and.reduce(partly) if partly else np.ones(value.shape, bool)
-    return found
 
 
 def _with_data(value: Any, tensor: Any) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -39,6 +39,19 @@ _PRODUCTS = aten_names("mm", "bmm", "mv", "addmm", "baddbmm", "addmv", "dot", "m
 _CHOOSING = re.compile("max|min|sort|top|median|mode|kth|quantile")
 _MAX_MIXED = 4_000_000
 SAME = aten_names("clone", "_to_copy", "to", "lift_fresh_copy", "detach", "alias")
+
+
+def in_part(
+    reads: Sequence[Mapping[str, np.ndarray | None]], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, np.ndarray]:
+    """The entries that no graph reads, of parameters that none of them reads whole."""
+    found: dict[str, np.ndarray] = {}
+    for name, shape in shapes.items():
+        masks = [of[name] for of in reads if name in of]
+        partly = [mask for mask in masks if mask is not None]
+        if len(partly) == len(masks):
+            found[name] = np.logical_and.reduce(partly) if partly else np.ones(shape, bool)
+    return found
 
 
 def unread(
