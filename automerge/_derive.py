@@ -25,15 +25,19 @@ from automerge.trace import TraceInfo
 _MAX_PASSES = 8
 
 
-def infer_graph(*graphs: fx.GraphModule) -> tuple[Symmetry, Analysis]:
+def infer_graph(*graphs: fx.GraphModule, everywhere: bool = False) -> tuple[Symmetry, Analysis]:
     """The symmetry of a traced graph, unverified, and the analysis it rests on; of several, what holds for all.
 
     The analysis knows nothing of what only stacked branches show: exchanges of modules, and of pieces that a loop takes.
+
+    Args:
+        graphs: traced graphs of one model.
+        everywhere: whether what branches show must show in all graphs; else it may be in those that reach most of them.
     """
     symmetry, analysis, assembler = infer_recorded(*graphs)
     start = time.perf_counter()
     try:
-        found = _of_branches(symmetry, analysis, assembler, graphs)
+        found = _of_branches(symmetry, analysis, assembler, graphs, everywhere)
     except Exception:  # what cannot be stacked must not take the model down with it
         if DEBUG:
             raise
@@ -44,11 +48,11 @@ def infer_graph(*graphs: fx.GraphModule) -> tuple[Symmetry, Analysis]:
 
 
 def _of_branches(
-    symmetry: Symmetry, analysis: Analysis, assembler: Assembler, graphs: Sequence[fx.GraphModule]
+    symmetry: Symmetry, analysis: Analysis, assembler: Assembler, graphs: Sequence[fx.GraphModule], everywhere: bool
 ) -> Symmetry | None:
     """The symmetry with what only stacked branches show; None where nothing is stacked."""
     branches = stacked(graphs)
-    if branches is None:
+    if branches is None or (everywhere and len(branches.graphs) < len(graphs)):
         return None
     other, seen, _ = infer_recorded(*branches.graphs, splits=_nested(branches.stacks))
     found = [taken_apart(generator, branches.stacks, other.shapes) for generator in other.sets]

@@ -100,8 +100,8 @@ def infer(
 
 
 def _inferred(graphs: list[fx.GraphModule], verify: bool) -> tuple[Symmetry, Analysis]:
-    """What holds for some graphs; of several what branches show only where it is verified: one may not reach them all."""
-    return infer_graph(*graphs) if verify or len(graphs) == 1 else infer_recorded(*graphs)[:2]
+    """What holds for some graphs; what branches show in some of them only where it is verified."""
+    return infer_graph(*graphs, everywhere=not verify)
 
 
 def _recorded(

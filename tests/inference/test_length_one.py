@@ -220,3 +220,14 @@ def test_of_a_large_batch_few_rows_are_made_larger(rows: int, verify: bool) -> N
     symmetry = infer(make(), draw(rows, 3, 32, 32), verify=verify)
     assert not symmetry.generators()
     assert worst_change(make, (draw(1, 3, 64, 64),), {}, symmetry) < 1e-9
+
+
+def test_branches_that_all_inputs_show_are_exchanged_without_verification() -> None:
+    def program(s: Any, x: torch.Tensor) -> torch.Tensor:
+        h = s.inp(x)
+        same = h.transpose(0, 1).transpose(0, 1).reshape(len(x), -1, 8)
+        return s.out(same) + sum(part(h.transpose(0, 1).reshape(same.shape)).tanh() for part in s.parts)
+
+    parts = {**PARTS, "parts": lambda: nn.ModuleList(nn.Linear(8, 2) for _ in range(3))}
+    for verify in (True, False):
+        assert [e.size for e in infer(Program(program, parts), draw(1, 6, 5), verify=verify).exchanges] == [3]
