@@ -52,9 +52,13 @@ def _translated(state: StateDict, expected: Mapping[str, torch.Tensor], model: n
     made = own.state_dict()
     new = [n for n in expected if n not in state]
     # a load that does not mind missing weights leaves those of the beginning
-    if any(made[n].is_meta or (made[n].is_floating_point() and torch.equal(made[n], expected[n])) for n in new):
+    if any(made[n].is_meta or (made[n].is_floating_point() and _same(made[n], expected[n])) for n in new):
         return state
     return {n: state[n] if n in state else made[n] for n in expected}
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.device == b.device and a.dtype == b.dtype and torch.equal(a, b)
 
 
 def _counted(value: torch.Tensor, want: torch.Tensor) -> torch.Tensor:

@@ -76,6 +76,16 @@ def ends(processes: list[subprocess.Popen[str]], seconds: float = 100) -> list[t
     return out
 
 
+def same_everywhere(running: list[subprocess.Popen[str]], alone: Matching, folder: Path) -> None:
+    """Every process has written the matching that one process finds."""
+    done = ends(running)
+    assert all(code == 0 for code, _, _ in done), done
+    for rank in range(len(running)):
+        shared = Matching.load(folder / f"{rank}.safetensors")
+        assert shared.to_universe == alone.to_universe
+        assert shared.stats["objective"] == pytest.approx(alone.stats["objective"], rel=1e-12)
+
+
 def test_shares_cover_all_models() -> None:
     class Some(Ranks):
         rank, size = 0, 3
@@ -111,12 +121,7 @@ def test_all_processes_find_what_one_finds(
     symmetry = hand.ALL[name]()
     running = start(size, "-c", _SHARE, name, count, tmp_path, repr(options))
     alone = match([hand.weights(symmetry, m) for m in range(count)], symmetry, FrankWolfe(dtype="float64", **options))
-    done = ends(running)
-    assert all(code == 0 for code, _, _ in done), done
-    for rank in range(size):
-        shared = Matching.load(tmp_path / f"{rank}.safetensors")
-        assert shared.to_universe == alone.to_universe
-        assert shared.stats["objective"] == pytest.approx(alone.stats["objective"], rel=1e-12)
+    same_everywhere(running, alone, tmp_path)
 
 
 _CROSSING = """
@@ -146,12 +151,7 @@ def test_groups_that_cross_are_searched_by_turns(
     symmetry = infer(Monarch(), torch.ones(4, 5))
     running = start(size, "-c", _CROSSING, count, tmp_path, repr(options))
     alone = match([states_of(m) for m in range(count)], symmetry, FrankWolfe(dtype="float64", **options))
-    done = ends(running)
-    assert all(code == 0 for code, _, _ in done), done
-    for rank in range(size):
-        shared = Matching.load(tmp_path / f"{rank}.safetensors")
-        assert shared.to_universe == alone.to_universe
-        assert shared.stats["objective"] == pytest.approx(alone.stats["objective"], rel=1e-12)
+    same_everywhere(running, alone, tmp_path)
     assert any(not e.is_identity() for e in alone.to_universe)
 
 

@@ -76,6 +76,15 @@ def test_weight_norm_of_the_older_kind() -> None:
     assert merged.state_dict.keys() == architecture.state_dict().keys()
 
 
+def test_an_architecture_without_values_loads_as_one_with_them() -> None:
+    old = old_weight_norm(6).state_dict()
+    with torch.device("meta"):
+        empty = new_weight_norm(6)
+    found = as_loaded(old, empty)
+    assert found.keys() == empty.state_dict().keys()
+    assert not any(v.is_meta for v in found.values())
+
+
 def test_counters_of_batch_norm(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     model(torch.randn(8, 3))

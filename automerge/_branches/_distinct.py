@@ -62,10 +62,12 @@ def tells(mask: fx.Node) -> dict[Any, Any]:
     """What holds wherever a mask chooses: tensor, or a code and its axis, and what was moved -> the number it is equal to."""
     args: Any = mask.args
     if mask.target is aten.eq.Scalar:
-        return {args[0]: args[1]} | (tells(args[0]) if args[1] != 0 else {})
+        number = torch.tensor(args[1]).to(args[0].meta["val"].dtype).item()  # as it is compared
+        return {args[0]: number} | (tells(args[0]) if args[1] != 0 else {})
     if mask.target is aten.select.int:
-        dim = args[1] % args[0].meta["val"].dim()
-        codes = {(code, dim): args[2] for code, along in _codes(args[0]).items() if along == dim}
+        shape = args[0].meta["val"].shape
+        dim = args[1] % len(shape)
+        codes = {(code, dim): args[2] % shape[dim] for code, along in _codes(args[0]).items() if along == dim}
         return codes or _moved(mask, tells(args[0]))
     if mask.target in _ALSO:
         return {what: number for part in _parts(mask) for what, number in tells(part).items()}
@@ -92,8 +94,11 @@ def _codes(node: Any) -> dict[Any, int]:
 
 
 def _parts(node: fx.Node) -> list[fx.Node]:
-    """The operands that have the shape of the result."""
-    shape = node.meta["val"].shape
+    """The operands that have the shape of the result; of floats none, since zero times infinity is not zero."""
+    value: torch.Tensor = node.meta["val"]
+    shape = value.shape
+    if value.is_floating_point():
+        return []
     return [a for a in node.args if isinstance(a, fx.Node) and a.meta["val"].shape == shape]
 
 

@@ -185,10 +185,37 @@ def _along_another_axis(h: Any, scores: Any, experts: Any) -> Any:
     return out
 
 
+def _named_from_the_end(h: Any, scores: Any, experts: Any) -> Any:
+    """The last entry of a code, by two names."""
+    codes, out = _codes(scores), h.clone()
+    for place, expert in zip((0, COUNT - 1, -1), experts, strict=True):
+        mask = codes[:, place].bool()
+        out[mask] = expert(h[mask])
+    return out
+
+
+def _times_infinity(h: Any, scores: Any, experts: Any) -> Any:
+    """Zero times infinity is not zero, so it is no code."""
+    codes, out = _codes(scores) * torch.where(scores > 1, float("inf"), scores), h.clone()
+    for e, expert in enumerate(experts):
+        mask = codes[:, e].bool()
+        out[mask] = expert(h[mask])
+    return out
+
+
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize(
     "mix",
-    [_several, _several_in_place, _two_choices, _two_ones, _either, _along_another_axis],
+    [
+        _named_from_the_end,
+        _times_infinity,
+        _several,
+        _several_in_place,
+        _two_choices,
+        _two_ones,
+        _either,
+        _along_another_axis,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_where_masks_overlap_the_order_counts(mix: Callable[..., Any], verify: bool) -> None:
@@ -206,6 +233,7 @@ def test_masks_that_exclude_each_other() -> None:
             *(one[:, 0].bool(), (one * kept[:, None])[:, 1] != 0, (one[:, 2] * kept).bool()),
             *(two[:, 1].bool(), (one + two)[:, 1].bool(), (one * two)[:, 1].bool()),
             *(chosen == 0, (chosen == 1) & kept, kept, rows == 1, one[:, 1] > 0, one[:, 2] == 1, one[:, 2] == 0),
+            *(rows == 2**24, rows == 2**24 + 1),  # one number in float32
         )
 
     class Program(torch.nn.Module):
@@ -215,10 +243,11 @@ def test_masks_that_exclude_each_other() -> None:
     graph = trace(Program(), (torch.randn(9, 3), torch.randn(9)))
     (out,) = next(n for n in graph.graph.nodes if n.op == "output").args
     masks = list(out)
-    found = {(a, b) for a in range(13) for b in range(a) if exclusive(masks[a], masks[b])}
+    found = {(a, b) for a in range(len(masks)) for b in range(a) if exclusive(masks[a], masks[b])}
     # 0: one 0; 1: one 1, kept; 2: one 2, kept; 3: two 1; 4: either 1; 5: one 1 and two 1; 6: is 0; 7: is 1, kept;
     # 10: one 1; 11: one 2
     assert found == {
         *((1, 0), (2, 0), (2, 1), (5, 0), (5, 2), (7, 6)),
         *((10, 0), (10, 2), (11, 0), (11, 1), (11, 5), (11, 10)),
+        *((13, 9), (14, 9)),
     }
