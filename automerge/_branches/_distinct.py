@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from automerge._branches._joins import aten
+from automerge._branches._joins import aten, piece
 
 ZEROS = (aten.zeros_like.default, aten.zeros.default, aten.new_zeros.default)
 EMPTY = (aten.empty_like.default, aten.empty.memory_format, aten.new_empty.default)
 _ALSO = (aten.mul.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor)  # zero where either operand is
-_TRUTHS = (aten._to_copy.default, aten.clone.default, aten.alias.default, aten.detach.default)
+TRUTHS = (aten._to_copy.default, aten.clone.default, aten.alias.default, aten.detach.default)
 _NOT_ZERO = (aten.ne.Scalar, aten.gt.Scalar)
 _CHOICES = (aten.topk.default, aten.sort.default)
-_MOVES = (
+MOVES = (
     *(aten.t.default, aten.permute.default, aten.transpose.int, aten.unsqueeze.default, aten.squeeze.dim),
     *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.select.int, aten.slice.Tensor),
     *(aten.clone.default, aten.alias.default, aten.detach.default),
@@ -64,16 +64,15 @@ def tells(mask: fx.Node) -> dict[Any, Any]:
     if mask.target is aten.eq.Scalar:
         number = torch.tensor(args[1]).to(args[0].meta["val"].dtype).item()  # as it is compared
         return {args[0]: number} | (tells(args[0]) if args[1] != 0 else {})
-    if mask.target is aten.select.int:
-        shape = args[0].meta["val"].shape
-        dim = args[1] % len(shape)
-        codes = {(code, dim): args[2] % shape[dim] for code, along in _codes(args[0]).items() if along == dim}
+    cut = piece(mask)
+    if cut is not None and cut.length == 1:
+        codes = {(code, cut.dim): cut.start for code, along in _codes(cut.source).items() if along == cut.dim}
         return codes or _moved(mask, tells(args[0]))
     if mask.target in _ALSO:
         return {what: number for part in _parts(mask) for what, number in tells(part).items()}
-    if mask.target in _TRUTHS or (mask.target in _NOT_ZERO and args[1] == 0):
+    if mask.target in TRUTHS or (mask.target in _NOT_ZERO and args[1] == 0):
         return tells(args[0])
-    return _moved(mask, tells(args[0])) if mask.target in _MOVES else {}
+    return _moved(mask, tells(args[0])) if mask.target in MOVES else {}
 
 
 def _codes(node: Any) -> dict[Any, int]:
@@ -84,9 +83,9 @@ def _codes(node: Any) -> dict[Any, int]:
         return {node: dim} if args[2].meta["val"].shape[dim] == 1 else {}
     if node.target in _ALSO:
         return {code: dim for part in _parts(node) for code, dim in _codes(part).items()}
-    if node.target in _TRUTHS or (node.target in _NOT_ZERO and args[1] == 0):
+    if node.target in TRUTHS or (node.target in _NOT_ZERO and args[1] == 0):
         return _codes(args[0])
-    if node.target not in _MOVES:
+    if node.target not in MOVES:
         return {}
     return {
         code: dim for code, along in _moved(node, _codes(args[0])).items() if (dim := _axis(node, along)) is not None
@@ -150,7 +149,7 @@ def _chosen(node: fx.Node, compared: bool = False) -> tuple[torch.Tensor, torch.
         )
         entries, sets = (t.expand(shape) for t in found)
         return entries, sets * shape[args[1]] + codes
-    if node.target not in _MOVES:
+    if node.target not in MOVES:
         return None
     found = _chosen(source, compared)
     move: Any = node.target

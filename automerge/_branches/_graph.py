@@ -14,6 +14,7 @@ from automerge._aliases import shadow
 from automerge._branches._joins import likeness
 from automerge._errors import TraceError
 from automerge._lazy_module import LazyModule
+from automerge._tree_io import tensors_of
 from automerge.rules._nodes import draws, is_constant
 from automerge.trace import record
 
@@ -46,11 +47,11 @@ class Workbench:
         self.hashes: dict[fx.Node, int] = {}
         self.constant: set[fx.Node] = set()
         self.sorts: dict[str, int] = {}
-        for node in self.graph.nodes:
-            self.know(node)
+        self.know_all()
 
     def finished(self) -> fx.GraphModule:
-        """The graph as a module."""
+        """The graph as a module, without what nothing uses any more."""
+        self.erase([n for n in self.graph.nodes if n.op == "call_function"])
         self.graph.lint()
         root = nn.Module()
         for name, value in self._values.items():
@@ -67,6 +68,15 @@ class Workbench:
         self.hashes[node] = likeness(node, self.hashes)
         if is_constant(node, self.constant):
             self.constant.add(node)
+            if node.op == "call_function" and any(v.is_meta for v in tensors_of(node.meta["val"])):
+                given = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+                with torch.no_grad():
+                    node.meta["val"] = node.target(*given[0], **given[1])  # type: ignore[operator]
+
+    def know_all(self) -> None:
+        """Note anew what all nodes are like."""
+        for node in self.graph.nodes:
+            self.know(node)
 
     def put(self, node: fx.Node, compute: Callable[..., Any], sources: list[fx.Node]) -> list[fx.Node] | None:
         """Record a function of the values of some nodes; the first of its results takes the place of a node.
@@ -109,12 +119,33 @@ class Workbench:
         self.hashes[join] = self.hashes[made[results[0]]]
         return [made[r] for r in results]
 
+    def call(self, like: fx.Node, target: Any, *args: Any, value: torch.Tensor | None = None, **kwargs: Any) -> fx.Node:
+        """A node for an operator, where nodes are inserted now.
+
+        Args:
+            like: where it comes from.
+            target: the operator.
+            args: its arguments.
+            value: what it gives, if that cannot be told from shapes alone.
+            kwargs: more arguments.
+        """
+        out = self.graph.call_function(target, args, kwargs)
+        known = all(n in self.constant for n in out.all_input_nodes)
+        if value is None:
+            given = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"] if known else n.meta["val"].to("meta"))
+            with torch.no_grad():
+                value = target(*given[0], **given[1])
+        out.meta = {k: v for k, v in like.meta.items() if k not in ("seen", "listed")} | {"val": value}
+        self.know(out)
+        return out
+
     def fixed(self, value: torch.Tensor, like: fx.Node) -> fx.Node:
         """A node for a constant, where nodes are inserted now."""
         name = f"_branches_{len(self._values)}"
         self._values[name] = value
         out = self.graph.create_node("get_attr", name)
         out.meta = {**like.meta, "val": value}
+        self.know(out)
         return out
 
     def erase(self, nodes: Sequence[fx.Node]) -> None:

@@ -20,7 +20,15 @@ FOLDS: dict[Any, Callable[[torch.Tensor], torch.Tensor]] = {  # operators that j
     aten.mul.Tensor: lambda values: values.prod(0),
     aten.maximum.default: lambda values: values.amax(0),
     aten.minimum.default: lambda values: values.amin(0),
+    aten.fmax.default: lambda values: values.amax(0),
+    aten.fmin.default: lambda values: values.amin(0),
+    aten.logaddexp.default: lambda values: values.logsumexp(0),
+    aten.logical_or.default: lambda values: values.any(0),
+    aten.logical_and.default: lambda values: values.all(0),
+    aten.bitwise_or.Tensor: lambda values: values.any(0),
+    aten.bitwise_and.Tensor: lambda values: values.all(0),
 }
+_OF_TRUTHS = (aten.bitwise_or.Tensor, aten.bitwise_and.Tensor)
 
 SORTS = (aten.sort.default, aten.sort.stable, aten.argsort.default, aten.argsort.stable)
 _SIZED = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default)
@@ -44,8 +52,10 @@ def alike(join: fx.Node, operands: list[Any], hashes: dict[fx.Node, int]) -> lis
 
 def operands_of(node: fx.Node) -> list[Any]:
     """The operands of a join, in order; empty for another node, or where the join goes on."""
-    if node.target in (aten.cat.default, aten.stack.default):
+    if node.target is aten.stack.default:
         return list(node.args[0])  # type: ignore[arg-type]
+    if node.target is aten.cat.default:
+        return [] if len(node.users) == 1 and _longer(next(iter(node.users)), node) else _side_by_side(node)
     if not folds(node) or (len(node.users) == 1 and _goes_on(node, next(iter(node.users)))):
         return []
     neutral = 1 if node.target is aten.mul.Tensor else 0
@@ -60,9 +70,32 @@ def operands_of(node: fx.Node) -> list[Any]:
     return out if len(out) > 1 else []
 
 
+def _longer(node: fx.Node, part: fx.Node) -> bool:
+    """Whether a node puts more beside some values that are side by side along the same axis."""
+    if node.target is not aten.cat.default or part.target is not aten.cat.default or part.meta["val"].dim() == 0:
+        return False
+    a, b = ((n.args[1] if len(n.args) > 1 else 0) % n.meta["val"].dim() for n in (node, part))
+    return bool(a == b and node.meta["val"].dim() == part.meta["val"].dim())
+
+
+def _side_by_side(node: fx.Node) -> list[Any]:
+    """What is put side by side, one after the other (``out = torch.cat([out, head(x)])``)."""
+    out: list[Any] = []
+    todo = list(reversed(node.args[0]))  # type: ignore[arg-type]
+    while todo:
+        one = todo.pop()
+        if isinstance(one, fx.Node) and len(one.users) == 1 and _longer(node, one):
+            todo += reversed(one.args[0])  # type: ignore[arg-type]
+        else:
+            out.append(one)
+    return out
+
+
 def folds(node: Any) -> bool:
     """Whether a node joins two operands, with others before and after them in any order."""
-    return isinstance(node, fx.Node) and node.target in FOLDS and not node.kwargs and len(node.args) == 2
+    if not isinstance(node, fx.Node) or node.target not in FOLDS or node.kwargs or len(node.args) != 2:
+        return False
+    return node.target not in _OF_TRUTHS or node.meta["val"].dtype is torch.bool
 
 
 def _goes_on(a: fx.Node, b: fx.Node) -> bool:
@@ -93,6 +126,15 @@ def promising(graph: fx.GraphModule) -> bool:
         if alike(node, operands_of(node), hashes):
             return True
     return False
+
+
+def copied(node: fx.Node) -> fx.Node:
+    """What is written over a slice."""
+    args: Any = node.args
+    if node.target is not aten.copy.default or not isinstance(args[1], fx.Node):
+        return node
+    new, old = args[1].meta["val"], node.meta["val"]
+    return args[1] if new.shape == old.shape and new.dtype == old.dtype else node
 
 
 def keeps_rows(node: fx.Node) -> tuple[int, ...] | None:

@@ -26,7 +26,7 @@ from torch import fx
 
 from automerge._branches._counts import World, counted, following, made_up_choices
 from automerge._branches._graph import Workbench
-from automerge._branches._joins import SORTS, aten, keeps_rows, likeness, order_of, piece
+from automerge._branches._joins import SORTS, aten, copied, keeps_rows, likeness, order_of, piece
 from automerge._branches._through import carry_through
 
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.clone.default, aten.detach.default)
@@ -147,8 +147,8 @@ def _alike(
             continue
         values = _written(node)
         if _only_written(node):
-            if _copied(node) in owner:
-                owner[node] = owner[_copied(node)]  # judged where it is written
+            if copied(node) in owner:
+                owner[node] = owner[copied(node)]  # judged where it is written
             continue
         if values is None:
             if len(owners) > 1 or node.op == "output":
@@ -186,46 +186,31 @@ def _written(node: fx.Node) -> list[fx.Node] | None:
     if node.target in (aten.scatter_add.default, aten.scatter_reduce.two):
         return [args[2], args[3]]
     if node.target is aten.slice_scatter.default and (len(args) < 3 or args[2] == 0):
-        return [_copied(args[1])]
+        return [copied(args[1])]
     return None
 
 
 def _only_written(node: fx.Node) -> bool:
     """Whether a node only spreads a value over a slice, into which it is written next."""
-    return _copied(node) is not node and all(u.target is aten.slice_scatter.default for u in node.users)
-
-
-def _copied(node: fx.Node) -> fx.Node:
-    """What is written over a slice."""
-    args: Any = node.args
-    if node.target is not aten.copy.default or not isinstance(args[1], fx.Node):
-        return node
-    new, old = args[1].meta["val"], node.meta["val"]
-    return args[1] if new.shape == old.shape and new.dtype == old.dtype else node
+    return copied(node) is not node and all(u.target is aten.slice_scatter.default for u in node.users)
 
 
 # -------------------------------------------------------------------- the other graph
 def _replace(bench: Workbench, sort: fx.Node, runs: Runs) -> None:
     graph = bench.graph
-
-    def call(like: fx.Node, target: Any, args: tuple[Any, ...], value: torch.Tensor) -> fx.Node:
-        node = graph.call_function(target, args)
-        node.meta = {**like.meta, "val": value}
-        bench.know(node)
-        return node
-
     masks: dict[int, fx.Node] = {}
     value = runs.ids.meta["val"]
     with graph.inserting_after(runs.order):
-        numbers = call(runs.order, aten.index.Tensor, (runs.ids, [runs.order]), value)
+        numbers = bench.call(runs.order, aten.index.Tensor, runs.ids, [runs.order], value=value)
     with graph.inserting_after(numbers):
         for e in runs.bounds:
             blank = torch.empty(value.shape, dtype=torch.bool, device="meta")
-            masks[e] = call(runs.order, aten.eq.Scalar, (numbers, e), blank)
+            masks[e] = bench.call(runs.order, aten.eq.Scalar, numbers, e, value=blank)
     for node, e in runs.slices.items():
         source = piece(node).source  # type: ignore[union-attr]
         with graph.inserting_before(node):
-            node.replace_all_uses_with(call(node, aten.index.Tensor, (source, [masks[e]]), node.meta["val"]))
+            rows = bench.call(node, aten.index.Tensor, source, [masks[e]], value=node.meta["val"])
+            node.replace_all_uses_with(rows)
         graph.erase_node(node)
     for node in runs.writes:
         args: Any = node.args
@@ -233,16 +218,15 @@ def _replace(bench: Workbench, sort: fx.Node, runs: Runs) -> None:
             if node.target is aten.cat.default:
                 new = node.meta["val"]
                 blank = torch.zeros((), dtype=new.dtype).expand(new.shape)
-                base = call(node, aten.zeros.default, (list(new.shape),), blank)
-                base.kwargs = {"dtype": new.dtype}
+                base = bench.call(node, aten.zeros.default, list(new.shape), value=blank, dtype=new.dtype)
                 parts = dict(zip(sorted(runs.bounds), args[0], strict=True))
             elif node.target is aten.slice_scatter.default:
                 kind = next(e for e, where in runs.bounds.items() if where == tuple(args[3:5]))
-                base, parts = args[0], {kind: _copied(args[1])}
+                base, parts = args[0], {kind: copied(args[1])}
             else:
                 continue
             for e, part in parts.items():
-                base = call(node, aten.index_put.default, (base, [masks[e]], part), node.meta["val"])
+                base = bench.call(node, aten.index_put.default, base, [masks[e]], part, value=node.meta["val"])
         node.replace_all_uses_with(base)
         graph.erase_node(node)
     bench.reads -= runs.reads

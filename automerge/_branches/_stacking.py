@@ -30,8 +30,10 @@ from torch import fx
 from automerge._aliases import shadow
 from automerge._branches._chosen import chooses, take_all_rows
 from automerge._branches._counts import counts_of
+from automerge._branches._fills import fills, take_fills
+from automerge._branches._forms import take_forms, takes_forms
 from automerge._branches._graph import Workbench
-from automerge._branches._hits import take_all_places
+from automerge._branches._hits import take_all_places, take_lists
 from automerge._branches._joins import (
     MismatchError,
     Same,
@@ -89,7 +91,9 @@ def stacked(graphs: Sequence[fx.GraphModule]) -> Stacked | None:
 
 def _hopeful(graph: fx.GraphModule) -> bool:
     """Whether a graph may have like branches, as it is or once rows and writes are read otherwise."""
-    return promising(graph) or chooses(graph.graph) or takes_runs(graph) or adds_in_turn(graph.graph)
+    if promising(graph) or takes_runs(graph):
+        return True
+    return any(of(graph.graph) for of in (chooses, adds_in_turn, takes_forms, fills))
 
 
 class _Work(Workbench):
@@ -112,6 +116,8 @@ class _Work(Workbench):
         """Stack what can be; whether anything was."""
         take_all_places(self)
         take_runs(self)
+        take_fills(self)
+        take_forms(self)
         self.complete = take_all_rows(self)
         take_writes_apart(self)
         found = False
@@ -124,6 +130,7 @@ class _Work(Workbench):
         if found:
             self._count_looks()
             self._count_lists()
+            take_lists(self, self.telling)
         return found
 
     def _count_looks(self) -> None:
@@ -163,14 +170,9 @@ class _Work(Workbench):
                     self.reads.discard(node.name)
 
     def _count(self, nodes: Same) -> None:
-        value = nodes[0].meta["val"]
         with self.graph.inserting_before(next(n for n in self.graph.nodes if n.op == "output")):
-            stack = self.graph.call_function(aten.stack.default, (list(nodes), 0))
-            stack.meta = {**nodes[0].meta, "val": value.new_empty((len(nodes), *value.shape), device="meta")}
-            total = self.graph.call_function(aten.sum.default, (stack,))
-            total.meta = {**nodes[0].meta, "val": torch.empty((), dtype=torch.int64, device="meta")}
-        for node in (stack, total):
-            self.know(node)
+            stack = self.call(nodes[0], aten.stack.default, list(nodes), 0)
+            total = self.call(nodes[0], aten.sum.default, stack)
         if self._stack(stack, list(nodes), [nodes]):
             self.reads = {*self.reads.difference(n.name for n in nodes), total.name}
 

@@ -17,11 +17,11 @@ import torch
 from torch import fx
 
 from automerge._branches._distinct import ZEROS, distinct, exclusive, tells
+from automerge._branches._forms import core
 from automerge._branches._graph import Workbench
 from automerge._branches._joins import aten
 
 _Mask = tuple[fx.Node, tuple[Any, ...]]
-_SPREADS = (aten.unsqueeze.default, aten.expand.default, aten.view.default, aten.reshape.default)
 
 
 def take_writes_apart(bench: Workbench) -> None:
@@ -34,17 +34,14 @@ def take_writes_apart(bench: Workbench) -> None:
         index, added = rows
         base, value = node.args[0], node.meta["val"]
         with bench.graph.inserting_before(node):
-            blank = bench.graph.call_function(aten.zeros.default, (list(value.shape),), {"dtype": value.dtype})
-            blank.meta = {**node.meta, "val": torch.zeros((), dtype=value.dtype).expand(value.shape)}
-            alone = bench.graph.call_function(aten.index_add.default, (blank, 0, index, added))
-            alone.meta = dict(node.meta)
-            total = bench.graph.call_function(aten.add.Tensor, (base, alone))
-            total.meta = dict(node.meta)
+            zeros = torch.zeros((), dtype=value.dtype).expand(value.shape)
+            blank = bench.call(node, aten.zeros.default, list(value.shape), value=zeros, dtype=value.dtype)
+            alone = bench.call(node, aten.index_add.default, blank, 0, index, added)
+            total = bench.call(node, aten.add.Tensor, base, alone)
         node.replace_all_uses_with(total)
         bench.graph.erase_node(node)
     bench.erase([n for n in bench.graph.nodes if n.op == "call_function"])  # what stood there
-    for node in bench.graph.nodes:
-        bench.know(node)
+    bench.know_all()
 
 
 def adds_in_turn(graph: fx.Graph) -> bool:
@@ -75,8 +72,7 @@ def _take_wheres_apart(bench: Workbench) -> None:
         known[total] = replace(put, masks=(*before.masks, mask))
         node.replace_all_uses_with(total)
         bench.graph.erase_node(node)
-    for node in bench.graph.nodes:
-        bench.know(node)
+    bench.know_all()
 
 
 @dataclass(frozen=True)
@@ -93,23 +89,15 @@ def _separately(bench: Workbench, node: fx.Node, before: _Put) -> tuple[fx.Node,
     """A choice between values and what is there, as a sum, where nodes are inserted now."""
     condition, value, _ = node.args
 
-    def made(target: Any, *args: Any, like: torch.Tensor = node.meta["val"], **kwargs: Any) -> fx.Node:
-        out = bench.graph.call_function(target, args, kwargs)
-        out.meta = {**node.meta, "val": like}
-        return out
-
-    alone = made(aten.where.ScalarOther, condition, value, 0.0)
+    alone = bench.call(node, aten.where.ScalarOther, condition, value, 0.0)
     if before.over.target in ZEROS:
-        total = made(aten.add.Tensor, before.added or before.over, alone)
+        total = bench.call(node, aten.add.Tensor, before.added or before.over, alone)
         return total, replace(before, added=total)
-    mask = condition.meta["val"]  # type: ignore[union-attr]
-    like = torch.empty(mask.shape, dtype=node.meta["val"].dtype, device="meta")
-    rest = made(
-        aten._to_copy.default, made(aten.logical_not.default, condition, like=mask), like=like, dtype=like.dtype
-    )
-    left = rest if before.left is None else made(aten.mul.Tensor, before.left, rest, like=like)
-    added = alone if before.added is None else made(aten.add.Tensor, before.added, alone)
-    total = made(aten.add.Tensor, made(aten.mul.Tensor, before.over, left), added)
+    opposite = bench.call(node, aten.logical_not.default, condition)
+    rest = bench.call(node, aten._to_copy.default, opposite, dtype=node.meta["val"].dtype)
+    left = rest if before.left is None else bench.call(node, aten.mul.Tensor, before.left, rest)
+    added = alone if before.added is None else bench.call(node, aten.add.Tensor, before.added, alone)
+    total = bench.call(node, aten.add.Tensor, bench.call(node, aten.mul.Tensor, before.over, left), added)
     return total, replace(before, added=added, left=left)
 
 
@@ -132,11 +120,8 @@ def _chooses(node: Any) -> bool:
 
 def _mask_of(condition: Any) -> _Mask | None:
     """The mask that a condition is, if that tells something, and how it is spread over further axes."""
-    spread = []
-    while isinstance(condition, fx.Node) and condition.target in _SPREADS:
-        spread.append((condition.target, condition.args[1:]))
-        condition = condition.args[0]
-    return (condition, tuple(spread)) if isinstance(condition, fx.Node) and tells(condition) else None
+    mask, spread = core(condition)
+    return (mask, spread) if isinstance(mask, fx.Node) and tells(mask) else None
 
 
 def _added(node: Any) -> tuple[fx.Node, fx.Node] | None:

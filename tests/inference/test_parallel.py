@@ -360,9 +360,19 @@ def test_depthwise_branches_are_exchanged_in_all_channels_at_once() -> None:
     assert_sound(net, IMAGES, found)
 
 
-def test_branches_that_are_interchangeable_in_some_channels_stay() -> None:
+def test_two_of_three_branches_in_a_difference() -> None:
     def join(parts: Any) -> Any:
         return torch.cat([sum(p[:, :2] for p in parts), parts[0][:, 2:] - 2 * parts[1][:, 2:] + parts[2][:, 2:]], 1)
+
+    net = Depthwise(join)
+    found = infer(net, IMAGES, verify=False)
+    assert [{n.split(".")[1] for n in names} for names in found.exchanges[0].params] == [{"0"}, {"2"}]
+    assert_sound(net, IMAGES, found)
+
+
+def test_branches_that_are_interchangeable_in_some_channels_stay() -> None:
+    def join(parts: Any) -> Any:
+        return torch.cat([sum(p[:, :2] for p in parts), parts[0][:, 2:] - 2 * parts[1][:, 2:] + 3 * parts[2][:, 2:]], 1)
 
     net = Depthwise(join)
     found = infer(net, IMAGES, verify=False)

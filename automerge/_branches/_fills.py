@@ -1,0 +1,104 @@
+"""Tensors that are filled piece after piece, read as the pieces side by side.
+
+::
+
+    out = torch.empty(len(heads), n, d)                 out = torch.stack([head(x) for head in heads])
+    for i, head in enumerate(heads):
+        out[i] = head(x)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from automerge._branches._graph import Workbench
+from automerge._branches._joins import aten, copied, piece
+
+_WRITES = (aten.select_scatter.default, aten.slice_scatter.default)
+
+
+def fills(graph: fx.Graph) -> bool:
+    """Whether two pieces of a tensor are written, one after the other."""
+    return any(_range(n) is not None and _range(n.args[0]) is not None for n in graph.nodes)
+
+
+def take_fills(bench: Workbench) -> None:
+    """Read what two and more writes leave in different places of one axis as these values side by side."""
+    filled: dict[fx.Node, _Filled] = {}
+    for node in list(bench.graph.nodes):
+        write = _range(node)
+        if write is None:
+            _read(bench, node, filled)
+            continue
+        dim, start, length = write
+        before = filled.get(node.args[0])
+        if before is None or before.dim != dim or before.meets(start, start + length):
+            before = _Filled(node.args[0], dim)
+        filled[node] = _Filled(before.base, dim, {**before.parts, (start, start + length): copied(node.args[1])})
+    for node, found in filled.items():
+        if len(found.parts) > 1 and any(u not in filled or filled[u].base is node for u in node.users):
+            _side_by_side(bench, node, found)
+    bench.erase(list(filled))
+    bench.know_all()
+
+
+@dataclass(frozen=True)
+class _Filled:
+    """What was written over a tensor: from where to where along an axis, and the values."""
+
+    base: Any
+    dim: int
+    parts: dict[tuple[int, int], Any] = field(default_factory=dict)
+
+    def meets(self, start: int, stop: int) -> bool:
+        """Whether some of these positions were written, and not just these at once."""
+        return (start, stop) not in self.parts and any(start < b and a < stop for a, b in self.parts)
+
+
+def _range(node: Any) -> tuple[int, int, int] | None:
+    """The axis that a node writes along, from where, and how much; None for another node."""
+    args: Any = node.args
+    if node.op != "call_function" or node.target not in _WRITES or node.kwargs or not isinstance(args[1], fx.Node):
+        return None
+    shape = node.meta["val"].shape
+    dim = (args[2] if len(args) > 2 else 0) % len(shape)
+    if node.target is aten.select_scatter.default:
+        return dim, args[3] % shape[dim], 1
+    start, end, step = slice(*[*args[3:], *(None, None, None)[len(args) - 3 :]]).indices(shape[dim])
+    return (dim, start, end - start) if step == 1 and 0 < end - start < shape[dim] else None
+
+
+def _read(bench: Workbench, node: fx.Node, filled: dict[fx.Node, _Filled]) -> None:
+    """Read a piece where it was written, or where nothing was written of what was there before."""
+    cut = piece(node) if node.op == "call_function" else None
+    found = filled.get(cut.source) if cut is not None else None
+    if cut is None or found is None or found.dim != cut.dim or node.args[0] is not cut.source:
+        return
+    places = cut.start, cut.start + cut.length
+    own = found.parts.get(places)
+    if own is not None and own.meta["val"].shape == node.meta["val"].shape:
+        node.replace_all_uses_with(own)
+    elif own is None and not found.meets(*places):
+        with bench.graph.inserting_before(node):
+            node.replace_all_uses_with(bench.call(node, node.target, found.base, *node.args[1:]))
+
+
+def _side_by_side(bench: Workbench, node: fx.Node, found: _Filled) -> None:
+    """Put the pieces that were written, and those of the base between them, in the place of a node."""
+    dim, size = found.dim, node.meta["val"].shape[found.dim]
+    with bench.graph.inserting_before(node):
+        operands: list[fx.Node] = []
+        at = 0
+        for (start, stop), value in sorted(found.parts.items(), key=lambda part: part[0]):
+            if at < start:
+                operands.append(bench.call(node, aten.slice.Tensor, found.base, dim, at, start))
+            single = value.meta["val"].dim() < node.meta["val"].dim()
+            operands.append(bench.call(node, aten.unsqueeze.default, value, dim) if single else value)
+            at = stop
+        if at < size:
+            operands.append(bench.call(node, aten.slice.Tensor, found.base, dim, at, size))
+        joined = bench.call(node, aten.cat.default, operands, dim)
+    node.replace_all_uses_with(joined)
