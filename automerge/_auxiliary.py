@@ -1,4 +1,4 @@
-"""Parts that a model runs only while it is trained: auxiliary heads (GoogLeNet, deep supervision)."""
+"""What a model runs only while it is trained: auxiliary heads (GoogLeNet, deep supervision), averages of a codebook."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ _CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Parame
 
 
 @contextlib.contextmanager
-def trained(model: nn.Module) -> Iterator[None]:
+def trained(model: nn.Module, layers: bool = False) -> Iterator[None]:
     """Within, what is made of other modules believes that it is trained when it is told to evaluate.
 
-    Layers evaluate: nothing is dropped, and statistics are those of the state.
+    PyTorch's layers evaluate: nothing is dropped, and statistics are those of the state. So do layers of others (a codebook
+    with moving averages), but for ``layers``.
 
     Examples:
         >>> model = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(3))
@@ -36,7 +37,8 @@ def trained(model: nn.Module) -> Iterator[None]:
         [False, False, False]
     """
     before = vars(model).get("train")
-    vars(model)["train"] = MethodType(_partly, model)  # what eval() calls; copies made within have one of their own
+    # what eval() calls; copies made within have one of their own
+    vars(model)["train"] = MethodType(_with_layers if layers else _partly, model)
     try:
         yield
     finally:
@@ -47,10 +49,26 @@ def trained(model: nn.Module) -> Iterator[None]:
 
 def _partly(self: nn.Module, mode: bool = True) -> nn.Module:
     for module in self.modules():
-        module.training = any(True for _ in module.children()) and not any(
-            base.__module__.startswith("torch.nn.modules") and base not in _CONTAINERS for base in type(module).__mro__
-        )
+        module.training = any(True for _ in module.children()) and not _is_torch(module)
     return self
+
+
+def _with_layers(self: nn.Module, mode: bool = True) -> nn.Module:
+    for module in self.modules():
+        module.training = not _is_torch(module)
+    return self
+
+
+def _is_torch(module: nn.Module) -> bool:
+    """Whether a module is one of PyTorch's layers, or made from one."""
+    return any(
+        base.__module__.startswith("torch.nn.modules") and base not in _CONTAINERS for base in type(module).__mro__
+    )
+
+
+def _has_layers(model: nn.Module) -> bool:
+    """Whether a model has layers that are not PyTorch's."""
+    return any(not _is_torch(m) and not any(True for _ in m.children()) for m in model.modules())
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,17 +79,28 @@ class Training:
         symmetry: of that pass and the others.
         graph: the pass.
         names: the parameters that no other reads.
+        layers: whether layers that are not PyTorch's believe so, too.
     """
 
     symmetry: Symmetry
     graph: fx.GraphModule
     names: tuple[str, ...]
+    layers: bool
 
     @property
     def note(self) -> str:
         """For the report."""
         more = f" and {len(self.names) - 1} more" if self.names[1:] else ""
         return f"only training reads {self.names[0]}{more}: a pass in that mode was read, too"
+
+    def holds(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None) -> bool:
+        """Whether verification passes in that mode."""
+        try:
+            with trained(model, self.layers):
+                verify(model, args, self.symmetry, kwargs)
+        except (InvarianceError, TraceError):
+            return False
+        return True
 
 
 def with_training(
@@ -83,6 +112,7 @@ def with_training(
     symmetry: Symmetry,
     analysis: Analysis,
     again: Callable[[list[fx.GraphModule]], tuple[Symmetry, Analysis]] = lambda graphs: infer_graph(*graphs),
+    check: bool = False,
 ) -> Training | None:
     """A symmetry with what only training reads, where there is such and nothing is lost by it.
 
@@ -95,30 +125,23 @@ def with_training(
         symmetry: of these.
         analysis: the same.
         again: infers from several graphs.
+        check: whether verification must pass in that mode, too.
     """
     missing = {n for n in symmetry.shapes if n not in analysis.states}
-    if not missing:
-        return None
-    try:
-        with trained(model):
-            graph = trace(model, args, kwargs, values=False, constants=constants)
-    except TraceError:
-        return None  # it wants targets, say
-    found = sorted(missing & set(analyse([graph]).states))
-    larger = again([*graphs, graph])[0] if found else symmetry
-    if _order(larger) < _order(symmetry) or _moving(larger) <= _moving(symmetry):
-        return None
-    return Training(larger, graph, tuple(found))
-
-
-def holds_in_training(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None, symmetry: Symmetry) -> bool:
-    """Whether verification passes in the mode of `trained`."""
-    try:
-        with trained(model):
-            verify(model, args, symmetry, kwargs)
-    except (InvarianceError, TraceError):
-        return False
-    return True
+    for layers in ((True, False) if _has_layers(model) else (False,)) if missing else ():
+        try:
+            with trained(model, layers):
+                graph = trace(model, args, kwargs, values=False, constants=constants)
+        except TraceError:
+            continue  # it wants targets, say
+        found = sorted(missing & set(analyse([graph]).states))
+        larger = again([*graphs, graph])[0] if found else symmetry
+        if _order(larger) < _order(symmetry) or _moving(larger) <= _moving(symmetry):
+            continue
+        out = Training(larger, graph, tuple(found), layers)
+        if not check or out.holds(model, args, kwargs):
+            return out
+    return None
 
 
 def _order(symmetry: Symmetry) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from automerge._auxiliary import holds_in_training, with_training
+from automerge._auxiliary import with_training
 from automerge._derive import infer_graph, infer_recorded
 from automerge._diagnosis import OtherPathError
 from automerge._errors import InvarianceError, TraceError, UnknownOperatorError
@@ -85,8 +85,9 @@ def infer(
         graphs += _longer_traces(model, args, kwargs, constants, symmetry, 0)
     if len(graphs) > len(recorded):
         symmetry, analysis = _inferred(graphs, verify)
-    found = with_training(model, args, kwargs, constants, graphs, symmetry, analysis, partial(_inferred, verify=verify))
-    if found is not None and (not verify or holds_in_training(model, args, kwargs, found.symmetry)):
+    again = partial(_inferred, verify=verify)
+    found = with_training(model, args, kwargs, constants, graphs, symmetry, analysis, again, verify)
+    if found is not None:
         symmetry, graphs = found.symmetry, [*graphs, found.graph]
         notes.append(found.note)
     if verify:

@@ -133,3 +133,44 @@ def test_a_model_that_reads_everything_runs_once() -> None:
     net[0].register_forward_hook(lambda *_: calls.append(net.training))
     infer(net, X, verify=False)
     assert not any(calls)
+
+
+class Codebook(nn.Module):
+    """Entries that follow moving averages of what is nearest to them (VQ-VAE's exponential moving averages)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, shape in {"entries": (6, 8), "sums": (6, 8), "counts": (6,)}.items():
+            self.register_buffer(name, torch.rand(shape) + 0.5)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        chosen = torch.cdist(h, self.entries).argmin(-1)
+        if self.training:
+            codes = functional.one_hot(chosen, 6).to(h)
+            self.counts.lerp_(codes.sum(0), 0.1)
+            self.sums.lerp_(codes.T @ h, 0.1)
+            self.entries.copy_(self.sums / self.counts[:, None])
+        return self.entries[chosen]
+
+
+class Quantised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.codebook, self.out = nn.Linear(4, 8), Codebook(), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.codebook(self.inp(x)))
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_averages_that_only_training_reads_move_with_a_codebook(verify: bool) -> None:
+    torch.manual_seed(0)
+    net = Quantised().eval()
+    symmetry = infer(net, X, verify=verify)
+    slots = {(s.param, s.axis) for g in symmetry.sets if g.size == 6 for s in g.slots}
+    assert slots == {("codebook.entries", 0), ("codebook.sums", 0), ("codebook.counts", 0)}
+    assert ("codebook.sums", 1) in {(s.param, s.axis) for g in symmetry.sets if g.size == 8 for s in g.slots}
+    moved = copy.deepcopy(net)
+    moved.load_state_dict(symmetry.apply(net.state_dict(), symmetry.random_element(0)))
+    for _ in range(3):  # each pass reads what the one before it left
+        assert torch.allclose(net.train()(X), moved.train()(X), atol=1e-5)

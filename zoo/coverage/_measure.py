@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from automerge._auxiliary import holds_in_training, with_training
+from automerge._auxiliary import Training, with_training
 from automerge._derive import infer_graph
 from automerge._diagnosis import OtherPathError
 from automerge._errors import InvarianceError
@@ -147,11 +147,12 @@ def measure(library: str, name: str, elements: int = 2) -> Row:
         except Exception as error:
             row.status, row.message = "failed", _text(error)
             return row
-        other = _verify(row, case, symmetry, elements, training)
-        if training and row.error is not None and not holds_in_training(case.model, case.args, case.kwargs, symmetry):
+        names = training.names if training else ()
+        other = _verify(row, case, symmetry, elements, names)
+        if training and row.error is not None and not training.holds(case.model, case.args, case.kwargs):
             row.error, row.message = None, "does not hold in the pass that training takes"
         if other is None or len(paths) == _MOST_PATHS:
-            return _scaled(row, case, symmetry, elements, training) if row.blind else row
+            return _scaled(row, case, symmetry, elements, names) if row.blind else row
         paths.append(other.graph)  # as `automerge.infer` does: again, to hold on both
         row.message, row.notes = "", [*known, short(f"inferred again: {str(other).partition(': ')[0]}")]
 
@@ -173,8 +174,8 @@ def _scaled(row: Row, case: Case, symmetry: Symmetry, elements: int, training: S
     return row
 
 
-def _infer(row: Row, case: Case, paths: Sequence[fx.GraphModule]) -> tuple[Symmetry, Sequence[str]]:
-    """The symmetry, and what only a pass reads that training takes."""
+def _infer(row: Row, case: Case, paths: Sequence[fx.GraphModule]) -> tuple[Symmetry, Training | None]:
+    """The symmetry, and the pass that training takes, if it reads more."""
     with Peak() as peak:
         wall, cpu = time.perf_counter(), time.process_time()
         graphs = [trace(case.model, case.args, case.kwargs, values=False), *paths]
@@ -190,7 +191,7 @@ def _infer(row: Row, case: Case, paths: Sequence[fx.GraphModule]) -> tuple[Symme
     row.pins = [(short(reason), n) for reason, n in counts.most_common(6)]
     row.unruled = [short(u) for u in symmetry.unruled]
     row.notes += [short(n) for n in (*symmetry.notes, *([found.note] if found else []))]
-    return symmetry, found.names if found else ()
+    return symmetry, found
 
 
 def _verify(row: Row, case: Case, symmetry: Symmetry, elements: int, unread: Sequence[str]) -> OtherPathError | None:
