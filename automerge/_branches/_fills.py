@@ -29,7 +29,7 @@ def take_fills(bench: Workbench) -> None:
     """Read what two and more writes leave in different places of one axis as these values side by side."""
     filled: dict[fx.Node, _Filled] = {}
     for node in list(bench.graph.nodes):
-        write = _range(node)
+        write = _range(node) if node not in bench.constant else None
         if write is None:
             _read(bench, node, filled)
             continue
