@@ -37,9 +37,10 @@ def take_fills(bench: Workbench) -> None:
         before = filled.get(node.args[0])
         if before is None or before.dim != dim or before.meets(start, start + length):
             before = _Filled(node.args[0], dim)
-        filled[node] = _Filled(before.base, dim, {**before.parts, (start, start + length): copied(node.args[1])})
+        parts = {**before.parts, (start, start + length): _written(bench, node)}
+        filled[node] = _Filled(before.base, dim, parts, (*before.writes, node))
     for node, found in filled.items():
-        if len(found.parts) > 1 and any(u not in filled or filled[u].base is node for u in node.users):
+        if len(found.parts) > 1 and not _goes_on(node, filled) and not any(_read_between(n, filled) for n in found.writes):
             _side_by_side(bench, node, found)
     bench.erase(list(filled))
     bench.know_all()
@@ -47,15 +48,26 @@ def take_fills(bench: Workbench) -> None:
 
 @dataclass(frozen=True)
 class _Filled:
-    """What was written over a tensor: from where to where along an axis, and the values."""
+    """What was written over a tensor: from where to where along an axis, and the values; the nodes that did."""
 
     base: Any
     dim: int
     parts: dict[tuple[int, int], Any] = field(default_factory=dict)
+    writes: tuple[fx.Node, ...] = ()
 
     def meets(self, start: int, stop: int) -> bool:
         """Whether some of these positions were written, and not just these at once."""
         return (start, stop) not in self.parts and any(start < b and a < stop for a, b in self.parts)
+
+
+def _goes_on(node: fx.Node, filled: dict[fx.Node, _Filled]) -> bool:
+    """Whether more is written over what a node gives."""
+    return any(u in filled and filled[u].writes[-2:-1] == (node,) for u in node.users)
+
+
+def _read_between(node: fx.Node, filled: dict[fx.Node, _Filled]) -> bool:
+    """Whether a part that is neither one that was written nor one that was not is read before more is written."""
+    return _goes_on(node, filled) and len(node.users) > 1
 
 
 def _range(node: Any) -> tuple[int, int, int] | None:
@@ -71,6 +83,16 @@ def _range(node: Any) -> tuple[int, int, int] | None:
     return (dim, start, end - start) if step == 1 and 0 < end - start < shape[dim] else None
 
 
+def _written(bench: Workbench, node: fx.Node) -> Any:
+    """What a node writes; what that was copied over is of no use."""
+    old: Any = node.args[1]
+    value = copied(old)
+    if value is not old:
+        node.update_arg(1, value)
+        bench.erase([*old.all_input_nodes[:1], old])
+    return value
+
+
 def _read(bench: Workbench, node: fx.Node, filled: dict[fx.Node, _Filled]) -> None:
     """Read a piece where it was written, or where nothing was written of what was there before."""
     cut = piece(node) if node.op == "call_function" else None
@@ -84,6 +106,7 @@ def _read(bench: Workbench, node: fx.Node, filled: dict[fx.Node, _Filled]) -> No
     elif own is None and not found.meets(*places):
         with bench.graph.inserting_before(node):
             node.replace_all_uses_with(bench.call(node, node.target, found.base, *node.args[1:]))
+    bench.erase([node])
 
 
 def _side_by_side(bench: Workbench, node: fx.Node, found: _Filled) -> None:
