@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
@@ -131,17 +131,28 @@ def with_training(
     for layers in ((True, False) if _has_layers(model) else (False,)) if missing else ():
         try:
             with trained(model, layers):
-                graph = trace(model, args, kwargs, values=False, constants=constants)
+                traced = trace(model, args, kwargs, values=False, constants=constants)
         except TraceError:
             continue  # it wants targets, say
-        found = sorted(missing & set(analyse([graph]).states))
-        larger = again([*graphs, graph])[0] if found else symmetry
-        if _order(larger) < _order(symmetry) or _moving(larger) <= _moving(symmetry):
-            continue
-        out = Training(larger, graph, tuple(found), layers)
-        if not check or out.holds(model, args, kwargs):
-            return out
+        for graph in _with_writes(traced, missing):
+            found = sorted(missing & set(analyse([graph]).states))
+            larger = again([*graphs, graph])[0] if found else symmetry
+            if _order(larger) < _order(symmetry) or _moving(larger) <= _moving(symmetry):
+                continue
+            out = Training(larger, graph, tuple(found), layers)
+            if not check or out.holds(model, args, kwargs):
+                return out
     return None
+
+
+def _with_writes(graph: fx.GraphModule, names: set[str]) -> Iterator[fx.GraphModule]:
+    """A graph in which what is left in some buffers is read, also where nothing reads these; then as it is."""
+    info = graph.meta["trace"]
+    if not names.isdisjoint(info.again.values()):
+        graph.meta["trace"] = replace(info, again={k: n for k, n in info.again.items() if n not in names})
+        yield graph
+        graph.meta["trace"] = info
+    yield graph
 
 
 def _order(symmetry: Symmetry) -> float:

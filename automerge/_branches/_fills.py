@@ -40,7 +40,11 @@ def take_fills(bench: Workbench) -> None:
         parts = {**before.parts, (start, start + length): _written(bench, node)}
         filled[node] = _Filled(before.base, dim, parts, (*before.writes, node))
     for node, found in filled.items():
-        if len(found.parts) > 1 and not _goes_on(node, filled) and not any(_read_between(n, filled) for n in found.writes):
+        if (
+            len(found.parts) > 1
+            and not _goes_on(node, filled)
+            and not any(_read_between(n, filled) for n in found.writes)
+        ):
             _side_by_side(bench, node, found)
     bench.erase(list(filled))
     bench.know_all()

@@ -106,7 +106,10 @@ def _step(same: Same, env: dict[Any, Any]) -> Any:
     args, kwargs = tree_unflatten(values, spec)
     if node.target is torch.ops.aten.view.default:
         return torch.ops.aten.reshape.default(*args)  # with an axis of branches the memory may lie otherwise
-    if node.target in (torch.ops.aten.copy.default, torch.ops.aten.fill.Tensor):  # mapped, these warn that they are slow
+    if node.target in (
+        torch.ops.aten.copy.default,
+        torch.ops.aten.fill.Tensor,
+    ):  # mapped, these warn that they are slow
         return args[1].to(args[0].dtype).expand(args[0].shape)
     if node.target is torch.ops.aten.index_add.default and args[1] == 0 and not kwargs:
         base, _, index, rows = args  # that operator would run once for each branch

@@ -174,3 +174,34 @@ def test_averages_that_only_training_reads_move_with_a_codebook(verify: bool) ->
     moved.load_state_dict(symmetry.apply(net.state_dict(), symmetry.random_element(0)))
     for _ in range(3):  # each pass reads what the one before it left
         assert torch.allclose(net.train()(X), moved.train()(X), atol=1e-5)
+
+
+class Centre(nn.Module):
+    """A mean that training follows, and nothing reads (the centre of a loss that is elsewhere)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps, self.seen = 0, []
+        self.register_buffer("mean", torch.rand(8))
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.steps += 1
+            self.seen.append(self.steps)
+            self.mean.lerp_(h.mean(0), 0.1)
+        return h
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_what_training_only_writes_moves_with_what_it_is_made_of(verify: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), Centre(), nn.Linear(8, 3)).eval()
+    symmetry = infer(net, X, verify=verify)
+    (group,) = symmetry.sets
+    assert {(s.param, s.axis) for s in group.slots} == {("0.weight", 0), ("0.bias", 0), ("1.mean", 0), ("2.weight", 1)}
+    assert (net[1].steps, net[1].seen) == (0, [])
+    moved = copy.deepcopy(net)
+    moved.load_state_dict(symmetry.apply(net.state_dict(), element := symmetry.random_element(0)))
+    for one in (net, moved):
+        one.train()(X)
+    assert torch.allclose(symmetry.apply(net.state_dict(), element)["1.mean"], moved[1].mean, atol=1e-6)
