@@ -361,11 +361,12 @@ def reals(value: torch.Tensor) -> torch.Tensor | None:
 
 
 def bind(model: nn.Module, state_dict: Mapping[str, torch.Tensor], *, copy: bool = False) -> dict[str, torch.Tensor]:
-    """A state dict as `run_batch` wants it: names that the model ties map to one tensor.
+    """A state dict as `run_batch` wants it: as the model would load it, where names that the model ties map to one tensor.
 
     Args:
         model: the architecture.
-        state_dict: its weights; on any device, they are moved to the model's. Names that the model ties may be left out.
+        state_dict: its weights; of any device and precision, they are converted to the model's. Names that the model ties may
+            be left out.
         copy: whether every tensor gets memory of its own.
 
     Raises:
@@ -384,7 +385,7 @@ def bind(model: nn.Module, state_dict: Mapping[str, torch.Tensor], *, copy: bool
         if ties.get(name) in out:
             out[name] = out[ties[name]]
             continue
-        value = value.detach().to(device)
+        value = value.detach().to(device, expected[name].dtype)
         out[name] = value.clone(memory_format=torch.contiguous_format) if copy else value
     return out
 

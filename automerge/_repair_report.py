@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from automerge._errors import AutomergeError
+from automerge.io import tied_names
 from automerge.symmetry import Symmetry
 
 
@@ -143,8 +144,12 @@ def shares(weights: Sequence[float] | None, count: int) -> list[float]:
     return [w / total for w in given]
 
 
-def on_devices(
+def as_merged(
     tensors: dict[str, torch.Tensor], merged: Mapping[str, torch.Tensor], written: Collection[str] = ()
 ) -> dict[str, torch.Tensor]:
-    """The repaired tensors on the devices of the merged ones, but for buffers that the network writes to: those are merged."""
-    return {n: merged[n].detach().clone() if n in written else t.to(merged[n].device) for n, t in tensors.items()}
+    """The repaired tensors on the devices and in the types of the merged ones; what was tied stays so.
+
+    But for buffers that the network writes to: those are merged.
+    """
+    out = {n: merged[n].detach().clone() if n in written else t.to(merged[n]) for n, t in tensors.items()}
+    return out | {alias: out[name] for alias, name in tied_names(tensors).items()}

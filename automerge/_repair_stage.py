@@ -40,13 +40,6 @@ def renormalise(
         symmetry: which channels may be corrected.
         watched: measure how far the outputs are from the models' before and after (`RepairReport.drift`).
     """
-    types = {name: value.dtype for name, value in network.state_dict().items()}
-    if any(types.get(name, value.dtype) != value.dtype for name, value in merged.items()):
-        # checkpoints in another precision than the architecture: repair in its own, answer in theirs
-        own_moved = [_in_types(m, types) for m in moved]
-        own = _in_types(merged, types)
-        wide, report = renormalise(mode, network, own, own_moved, share, batches, symmetry, watched=watched)
-        return _in_types(wide, {name: value.dtype for name, value in merged.items()}), report
     fixed, report = _repaired(mode, network, merged, moved, share, batches, symmetry)
     if watched and batches is not None and report.mode != "none":
         found = drifts(network, (merged, fixed), moved, share, batches)
@@ -82,9 +75,3 @@ def _repaired(
         repair = Repair(reset=mode == "both")
         merged, report = repair(network, merged, moved, batches, symmetry=symmetry, weights=share)
     return merged, report
-
-
-def _in_types(state: Mapping[str, torch.Tensor], types: Mapping[str, torch.dtype]) -> StateDict:
-    """The tensors in other types; what was tied stays so."""
-    out = {name: value.to(types.get(name, value.dtype)) for name, value in state.items()}
-    return out | {alias: out[name] for alias, name in tied_names(state).items()}

@@ -20,7 +20,7 @@ from automerge._moments import Moments
 from automerge._propagation import propagate
 from automerge._repair import Tensors, channel_change, fold, make_plan, watching
 from automerge._repair_plan import Site
-from automerge._repair_report import LayerRepair, Renormaliser, RepairReport, on_devices, shares
+from automerge._repair_report import LayerRepair, Renormaliser, RepairReport, as_merged, shares
 from automerge.symmetry import Symmetry
 from automerge.trace import trace
 
@@ -81,7 +81,7 @@ class RowNorms(Renormaliser):
                 if before is not None and site.bias is not None:
                     tensors[site.bias.name].copy_(before)
                 layers.append(_layer(site, scale, active, dead, site.bias is not None))
-        return on_devices(tensors, merged, plan.written), RepairReport("row norms", tuple(layers), (), plan.skipped)
+        return as_merged(tensors, merged, plan.written), RepairReport("row norms", tuple(layers), (), plan.skipped)
 
 
 def _norms(tensors: Tensors, site: Site) -> torch.Tensor:
@@ -159,7 +159,7 @@ class GaussianRepair(Renormaliser):
         for step in plan.steps:
             if isinstance(step, Site) and step.name not in done and step.name not in skipped:
                 skipped[step.name] = f"its moments cannot be predicted ({unknown or 'it reads no whole weight'})"
-        return on_devices(tensors, merged, plan.written), RepairReport("gaussian", tuple(layers), (), skipped)
+        return as_merged(tensors, merged, plan.written), RepairReport("gaussian", tuple(layers), (), skipped)
 
 
 @dataclass

@@ -21,7 +21,7 @@ from automerge._errors import AutomergeError
 from automerge._observe import Event, Observer
 from automerge._repair import Reached, Tensors, make_plan, measure_one, watching
 from automerge._repair_plan import Norm, Site
-from automerge._repair_report import LayerRepair, Renormaliser, RepairReport, on_devices, shares
+from automerge._repair_report import LayerRepair, Renormaliser, RepairReport, as_merged, shares
 from automerge.symmetry import Symmetry
 
 
@@ -98,7 +98,7 @@ class LeastSquares(Renormaliser):
                     skipped[step.name] = reason
                 else:
                     layers.append(self._refit(step, sums, tensors))
-        return on_devices(tensors, merged, plan.written), RepairReport("fit", tuple(layers), tuple(reset), skipped)
+        return as_merged(tensors, merged, plan.written), RepairReport("fit", tuple(layers), tuple(reset), skipped)
 
     def _refit(self, site: Site, sums: _Sums, tensors: Tensors) -> LayerRepair:
         weight, view = tensors[site.weight.name], site.weight

@@ -33,7 +33,7 @@ from automerge._repair import (
     measure,
     watching,
 )
-from automerge._repair_report import LayerRepair, Renormaliser, RepairReport, on_devices, shares
+from automerge._repair_report import LayerRepair, Renormaliser, RepairReport, as_merged, shares
 from automerge.symmetry import Symmetry
 
 
@@ -224,7 +224,7 @@ class Repair(Renormaliser):
 
             correct(model, tensors, batches, plan, change)
         mode = "both" if self.reset else "repair" if self.shift else "rescale"
-        return on_devices(tensors, merged, plan.written), RepairReport(mode, tuple(layers), tuple(reset), skipped)
+        return as_merged(tensors, merged, plan.written), RepairReport(mode, tuple(layers), tuple(reset), skipped)
 
     def _fold(
         self,

@@ -63,6 +63,19 @@ def problem(count: int = 3, seed: int = 0) -> tuple[list[nn.Module], list[tuple[
     return nets, [(x[:150], y[:150]), (x[150:], y[150:])]
 
 
+def test_checkpoints_in_another_precision_are_compared_as_the_architecture_would_load_them() -> None:
+    nets, data = problem()
+    states = [
+        {k: v.to(t) for k, v in n.state_dict().items()} for n, t in zip(nets, (torch.half, torch.double, torch.float))
+    ]
+    chosen = {"matchers": {n: MATCHERS[n]() for n in ("frank-wolfe", "cca")}, "architecture": nets[0]}
+    found = compare(states, data[0][0][:2], data, **chosen)
+    assert not [row.error for row in found.rows if row.error]
+    expected = compare(nets, data[0][0][:2], data, **chosen)
+    for one, other in zip(found.models, expected.models, strict=True):
+        assert one.accuracy == pytest.approx(other.accuracy, abs=0.02)
+
+
 # -------------------------------------------------------------------- cuts
 @settings(max_examples=30, deadline=None)
 @given(

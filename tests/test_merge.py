@@ -19,10 +19,12 @@ from torch import nn
 from torch.nn.utils import prune
 
 from automerge._errors import AutomergeError, CheckpointError, MatchingError, OutputError, TraceError
+from automerge.datafree import GaussianRepair, RowNorms
 from automerge.evaluate import evaluate
+from automerge.fitting import LeastSquares
 from automerge.infer import infer
 from automerge.io import hash_state_dict, load_state_dict
-from automerge.matchers import FrankWolfe, Identity, Matcher, Matching, ZipIt, match
+from automerge.matchers import MATCHERS, FrankWolfe, Identity, Matcher, Matching, ZipIt, match
 from automerge.merge import average, merge
 from automerge.symmetry import Generator, Slot, Symmetry
 from tests._factories import Masked
@@ -496,6 +498,21 @@ def test_checkpoints_in_another_precision_are_repaired(dtype: torch.dtype) -> No
     assert all(v.dtype == dtype for v in result.state_dict.values())
     for name, value in result.state_dict.items():
         assert torch.allclose(value.float(), expected.state_dict[name], rtol=2e-2, atol=2e-2), name
+
+
+@pytest.mark.parametrize("matcher", [make() for make in MATCHERS.values()], ids=list(MATCHERS))
+@pytest.mark.parametrize("repair", ["auto", LeastSquares(), RowNorms(), GaussianRepair()], ids=str)
+def test_checkpoints_of_several_precisions_run_as_the_architecture_would_load_them(matcher: Any, repair: Any) -> None:
+    types = (torch.float32, torch.float16, torch.float64)
+    for order in (types, types[1:]):
+        states = [{n: v.to(t) for n, v in _mlp(seed).state_dict().items()} for seed, t in enumerate(order)]
+        own = [{n: v.float() for n, v in s.items()} for s in states]
+        mode = repair if matcher.separable else "none"
+        result = merge(states, X, architecture=_mlp(0), matcher=matcher, data=[X], repair=mode)
+        expected = merge(own, X, architecture=_mlp(0), matcher=matcher, data=[X], repair=mode)
+        for name, value in result.state_dict.items():
+            assert value.dtype == order[0]
+            assert torch.allclose(value.float(), expected.state_dict[name], rtol=2e-2, atol=2e-2), name
 
 
 class Counting(nn.Module):
