@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset, IterableDataset
 
 from automerge._errors import AutomergeError, CheckpointError
-from automerge._loading import as_loaded
+from automerge._loading import as_loaded, check_values
 from automerge._machine import physical_memory
 from automerge._numbers import is_whole
 from automerge._random import drawing, forked, gpus
@@ -361,7 +361,7 @@ def reals(value: torch.Tensor) -> torch.Tensor | None:
 
 
 def bind(model: nn.Module, state_dict: Mapping[str, torch.Tensor], *, copy: bool = False) -> dict[str, torch.Tensor]:
-    """A state dict as `run_batch` wants it: as the model would load it, where names that the model ties map to one tensor.
+    """A state dict as `run_batch` wants it: as the model would load it, with one tensor for names that the model ties.
 
     Args:
         model: the architecture.
@@ -370,28 +370,30 @@ def bind(model: nn.Module, state_dict: Mapping[str, torch.Tensor], *, copy: bool
         copy: whether every tensor gets memory of its own.
 
     Raises:
-        CheckpointError: if it is no state dict, or has other names than the model.
+        CheckpointError: if it is no state dict, or has other names or shapes than the model.
     """
     check_eager(model)
     expected = model.state_dict()
     state_dict = as_loaded(checked_state(state_dict), model)
     differ = [n for n in expected if n not in state_dict] + [n for n in state_dict if n not in expected]
-    if differ:
-        raise CheckpointError(f"the state dict and the model differ in the key {differ[0]!r}")
-    ties = tied_names(expected)
-    device = device_of(model)
+    resized = [n for n in expected if not differ and state_dict[n].shape != expected[n].shape]
+    if differ or resized:
+        what = f"the key {differ[0]!r}" if differ else f"the shape of {resized[0]!r}"
+        raise CheckpointError(f"the state dict and the model differ in {what}")
+    ties, device = tied_names(expected), device_of(model)
     out: dict[str, torch.Tensor] = {}
     for name, value in state_dict.items():
         if ties.get(name) in out:
             out[name] = out[ties[name]]
             continue
-        value = value.detach().to(device, expected[name].dtype)
-        out[name] = value.clone(memory_format=torch.contiguous_format) if copy else value
+        own = value.detach().to(device, expected[name].dtype)
+        out[name] = own.clone(memory_format=torch.contiguous_format) if copy else own
     return out
 
 
 def check_eager(model: nn.Module) -> None:
-    """Weights cannot be lent to a module of TorchScript, nor to one that runs copies of itself."""
+    """Weights cannot be lent to a module of TorchScript, one that runs copies of itself, or one on the meta device."""
+    check_values(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise AutomergeError("a TorchScript module runs with its own weights only; give the module that was scripted")
     if isinstance(model, nn.DataParallel):

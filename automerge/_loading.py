@@ -13,6 +13,7 @@ from copy import deepcopy
 import torch
 from torch import nn
 
+from automerge._errors import CheckpointError
 from automerge.io import StateDict, buffer_names, check_state_dict, load_state_dict, with_ties
 
 
@@ -40,6 +41,17 @@ def read_checkpoint(path: str, model: nn.Module) -> StateDict:
     state = as_loaded(load_state_dict(path, expected), model)
     check_state_dict(state, expected, path, buffer_names(model))
     return state
+
+
+def check_values(network: nn.Module) -> None:
+    """A module that is to run, or to be written to, has values.
+
+    Raises:
+        CheckpointError: if a parameter or buffer is on the meta device, where nothing is computed or kept.
+    """
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if tensor.is_meta:
+            raise CheckpointError(f"{name} of the module is on the meta device and has no values; build it on the CPU")
 
 
 def _translated(state: StateDict, expected: Mapping[str, torch.Tensor], model: nn.Module) -> StateDict:

@@ -6,7 +6,7 @@ import errno
 import json
 import pickle
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -99,9 +99,10 @@ def cleaned(raw: object, label: str, names: Collection[str] | None) -> dict[str,
         raise CheckpointError(f"{label} holds a {type(raw).__name__}, not a mapping of names to tensors; {_RESAVE}")
     for name, value in raw.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            inner = isinstance(value, Mapping) and any(isinstance(v, torch.Tensor) for v in value.values())
             raise CheckpointError(
                 f"{label} is not a mapping of names to tensors: the entry {name!r} is a {type(value).__name__}; "
-                f"{_RESAVE}"
+                + ("if the weights are in it, save that alone, under the name 'state_dict'" if inner else _RESAVE)
             )
     if not raw:
         raise CheckpointError(f"{label} is empty: it holds no tensor; save the model's state_dict() again")
@@ -132,3 +133,28 @@ def _attribute_length(keys: Collection[str], names: Collection[str]) -> int:
             if all(k.startswith(key[:cut]) and k[cut:] in names for k in keys):
                 return cut
     return 0
+
+
+def missing_hint(missing: Sequence[str], state_dict: Mapping[str, object]) -> str:
+    """What to do about names that are missing where they stand under others; empty if they do not.
+
+    Under one prefix too much or too little, under a prefix beside other tensors (a LightningModule with a criterion of its
+    own), or in an entry that is itself a state dict.
+    """
+    inner = next((k for k, v in state_dict.items() if isinstance(v, Mapping) and missing[0] in v), None)
+    if inner is not None:
+        return f"its entry {inner!r} is a mapping that has it: give that"
+    longer = next((k for k in state_dict if k.endswith("." + missing[0])), None)
+    if longer is None:
+        shorter = next((k for k in state_dict if missing[0].endswith("." + k)), None)
+        prefix = missing[0][: -len(shorter)] if shorter else ""
+        if prefix and all(n.startswith(prefix) and n[len(prefix) :] in state_dict for n in missing):
+            return f"its names lack {prefix!r}, as of a wrapper: give all models wrapped, or none"
+        return ""
+    prefix = longer[: -len(missing[0])]
+    if not all(prefix + n in state_dict for n in missing):
+        return ""
+    other = next((k for k in state_dict if not k.startswith(prefix)), None)
+    if other is None:
+        return f"its names begin with {prefix!r}: remove that prefix"
+    return f"it has them under {prefix!r}, beside others such as {other!r}: keep those alone, without that prefix"

@@ -10,6 +10,7 @@ from torch import nn
 
 from automerge._data import Batches, checked_state, device_of, reals
 from automerge._errors import AutomergeError, CheckpointError
+from automerge._loading import check_values
 from automerge._measures import Similarity
 from automerge._statistics import collect
 from automerge.infer import infer
@@ -65,6 +66,7 @@ def similarity(
     cosine = _cosine(dots, first, second)
     if model is None:
         return Similarity(cosine, per)
+    check_values(model)
     batches = Batches(data, inputs, kwargs, device_of(model))
     if symmetry is None:
         batch = next(iter(batches))

@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from automerge._diagnosis import OtherPathError, Setting, failure
 from automerge._errors import AutomergeError, InvarianceError, SymmetryError, TraceError
+from automerge._loading import check_values
 from automerge._longer import other_sizes
 from automerge._numbers import is_whole
 from automerge._random import forked
@@ -135,6 +136,7 @@ def verify(
     if not tolerance >= 0:
         raise AutomergeError(f"tolerance={tolerance}: expected a relative difference, 0 or more")
     start = time.perf_counter()
+    check_values(model)
     positional, keywords = normalise_args(args, kwargs)
     subject = Subject(model)
     _check_fits(symmetry, subject.tensors, model)

@@ -19,11 +19,12 @@ from torch import nn
 from automerge._canvas import new_figure
 from automerge._compare_data import DataSets, about, as_items
 from automerge._comparison import Comparison, Row, Score
-from automerge._copies import copied, loaded
+from automerge._copies import carrying, copied, is_empty, loaded
 from automerge._data import Batch, Batches, evaluating, logits_of, preserving, run_batch
 from automerge._errors import AutomergeError
 from automerge._fixed import infer_common, shared_constants
 from automerge._merge_checks import Model, check_models, check_weights, listed_models
+from automerge._offload import MEMORY
 from automerge._repair_report import Renormaliser
 from automerge._repair_stage import renormalise
 from automerge._scores import IGNORED, class_axis, counted, likely_axis
@@ -113,6 +114,7 @@ def compare(
         new_figure(1.0, 1.0)  # fails now and not after the work
     chosen, fixes = _choices(matchers, repairs)
     network, dicts, notes = check_models(listed_models(models), architecture)
+    network = carrying(network, dicts[0], MEMORY) if is_empty(network) else network
     share = check_weights(weights, len(dicts))
     sets = DataSets.make(data, select, report, args, kwargs, network, seed)
     if not batchnorm_names(network):

@@ -36,6 +36,7 @@ from automerge._gauge_steps import (
     scale_units,
     widened,
 )
+from automerge._loading import check_values
 from automerge._longer import longer_inputs
 from automerge._norm_folds import NormFinder, NormFold
 from automerge._subject import Subject, fresh_inputs, randomised, runnable
@@ -162,6 +163,7 @@ def _check_arguments(model: nn.Module, states: Any, symmetry: Any) -> None:
         raise SymmetryError(f"expected what automerge.infer returns, got a {type(symmetry).__name__}")
     if not isinstance(states, Sequence) or not states:
         raise CheckpointError("states is a list of one or more state dicts of the model")
+    check_values(model)
     for number, state in enumerate(states):
         check_state_dict(checked_state(state), model.state_dict(), f"model {number}", buffer_names(model))
 

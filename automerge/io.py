@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from automerge._errors import CheckpointError, OutputError
 from automerge._files import check_writable, replacement, status_of
-from automerge._reading import TIED, check_head, cleaned, read_safetensors, read_torch
+from automerge._numbers import is_whole
+from automerge._reading import TIED, check_head, cleaned, missing_hint, read_safetensors, read_torch
 from automerge._shards import SUFFIX as SHARDS
 from automerge._shards import check_index, read_shards, split_shards, write_shards
 
@@ -135,7 +136,7 @@ def check_state_dict(
     missing = [n for n in expected if n not in state_dict]
     extra = [n for n in state_dict if n not in expected]
     if missing:
-        hint = _prefix_hint(missing, state_dict)
+        hint = missing_hint(missing, state_dict)
         raise CheckpointError(
             f"{label} has no key {_some(missing)}; {hint or 'is it a checkpoint of this architecture?'}"
         )
@@ -161,8 +162,8 @@ def _check_kind(name: str, value: object, want: torch.Tensor, label: str) -> Non
     """A dense tensor with values, of the same kind of numbers, of at least 16 bits if they are floats."""
     if not isinstance(want, torch.Tensor):
         raise CheckpointError(
-            f"{label}: {name} is a {type(want).__name__} in the architecture too, and only tensors can be averaged; is it "
-            "quantised, or does a module keep an extra state? merge without that"
+            f"{label}: {name} is a {type(want).__name__} in the architecture too, and only tensors can be merged; merge before "
+            "it is quantised, or, if that is what get_extra_state gives, let it give a tensor or merge modules without it"
         )
     if not isinstance(value, torch.Tensor):
         raise CheckpointError(f"{label}: {name} is a {type(value).__name__}, expected {want.dtype}")
@@ -188,20 +189,6 @@ def _check_kind(name: str, value: object, want: torch.Tensor, label: str) -> Non
         raise CheckpointError(
             f"{label}: {name} is {value.dtype}, too narrow to be averaged; save it as float16 or wider"
         )
-
-
-def _prefix_hint(missing: Sequence[str], state_dict: Mapping[str, object]) -> str:
-    """What to do if every key has one and the same prefix too much, or too little; empty if not."""
-    longer = next((k for k in state_dict if k.endswith("." + missing[0])), None)
-    if longer is None:
-        shorter = next((k for k in state_dict if missing[0].endswith("." + k)), None)
-        prefix = missing[0][: -len(shorter)] if shorter else ""
-        if prefix and all(n.startswith(prefix) and n[len(prefix) :] in state_dict for n in missing):
-            return f"its names lack {prefix!r}, as of a wrapper: give all models wrapped, or none"
-        return ""
-    prefix = longer[: -len(missing[0])]
-    whole = all(prefix + n in state_dict for n in missing) and all(k.startswith(prefix) for k in state_dict)
-    return f"its names begin with {prefix!r}: remove that prefix" if whole else ""
 
 
 def _same_infinities(value: torch.Tensor, want: torch.Tensor) -> bool:
@@ -324,6 +311,8 @@ def save_state_dict(
         raise OutputError(
             f"save_state_dict writes a state dict, got a {type(state_dict).__name__}; give its .state_dict() or .state_dict"
         )
+    if not is_whole(shard_bytes):
+        raise OutputError(f"shard_bytes= is a number of bytes, got {shard_bytes!r}")
     file = Path(path)
     sharded = file.name.endswith(SHARDS)
     if file.suffix.lower() != ".safetensors" and not sharded:

@@ -18,6 +18,7 @@ from torch import nn
 
 from automerge._data import Batches, checked_state, device_of
 from automerge._errors import AutomergeError, CheckpointError, MatchingError
+from automerge._loading import check_values
 from automerge._merge_checks import (
     Model,
     check_coordinates,
@@ -75,10 +76,11 @@ class MergeResult:
             The model.
 
         Raises:
-            CheckpointError: if its keys or shapes differ, or it is no module.
+            CheckpointError: if its keys or shapes differ, it is on the meta device, or it is no module.
         """
         if not isinstance(model, nn.Module):
             raise CheckpointError(f"load_into takes a module, such as build(), got a {type(model).__name__}")
+        check_values(model)
         check_state_dict(self.state_dict, model.state_dict(), "the merged state dict", buffer_names(model))
         model.load_state_dict(self.state_dict)
         return model

@@ -65,15 +65,25 @@ def problem(count: int = 3, seed: int = 0) -> tuple[list[nn.Module], list[tuple[
 
 def test_checkpoints_in_another_precision_are_compared_as_the_architecture_would_load_them() -> None:
     nets, data = problem()
-    states = [
-        {k: v.to(t) for k, v in n.state_dict().items()} for n, t in zip(nets, (torch.half, torch.double, torch.float))
-    ]
+    types = (torch.half, torch.double, torch.float)
+    states = [{k: v.to(t) for k, v in n.state_dict().items()} for n, t in zip(nets, types, strict=True)]
     chosen = {"matchers": {n: MATCHERS[n]() for n in ("frank-wolfe", "cca")}, "architecture": nets[0]}
     found = compare(states, data[0][0][:2], data, **chosen)
     assert not [row.error for row in found.rows if row.error]
     expected = compare(nets, data[0][0][:2], data, **chosen)
     for one, other in zip(found.models, expected.models, strict=True):
         assert one.accuracy == pytest.approx(other.accuracy, abs=0.02)
+
+
+def test_an_architecture_without_values_takes_the_first_model_s() -> None:
+    nets, data = problem(2)
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    states = [n.state_dict() for n in nets]
+    chosen = {"matchers": {"frank-wolfe": FrankWolfe()}, "repairs": {"reset": "none"}}
+    found, expected = (compare(states, data[0][0][:2], data, architecture=a, **chosen) for a in (empty, nets[0]))
+    assert found.models == expected.models
+    assert [r.report for r in found.rows] == [r.report for r in expected.rows]
 
 
 # -------------------------------------------------------------------- cuts

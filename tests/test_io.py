@@ -248,6 +248,23 @@ def test_a_prefix_too_much_is_named() -> None:
         check_state_dict(want, {f"model.{k}": v for k, v in want.items()}, "model 1")
 
 
+def test_where_the_missing_names_stand_is_said() -> None:
+    want = {"a.weight": torch.ones(1), "b": torch.ones(1)}
+    lightning = {f"model.{k}": v for k, v in want.items()} | {"loss.weight": torch.ones(1)}
+    with pytest.raises(
+        CheckpointError, match=r"it has them under 'model\.', beside others such as 'loss\.weight': keep"
+    ):
+        check_state_dict(lightning, want, "model 1")
+    with pytest.raises(CheckpointError, match=r"its entry 'net' is a mapping that has it: give that"):
+        check_state_dict({"net": want, "epoch": 3}, want, "model 1")  # type: ignore[dict-item]
+
+
+def test_a_state_dict_under_an_unknown_name_in_a_file_is_named(tmp_path: Path) -> None:
+    torch.save({"net": {"w": torch.ones(1)}, "epoch": 3}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"the entry 'net' is a dict; if the weights are in it, save that alone"):
+        load_state_dict(tmp_path / "a.pt")
+
+
 # -------------------------------------------------------------------- writing
 def test_an_existing_file_is_kept_without_force(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"

@@ -21,7 +21,7 @@ from automerge._errors import AutomergeError, CheckpointError, MatchingError, Ou
 from automerge._verify import verify
 from automerge.cli import main
 from automerge.compare import compare
-from automerge.evaluate import agreement, barrier, cycle_error, evaluate, interpolate
+from automerge.evaluate import agreement, barrier, cycle_error, evaluate, interpolate, similarity
 from automerge.gauges import canonicalise
 from automerge.infer import infer
 from automerge.io import load_state_dict, save_state_dict
@@ -31,6 +31,7 @@ from automerge.matchers import (
     ActivationMatching,
     FrankWolfe,
     Identity,
+    Matching,
     MergeMany,
     Synchronised,
     WeightMatching,
@@ -439,6 +440,15 @@ def _scripted(frozen: bool = False) -> Any:
         return torch.jit.freeze(net) if frozen else net
 
 
+def _empty() -> nn.Module:
+    with torch.device("meta"):
+        return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+
+
+def _wider() -> dict[str, torch.Tensor]:
+    return nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)).state_dict()
+
+
 _NET = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
 _SD, _X, _Y = _NET.state_dict(), torch.randn(6, 3), torch.arange(6) % 2
 _ODD = {
@@ -568,6 +578,32 @@ _ODD = {
         CheckpointError,
         r"its names lack 'module\.'",
         lambda: merge([nn.DataParallel(_NET), _NET], _X),
+    ),
+    "match without a symmetry": _Odd(MatchingError, "expected the Symmetry", lambda: match([_NET, _NET], None)),  # type: ignore[arg-type]
+    "matching of nothing": _Odd(CheckpointError, "path of a file, got a NoneType", lambda: Matching.load(None)),  # type: ignore[arg-type]
+    "shards in words": _Odd(
+        OutputError,
+        "a number of bytes, got '5GB'",
+        lambda: save_state_dict("a.safetensors.index.json", _SD, shard_bytes="5GB"),  # type: ignore[arg-type]
+    ),
+    "evaluation of another width": _Odd(
+        CheckpointError, "the shape of '0.weight'", lambda: evaluate((_NET, _wider()), [(_X, _Y)])
+    ),
+    "evaluation without values": _Odd(
+        CheckpointError, "0.weight of the module is on the meta device", lambda: evaluate((_empty(), _SD), [(_X, _Y)])
+    ),
+    "similarity without values": _Odd(
+        CheckpointError, "on the meta device", lambda: similarity(_SD, _SD, model=_empty(), data=[_X])
+    ),
+    "repair without values": _Odd(CheckpointError, "on the meta device", lambda: Repair()(_empty(), _SD, [_SD], [_X])),
+    "gauges without values": _Odd(
+        CheckpointError, "on the meta device", lambda: canonicalise(_empty(), _X, [_SD], infer(_NET, _X))
+    ),
+    "verification without values": _Odd(
+        CheckpointError, "on the meta device", lambda: verify(_empty(), _X, infer(_NET, _X))
+    ),
+    "into what keeps nothing": _Odd(
+        CheckpointError, "on the meta device", lambda: merge([_NET, _NET], _X).load_into(_empty())
     ),
     "module to save": _Odd(
         OutputError, "writes a state dict, got a Sequential", lambda: save_state_dict("a.safetensors", _NET)

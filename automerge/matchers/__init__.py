@@ -11,7 +11,16 @@ import torch
 from automerge._data import Batches
 from automerge._sketch import sketch
 from automerge.matchers._activations import ActivationMatching
-from automerge.matchers._base import Matcher, Matching, Model, Progress, check_matcher, check_models, state_dict
+from automerge.matchers._base import (
+    Matcher,
+    Matching,
+    Model,
+    Progress,
+    check_matcher,
+    check_models,
+    check_symmetry,
+    state_dict,
+)
 from automerge.matchers._cca import CCA
 from automerge.matchers._crossing import Crossing
 from automerge.matchers._frank_wolfe import FrankWolfe
@@ -84,7 +93,7 @@ def match(
         One map per model to the universe; ``stats["models"]`` tells the models again (`automerge._sketch.sketch`).
 
     Raises:
-        MatchingError: for fewer than two models.
+        MatchingError: for fewer than two models, or a symmetry that is none.
         CheckpointError: if a model does not fit the others, or holds NaN or infinite values.
         SymmetryError: if the symmetry is of another architecture.
 
@@ -99,6 +108,7 @@ def match(
     """
     matcher = FrankWolfe() if matcher is None else matcher
     check_matcher(matcher)
+    check_symmetry(symmetry)
     data = data if data is None or isinstance(data, Batches) else Batches(data, inputs, kwargs)
     # a matcher that looks at activations has modules to run, and by turns the models are moved
     whole = isinstance(matcher, Identity) or matcher.needs_data

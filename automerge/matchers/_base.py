@@ -219,6 +219,8 @@ class Matching:
         Raises:
             CheckpointError: if the file is missing, damaged or something else.
         """
+        if not isinstance(path, str | os.PathLike):
+            raise CheckpointError(f"Matching.load takes the path of a file, got a {type(path).__name__}")
         if not Path(path).is_file():
             problem = "is a directory; give the file" if Path(path).is_dir() else "does not exist; check the path"
             raise CheckpointError(f"{path} {problem}")
@@ -287,6 +289,18 @@ def check_matcher(matcher: object) -> None:
     raise MatchingError(f"matcher is {matcher!r}; give a matcher such as FrankWolfe()")
 
 
+def check_symmetry(symmetry: object) -> None:
+    """A symmetry that was given is one.
+
+    Raises:
+        MatchingError: if it is something else.
+    """
+    if not isinstance(symmetry, Symmetry):
+        raise MatchingError(
+            f"expected the Symmetry of the models, got a {type(symmetry).__name__}; automerge.infer(model, inputs) makes it"
+        )
+
+
 def _some(names: Sequence[str], most: int = 4) -> str:
     """A list of names that does not fill the page."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
@@ -341,10 +355,8 @@ def check_models(models: Sequence[Model], symmetry: Symmetry | None = None) -> l
     if isinstance(models, Mapping | nn.Module) or not isinstance(models, Sequence) or len(models) < 2:
         given = f"{len(models)}" if isinstance(models, list | tuple) else f"a {type(models).__name__}"
         raise MatchingError(f"matching needs a list of at least 2 models (state dicts or modules), got {given}")
-    if symmetry is not None and not isinstance(symmetry, Symmetry):
-        raise MatchingError(
-            f"expected the Symmetry of the models, got a {type(symmetry).__name__}; automerge.infer(model, inputs) makes it"
-        )
+    if symmetry is not None:
+        check_symmetry(symmetry)
     values = [state_dict(m) for m in models]
     still = set(values[0]) - (symmetry.moved if symmetry is not None else set(values[0]))
     for i, value in enumerate(values):
