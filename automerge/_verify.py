@@ -301,7 +301,14 @@ def _reacts(setting: Setting, symmetry: Symmetry) -> bool:
 
 
 def trial_elements(symmetry: Symmetry, count: int, seed: int) -> Iterator[Element]:
-    """Elements that tell the generators apart: every one is moved, and of any two small ones one without the other.
+    """The elements of `trial_moves`."""
+    sets = len(symmetry.sets)
+    for moves in trial_moves(symmetry, count, seed):
+        yield symmetry.element(moves[:sets], moves[sets:] or None)
+
+
+def trial_moves(symmetry: Symmetry, count: int, seed: int) -> Iterator[list[np.ndarray]]:
+    """Permutations of each generator and exchange that tell them apart: every one moves, of two small ones one alone.
 
     Large sets move by independent random cycles each time. A set of two or three units has hardly a choice, so two of them
     that may only move together would always do so, or by chance in every trial: each gets a binary code of its own, and
@@ -309,7 +316,7 @@ def trial_elements(symmetry: Symmetry, count: int, seed: int) -> Iterator[Elemen
 
     Args:
         symmetry: the group.
-        count: at least so many elements; more where the codes need them. None if there are no generators.
+        count: at least so many of them; more where the codes need them. None if there are no generators.
         seed: of the codes and cycles.
     """
     rng = np.random.default_rng(seed)
@@ -319,11 +326,7 @@ def trial_elements(symmetry: Symmetry, count: int, seed: int) -> Iterator[Elemen
     drawn: Any = rng.choice(2**bits - 1, size=len(small), replace=False) + 1 if small else ()
     codes = dict(zip(small, map(int, drawn), strict=True))
     for bit in range(bits):
-        moves = [
-            _cycle(g.size, rng) if codes.get(i, -1) >> bit & 1 else np.arange(g.size) for i, g in enumerate(groups)
-        ]
-        count = len(symmetry.sets)
-        yield symmetry.element(moves[:count], moves[count:] or None)
+        yield [_cycle(g.size, rng) if codes.get(i, -1) >> bit & 1 else np.arange(g.size) for i, g in enumerate(groups)]
 
 
 def _cycle(n: int, rng: np.random.Generator) -> np.ndarray:

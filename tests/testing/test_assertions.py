@@ -70,6 +70,15 @@ def test_pairs_of_wrong_generators_do_not_hide() -> None:
         assert_sound(NET, ARGS, Symmetry(TRUTH.shapes, (*TRUTH.sets, pair), TRUTH.statistics))
 
 
+def test_two_units_do_not_hide_by_staying() -> None:
+    net = nn.Linear(3, 2)
+    shapes = {n: tuple(p.shape) for n, p in net.named_parameters()}
+    wrong = Symmetry(shapes, (Generator(2, (Slot("weight", 0, np.arange(2)[:, None]),)),))
+    for seed in range(20):
+        with pytest.raises(AssertionError, match="generator 0"):
+            assert_invariant(net, torch.randn(4, 3), wrong, elements=1, seed=seed)
+
+
 def test_a_foreign_symmetry_fails() -> None:
     with pytest.raises(AssertionError, match="no parameter 'elsewhere'"):
         assert_invariant(NET, ARGS, Symmetry({"elsewhere": (2,)}, (Generator(2, (Slot("elsewhere", 0, unit(2)),)),)))
