@@ -107,6 +107,8 @@ def check_slot(shapes: Mapping[str, tuple[int, ...]], generator: Generator | Exc
     shape = shapes[slot.param]
     if not 0 <= slot.axis < len(shape):
         raise SymmetryError(f"{where}: the parameter has {len(shape)} axes")
+    if not isinstance(slot.index, np.ndarray):
+        raise SymmetryError(f"{where}: the index must be a numpy array, got a {type(slot.index).__name__}")
     if slot.index.ndim != 2 or slot.index.shape[0] != generator.size or not np.issubdtype(slot.index.dtype, np.integer):
         raise SymmetryError(
             f"{where}: the index must be an integer table of shape ({generator.size}, k), got {slot.index.shape}"

@@ -39,6 +39,7 @@ from automerge.matchers import (
 )
 from automerge.merge import average, merge
 from automerge.renormalise import Repair
+from automerge.symmetry import Generator, Slot, Symmetry
 from tests import _factories
 
 
@@ -578,6 +579,11 @@ _ODD = {
         CheckpointError,
         r"its names lack 'module\.'",
         lambda: merge([nn.DataParallel(_NET), _NET], _X),
+    ),
+    "index of a list": _Odd(
+        SymmetryError,
+        "must be a numpy array, got a list",
+        lambda: Symmetry({"a": (2,)}, (Generator(2, (Slot("a", 0, [[0], [1]]),)),)),  # type: ignore[arg-type]
     ),
     "match without a symmetry": _Odd(MatchingError, "expected the Symmetry", lambda: match([_NET, _NET], None)),  # type: ignore[arg-type]
     "matching of nothing": _Odd(CheckpointError, "path of a file, got a NoneType", lambda: Matching.load(None)),  # type: ignore[arg-type]
