@@ -33,7 +33,7 @@ from automerge._shards import SUFFIX as SHARDS
 from automerge._shards import check_index
 from automerge._verify import verify as verify_symmetry
 from automerge.infer import infer
-from automerge.io import save_state_dict
+from automerge.io import check_savable, save_state_dict
 from automerge.matchers import MATCHERS, FrankWolfe, Matcher, Matching
 from automerge.merge import MergeResult
 from automerge.merge import merge as merge_models
@@ -120,6 +120,7 @@ def merge(options: argparse.Namespace) -> None:
     data = None if options.data is None else load_batches(options.data)
     model = build_model(options.factory, options.seed, empty=options.offload is not None and data is None)
     states = [read_checkpoint(path, model) for path in options.checkpoints]
+    check_savable(states[0])
     args, kwargs = draw_inputs(specs, options.seed) if specs else example_of(data, model)
     with console.stage("merge") as advance:
         result = merge_models(

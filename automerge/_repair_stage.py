@@ -11,6 +11,7 @@ from torch import nn
 from automerge._copies import copied
 from automerge._data import Batches
 from automerge._drift import drifts
+from automerge._errors import AutomergeError
 from automerge._repair_report import Renormaliser, RepairReport
 from automerge.io import StateDict, tied_names
 from automerge.renormalise import Repair, batchnorm_names, reset_batchnorm
@@ -39,8 +40,13 @@ def renormalise(
         batches: data, or one example input.
         symmetry: which channels may be corrected.
         watched: measure how far the outputs are from the models' before and after (`RepairReport.drift`).
+
+    Raises:
+        AutomergeError: if the repaired values do not fit into the type of ``merged``.
     """
     fixed, report = _repaired(mode, network, merged, moved, share, batches, symmetry)
+    if report.mode != "none":
+        _check_range(merged, fixed)
     if watched and batches is not None and report.mode != "none":
         found = drifts(network, (merged, fixed), moved, share, batches)
         report = replace(report, drift=None if found is None else (found[0], found[1]))
@@ -75,3 +81,17 @@ def _repaired(
         repair = Repair(reset=mode == "both")
         merged, report = repair(network, merged, moved, batches, symmetry=symmetry, weights=share)
     return merged, report
+
+
+def _check_range(merged: Mapping[str, torch.Tensor], fixed: Mapping[str, torch.Tensor]) -> None:
+    """What was measured fits into the checkpoints' type; a variance of 70,000 is infinite as a float16.
+
+    Raises:
+        AutomergeError: if not.
+    """
+    for name, value in fixed.items():
+        if bool((merged[name].isfinite() & ~value.isfinite()).any()):
+            raise AutomergeError(
+                f"{name} of the repaired network has values that {value.dtype} cannot hold; give checkpoints in float32, or "
+                "repair='none'"
+            )

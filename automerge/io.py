@@ -317,7 +317,7 @@ def save_state_dict(
     sharded = file.name.endswith(SHARDS)
     if file.suffix.lower() != ".safetensors" and not sharded:
         raise OutputError(f"{file}: automerge writes safetensors only; give a name that ends in .safetensors")
-    _check_kinds(state_dict)
+    check_savable(state_dict)
     check_index(file, force) if sharded else check_writable(file, force)
     header = {str(k): str(v) for k, v in (metadata or {}).items()}
     tied = tied_names(state_dict)
@@ -339,7 +339,12 @@ def save_state_dict(
         raise OutputError(f"{file} cannot be written: {error}") from error
 
 
-def _check_kinds(state_dict: Mapping[str, torch.Tensor]) -> None:
+def check_savable(state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Safetensors can hold a state dict.
+
+    Raises:
+        OutputError: if not.
+    """
     for name, value in state_dict.items():
         if name == "__metadata__":
             raise OutputError("the name '__metadata__' belongs to safetensors itself; give that tensor another name")
@@ -351,6 +356,10 @@ def _check_kinds(state_dict: Mapping[str, torch.Tensor]) -> None:
             "sparse": value.layout != torch.strided,
             f"a {type(value).__name__}": is_traceable_wrapper_subclass(value),
         }
+        if value.is_complex() and value.dtype != torch.complex64:
+            raise OutputError(
+                f"{name} is {value.dtype}, and safetensors know complex64 only; convert it, or use torch.save"
+            )
         kind = next((name for name, held in kinds.items() if held), None)
         if kind is not None:
             raise OutputError(f"{name} is {kind}; safetensors hold dense tensors with values")

@@ -38,6 +38,10 @@ def lazy() -> nn.Module:
     return nn.Sequential(nn.LazyLinear(4), nn.ReLU(), nn.Linear(4, 2))
 
 
+def complex_filter() -> nn.Module:
+    return nn.Linear(4, 4, dtype=torch.complex128)
+
+
 class Chatty(nn.Module):
     """Prints while it runs, as do its factory and its data."""
 

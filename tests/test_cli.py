@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from automerge import cli
+from automerge import _commands, cli
 from automerge._console import Console
 from automerge._errors import OutputError
 from automerge._factory import InputSpec, UsageError, draw_inputs, parse_input
@@ -377,6 +377,17 @@ def test_a_checkpoint_that_does_not_fit(
     assert not out.exists()
     for word in [*words, "damaged.safetensors"]:
         assert word in message
+
+
+def test_what_could_not_be_written_is_said_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / "a.pt", tmp_path / "b.pt"]
+    for file in files:
+        torch.save(_factories.complex_filter().state_dict(), file)
+    monkeypatch.setattr(_commands, "merge_models", lambda *_, **__: pytest.fail("work was begun"))
+    message = fails(capsys, "merge", F + "complex_filter", *files, "-o", tmp_path / "m.safetensors", "--input", "2,4")
+    assert "torch.complex128" in message
 
 
 def test_two_checkpoints_of_another_architecture(

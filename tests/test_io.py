@@ -266,6 +266,12 @@ def test_a_state_dict_under_an_unknown_name_in_a_file_is_named(tmp_path: Path) -
 
 
 # -------------------------------------------------------------------- writing
+def test_complex_numbers_that_safetensors_do_not_know(tmp_path: Path) -> None:
+    save_state_dict(tmp_path / "a.safetensors", {"w": torch.ones(2, dtype=torch.complex64)})
+    with pytest.raises(OutputError, match=r"w is torch\.complex128, and safetensors know complex64 only; convert it"):
+        save_state_dict(tmp_path / "b.safetensors", {"w": torch.ones(2, dtype=torch.complex128)})
+
+
 def test_an_existing_file_is_kept_without_force(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     save_state_dict(file, {"w": torch.zeros(1)})

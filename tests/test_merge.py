@@ -515,6 +515,20 @@ def test_checkpoints_of_several_precisions_run_as_the_architecture_would_load_th
             assert torch.allclose(value.float(), expected.state_dict[name], rtol=2e-2, atol=2e-2), name
 
 
+@pytest.mark.parametrize("repair", ["reset", "both", LeastSquares()], ids=str)
+def test_a_variance_that_the_checkpoints_cannot_hold_is_refused(repair: Any) -> None:
+    states = [
+        {n: v.half() if v.is_floating_point() else v for n, v in _norm_net(s).state_dict().items()} for s in (0, 1)
+    ]
+    with pytest.raises(
+        AutomergeError, match=r"1\.running_var .* torch\.float16 cannot hold; give checkpoints in float32"
+    ):
+        merge(states, X, architecture=_norm_net(0), data=[X * 1e4], repair=repair)
+    wide = [{n: v.float() if v.is_floating_point() else v for n, v in s.items()} for s in states]
+    result = merge(wide, X, architecture=_norm_net(0), data=[X * 1e4], repair=repair)
+    assert result.state_dict["1.running_var"].max() > 65504
+
+
 class Counting(nn.Module):
     """Counts its passes and keeps a running mean of its own."""
 
