@@ -13,6 +13,8 @@ from automerge._structure import Structure
 from automerge.rules._axes import Axes, Family
 from automerge.symmetry import Generator, Pin, Slot
 
+_UNUSED = "the output does not depend on it in the traced pass"
+
 
 class Assembler:
     """Turns unit sets into generators over parameter axes.
@@ -165,9 +167,13 @@ class Assembler:
 
     # ------------------------------------------------------------ reasons
     def pins(
-        self, generators: Sequence[Generator], shapes: dict[str, tuple[int, ...]], unused: Sequence[str]
+        self,
+        generators: Sequence[Generator],
+        shapes: dict[str, tuple[int, ...]],
+        unused: Sequence[str],
+        apart: Mapping[str, np.ndarray],
     ) -> list[Pin]:
-        """Why each position that no generator moves stays where it is."""
+        """Why each position that no generator moves stays where it is; `within` says what is apart."""
         free: dict[tuple[str, int], np.ndarray] = {}
         for g in generators:
             for s in g.slots:
@@ -180,21 +186,22 @@ class Assembler:
                 continue
             n = shapes[family.param][family.axis]
             stuck = ~free.get((family.param, family.axis), np.zeros(n, bool))
-            if not stuck.any():
-                continue
             vertices = self.structure.index[family.start : family.start + family.size].reshape(-1, n)[0]
-            numbers, counts = np.unique(reason[vertices[stuck]], return_counts=True)
+            why = reason[vertices]
+            if family.param in apart:
+                why[_wholly(apart[family.param], family.axis) & (why == 0)] = 1
+            numbers, counts = np.unique(why[stuck], return_counts=True)
             for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
                 out.append(Pin(family.param, family.axis, count, *texts[number]))
         for name in unused:
             for axis, n in enumerate(shapes[name]):
                 if n > 1:
-                    out.append(Pin(name, axis, n, "the output does not depend on it in the traced pass"))
+                    out.append(Pin(name, axis, n, _UNUSED))
         return out
 
     def _reasons(self) -> tuple[np.ndarray, list[tuple[str, str]]]:
         structure = self.structure
-        texts: list[tuple[str, str]] = [("no two of its positions can be exchanged", "")]
+        texts = [("no two of its positions can be exchanged", ""), (_UNUSED, "")]
         number: dict[tuple[str, str], int] = {}
         reason = np.zeros(structure.n, np.int64)
         for labels, why, where in self.axes.reasons:
@@ -227,10 +234,32 @@ def halved(generator: Generator, unread: Mapping[str, np.ndarray]) -> bool:
     for slot in generator.slots:
         mask = unread.get(slot.param)
         if mask is not None and slot.index.shape[1] > 1:
-            gone: np.ndarray = np.asarray(mask.all(axis=tuple(k for k in range(mask.ndim) if k != slot.axis)))
+            gone = _wholly(mask, slot.axis)
             if gone.any() and not gone.all():
                 return True
     return False
+
+
+def within(generator: Generator, apart: Mapping[str, np.ndarray]) -> bool:
+    """Whether it moves nothing but positions that the output does not depend on.
+
+    What becomes of these is not known: the output of a head that is dropped may be read in another mode.
+
+    Args:
+        generator: one of them.
+        apart: state-dict name -> the entries that the output does not depend on.
+    """
+    for slot in generator.slots:
+        mask = apart.get(slot.param)
+        if mask is None or not _wholly(mask, slot.axis)[slot.index].all():
+            return False
+    return True
+
+
+def _wholly(mask: np.ndarray, axis: int) -> np.ndarray:
+    """The positions of an axis all of whose entries a mask has."""
+    found: np.ndarray = np.asarray(mask.all(axis=tuple(k for k in range(mask.ndim) if k != axis)))
+    return found
 
 
 def _windows(by: Sequence[tuple[int, np.ndarray]], key: tuple[int, ...]) -> list[tuple[tuple[int, int, int], ...]]:

@@ -77,12 +77,14 @@ class Training:
 
     Attributes:
         symmetry: of that pass and the others.
+        analysis: it rests on.
         graph: the pass.
         names: the parameters that no other reads.
         layers: whether layers that are not PyTorch's believe so, too.
     """
 
     symmetry: Symmetry
+    analysis: Analysis
     graph: fx.GraphModule
     names: tuple[str, ...]
     layers: bool
@@ -136,11 +138,9 @@ def with_training(
             continue  # it wants targets, say
         for graph in _with_writes(traced, missing):
             found = sorted(missing & set(analyse([graph]).states))
-            larger = again([*graphs, graph])[0] if found else symmetry
-            if _order(larger) < _order(symmetry) or _moving(larger) <= _moving(symmetry):
-                continue
-            out = Training(larger, graph, tuple(found), layers)
-            if not check or out.holds(model, args, kwargs):
+            larger, seen = again([*graphs, graph]) if found else (symmetry, analysis)
+            out = Training(larger, seen, graph, tuple(found), layers)
+            if adds(larger, symmetry) and (not check or out.holds(model, args, kwargs)):
                 return out
     return None
 
@@ -153,6 +153,11 @@ def _with_writes(graph: fx.GraphModule, names: set[str]) -> Iterator[fx.GraphMod
         yield graph
         graph.meta["trace"] = info
     yield graph
+
+
+def adds(larger: Symmetry, symmetry: Symmetry) -> bool:
+    """Whether more moves by a symmetry than by another one, and nothing is lost."""
+    return _order(larger) >= _order(symmetry) and _moving(larger) > _moving(symmetry)
 
 
 def _order(symmetry: Symmetry) -> float:

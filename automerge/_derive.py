@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from automerge._assemble import Assembler, halved
+from automerge._assemble import Assembler, halved, within
 from automerge._branches import stacked
 from automerge._notes import of_reach, of_trace
 from automerge._search import UnitSet, search
@@ -72,7 +72,7 @@ def _of_branches(
     out = replace(symmetry, sets=sets, exchanges=exchanges)
     unused = [n for n in before if n not in out.moved]
     moved = [*sets, *(Generator(e.size, e.slots) for e in exchanges)]
-    pins = tuple(assembler.pins(moved, dict(symmetry.shapes), unused))
+    pins = tuple(assembler.pins(moved, dict(symmetry.shapes), unused, _apart(graphs)))
     kept = [n for n in symmetry.notes if n not in of_reach(analysis, before)]
     notes = tuple(dict.fromkeys((*kept, *of_reach(analysis, unused), *seen.engine.notes)))
     return replace(out, pins=pins, notes=notes)
@@ -116,7 +116,7 @@ def infer_recorded(
         graphs: traced graphs of one model.
         splits: parameter axes that have an order for every class of positions of another axis, from the first pass on.
     """
-    graph = graphs[0]
+    graph, apart = graphs[0], _apart(graphs)
     clock = time.perf_counter()
     splits, withdrawn, passes = dict(splits or {}), set[tuple[str, int, int]](), 0
     while True:
@@ -138,7 +138,7 @@ def infer_recorded(
     dropped = 0
     for units in found:
         made = assembler.generator(units)
-        if made is None or halved(made, analysis.unread):
+        if made is None or halved(made, analysis.unread) or within(made, apart):
             dropped += 1
         else:
             generators.append(made)
@@ -150,7 +150,7 @@ def infer_recorded(
         sets=tuple(generators),
         statistics=frozenset(analysis.statistics),
         aliases={a: n for a, n in info.aliases.items() if n in shapes},
-        pins=tuple(assembler.pins(generators, shapes, unused)),
+        pins=tuple(assembler.pins(generators, shapes, unused, apart)),
         unruled=tuple(analysis.unruled),
         notes=(*of_trace(info), *of_reach(analysis, unused), *analysis.engine.notes),
         flow=_flow(graph),
@@ -199,6 +199,12 @@ def _idle(
         if family.param is not None and all(of.all() or not of.any() for of in moved):
             out.add((family.param, family.axis, family.by[i][0]))
     return out
+
+
+def _apart(graphs: Sequence[fx.GraphModule]) -> Mapping[str, np.ndarray]:
+    """The entries of parameters that the output does not depend on, though rules follow what is computed with them."""
+    found: Mapping[str, np.ndarray] = graphs[0].meta.get("apart", {})
+    return found
 
 
 def _shapes(graph: fx.GraphModule) -> dict[str, tuple[int, ...]]:

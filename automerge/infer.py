@@ -15,6 +15,7 @@ from torch import fx, nn
 from automerge._auxiliary import with_training
 from automerge._derive import infer_graph, infer_recorded
 from automerge._diagnosis import OtherPathError
+from automerge._dropped import with_dropped
 from automerge._errors import InvarianceError, TraceError, UnknownOperatorError
 from automerge._hidden import hides
 from automerge._longer import longer_inputs
@@ -88,8 +89,12 @@ def infer(
     again = partial(_inferred, verify=verify)
     found = with_training(model, args, kwargs, constants, graphs, symmetry, analysis, again, verify)
     if found is not None:
-        symmetry, graphs = found.symmetry, [*graphs, found.graph]
+        symmetry, analysis, graphs = found.symmetry, found.analysis, [*graphs, found.graph]
         notes.append(found.note)
+    kept = with_dropped(graphs, symmetry, analysis, again)
+    if kept is not None:
+        symmetry, graphs = kept.symmetry, kept.graphs
+        notes.append(kept.note)
     if verify:
         symmetry, outcome = _verified(model, args, kwargs, symmetry, graphs)
         notes += [check_replay(model, args, kwargs, recorded[-1]), None if outcome.reacted else str(outcome)]
