@@ -11,7 +11,7 @@ from automerge._search import UnitSet
 from automerge._stacks import stretches
 from automerge._structure import Structure
 from automerge.rules._axes import Axes, Family
-from automerge.symmetry import Generator, Pin, Slot
+from automerge.symmetry import Exchange, Generator, Pin, Slot
 
 _UNUSED = "the output does not depend on it in the traced pass"
 
@@ -240,15 +240,19 @@ def halved(generator: Generator, unread: Mapping[str, np.ndarray]) -> bool:
     return False
 
 
-def within(generator: Generator, apart: Mapping[str, np.ndarray]) -> bool:
-    """Whether it moves nothing but positions that the output does not depend on.
+def within(generator: Generator | Exchange, apart: Mapping[str, np.ndarray]) -> bool:
+    """Whether it moves nothing but what the output does not depend on.
 
     What becomes of these is not known: the output of a head that is dropped may be read in another mode.
 
     Args:
-        generator: one of them.
+        generator: one of them, or an exchange of modules.
         apart: state-dict name -> the entries that the output does not depend on.
     """
+    if isinstance(generator, Exchange) and not all(
+        n in apart and apart[n].all() for unit in generator.params for n in unit
+    ):
+        return False
     for slot in generator.slots:
         mask = apart.get(slot.param)
         if mask is None or not _wholly(mask, slot.axis)[slot.index].all():

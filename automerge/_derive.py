@@ -59,6 +59,8 @@ def _of_branches(
     left = [g for g, own in zip(other.sets, found, strict=True) if own is None]
     parts = aligned(left, branches.stacks, other.shapes)
     found += [taken_apart(generator, branches.stacks, other.shapes) for generator in parts]
+    apart = _apart(graphs)
+    found = [own for own in found if own is not None and not within(own, apart)]
     partly = {*analysis.unread, *(n for stack in seen.unread for n in branches.stacks.get(stack, np.array([])).flat)}
     buffers = graphs[0].meta["trace"].buffers
     read = (_read(e, partly, buffers) for e in found if isinstance(e, Exchange))
@@ -72,7 +74,7 @@ def _of_branches(
     out = replace(symmetry, sets=sets, exchanges=exchanges)
     unused = [n for n in before if n not in out.moved]
     moved = [*sets, *(Generator(e.size, e.slots) for e in exchanges)]
-    pins = tuple(assembler.pins(moved, dict(symmetry.shapes), unused, _apart(graphs)))
+    pins = tuple(assembler.pins(moved, dict(symmetry.shapes), unused, apart))
     kept = [n for n in symmetry.notes if n not in of_reach(analysis, before)]
     notes = tuple(dict.fromkeys((*kept, *of_reach(analysis, unused), *seen.engine.notes)))
     return replace(out, pins=pins, notes=notes)

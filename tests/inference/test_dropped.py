@@ -42,6 +42,7 @@ class Streams(nn.Module):
         self.image, self.text, self.time = nn.Linear(4, WIDTH), nn.Linear(3, TEXT), nn.Linear(2, 8)
         self.blocks = nn.ModuleList(Block() for _ in range(2))
         self.out, self.aux, self.end = nn.Linear(WIDTH, 2), nn.Linear(TEXT, 3), end
+        self.heads = nn.ModuleList(nn.Linear(TEXT, 2) for _ in range(3))
 
     def forward(self, image: torch.Tensor, words: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         image, text, time = self.image(image), self.text(words), self.time(time).relu()
@@ -62,6 +63,7 @@ ENDS = {
     "nothing": lambda self, text: text,
     "another order": lambda self, text: text.transpose(0, 1).flip(0),
     "a head": lambda self, text: self.aux(text),
+    "like heads": lambda self, text: sum(head(text).tanh() for head in self.heads),
     "its norm": lambda self, text: nn.functional.layer_norm(text, (TEXT,)),
 }
 
@@ -71,6 +73,7 @@ ENDS = {
 def test_a_stream_moves_with_what_its_dropped_end_was_computed_with(end: str, verify: bool) -> None:
     symmetry, moved = found(Streams(ENDS[end]), verify=verify)
     assert sorted(g.size for g in symmetry.sets) == [WIDTH, HIDDEN, TEXT, 8]
+    assert not symmetry.exchanges
     assert {(f"blocks.{i}.{name}", 0) for i in range(2) for name in ("modulation.weight", "down.weight")} <= moved[TEXT]
     assert (("aux.weight", 1) in moved[TEXT]) == (end == "a head")
     assert any("results that the pass drops" in note for note in symmetry.notes)
