@@ -15,6 +15,7 @@ from torch import fx, nn
 from automerge._auxiliary import Training, with_training
 from automerge._derive import infer_graph
 from automerge._diagnosis import OtherPathError
+from automerge._dropped import with_dropped
 from automerge._errors import InvarianceError
 from automerge._verify import verify
 from automerge.symmetry import Generator, Symmetry
@@ -181,7 +182,10 @@ def _infer(row: Row, case: Case, paths: Sequence[fx.GraphModule]) -> tuple[Symme
         graphs = [trace(case.model, case.args, case.kwargs, values=False), *paths]
         symmetry, analysis = infer_graph(*graphs)
         found = with_training(case.model, case.args, case.kwargs, (), graphs, symmetry, analysis)
-        symmetry = symmetry if found is None else found.symmetry
+        if found is not None:
+            symmetry, analysis, graphs = found.symmetry, found.analysis, [*graphs, found.graph]
+        kept = with_dropped(graphs, symmetry, analysis, lambda graphs: infer_graph(*graphs))
+        symmetry = symmetry if kept is None else kept.symmetry
         row.cpu_seconds, row.wall_seconds = time.process_time() - cpu, time.perf_counter() - wall
     row.memory = peak.bytes
     row.groups, row.modules, row.free = len(symmetry.sets), len(symmetry.exchanges), symmetry.free_share
@@ -190,7 +194,7 @@ def _infer(row: Row, case: Case, paths: Sequence[fx.GraphModule]) -> tuple[Symme
         counts[pin.reason] += pin.count
     row.pins = [(short(reason), n) for reason, n in counts.most_common(6)]
     row.unruled = [short(u) for u in symmetry.unruled]
-    row.notes += [short(n) for n in (*symmetry.notes, *([found.note] if found else []))]
+    row.notes += [short(n) for n in (*symmetry.notes, *(more.note for more in (found, kept) if more))]
     return symmetry, found
 
 
