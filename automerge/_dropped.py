@@ -66,7 +66,8 @@ def with_dropped(
     apart = {n: np.ones(shape, bool) for n, shape in symmetry.shapes.items() if n not in analysis.states}
     apart |= analysis.unread
     read = [_read(graph, apart) for graph in graphs] if apart else []
-    names = tuple(n for n in apart if any(n in _shown(graph, apart) for graph in read))
+    shown = {n for graph, other in zip(graphs, read, strict=False) if other is not graph for n in _shown(other, apart)}
+    names = tuple(n for n in apart if n in shown)
     if not names:
         return None
     larger, seen = again(read)
