@@ -141,6 +141,9 @@ def _index_put(context: Context, x: Value, indices: Sequence[Value | None], valu
         made = _put_exactly(context, x, [v.data.cpu() for v in covered], values, accumulate)
         if made is not None:
             return made
+    alike = None if accumulate else _put_alike(context, x, nodes, axes, covered, values)
+    if alike is not None:
+        return alike
     constant = constant_index(covered[0]) if len(axes) == 1 else None
     if constant is not None and constant.ndim == 1 and np.unique(constant).size == constant.size:
         shape = [constant.size if k == axes[0] else m for k, m in enumerate(x.shape)]
@@ -184,6 +187,27 @@ def _index_put(context: Context, x: Value, indices: Sequence[Value | None], valu
         where = where.with_axes(laid.get(k, ()) for k in range(len(x.axes)))
     out = engine.elementwise([x, values, where])
     return engine.pin_letters(out, {c for k in fixed for c in out.axes[k]}, "written at given positions")
+
+
+def _put_alike(
+    context: Context, x: Value, nodes: Sequence[Any], axes: Sequence[int], covered: Sequence[Value], values: Value
+) -> Value | None:
+    """The same written at all of some constant places of several axes (a filter for every channel): a choice by a mask."""
+    count = len(axes)
+    known = all(v.data is not None and n.meta["val"].dtype is torch.int64 for v, n in zip(covered, nodes, strict=True))
+    if count < 2 or list(axes) != list(range(count)) or not known or min(x.shape[:count]) < 2:
+        return None
+    at = torch.broadcast_tensors(*(v.data.cpu() for v in covered))
+    tail = len(x.axes) - count
+    lead = len(values.axes) - tail
+    if any(varies(values, k) for k in range(lead)):
+        return None
+    for k in range(lead):
+        values = context.engine.take(values, k, np.zeros(1, np.int64))
+    mask = torch.zeros(x.shape[:count], dtype=torch.bool).index_put(at, torch.tensor(True))
+    chosen = context.engine.constant(mask.numpy())
+    rest = values.with_axes(((),) * (len(x.axes) - len(values.axes[max(lead, 0) :])) + values.axes[max(lead, 0) :])
+    return context.engine.elementwise([x, chosen.with_axes(chosen.axes + ((),) * tail), rest])
 
 
 def _put_exactly(
