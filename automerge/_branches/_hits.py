@@ -14,12 +14,7 @@ from automerge._branches._distinct import MOVES, tells
 from automerge._branches._graph import Workbench
 from automerge._branches._joins import Same, aten
 
-_CHOICES = {
-    aten.argmax.default: 1,
-    aten.max.dim: 1,
-    aten.topk.default: 2,
-    aten.sort.default: 1,
-}  # -> argument of the axis
+_CHOICES = {aten.argmax.default: 1, aten.max.dim: 1, aten.topk.default: 2, aten.sort.default: 1}  # -> where the axis is
 _USES = (aten.eq.Tensor, aten.eq.Scalar, aten.index.Tensor, aten.index_select.default)
 _SAME = (aten.squeeze.default, aten.squeeze.dim, aten.view.default, aten.reshape.default, aten.select.int)
 
@@ -67,7 +62,8 @@ def take_lists(bench: Workbench, telling: Collection[Same]) -> None:
         size = _kinds_of(node)
         seen = _numbers_of(node, bench.reads) if size and node not in bench.constant else {}
         listed = [e for numbers in seen.values() for e in numbers]
-        for root in _roots(bench, telling, listed) if len(listed) > 1 else []:
+        every = len(listed) > 1 and len(listed) == node.meta["val"].numel()
+        for root in _roots(bench, telling, listed) if every else []:
             if max(listed) < size and _lists_kinds(bench, node, root, size):
                 with bench.graph.inserting_before(next(n for n in bench.graph.nodes if n.op == "output")):
                     _ask_whether(bench, _hit(bench, root, size), listed)
@@ -98,7 +94,7 @@ def _origin(node: Any) -> Any:
 
 
 def _numbers_of(node: fx.Node, reads: set[str]) -> dict[fx.Node, list[int]]:
-    """The nodes of which python saw nothing but whole numbers that are the entries of a node, all of these, and which."""
+    """The nodes of which python saw nothing but whole numbers that are entries of a node, and which."""
     if node.name in reads:
         return {node: node.meta["listed"].reshape(-1).tolist()} if "listed" in node.meta else {}
     found: dict[fx.Node, list[int]] = {}

@@ -272,9 +272,23 @@ def _first_of_those_hit(h: Any, scores: Any, experts: Any) -> Any:
     return out
 
 
-def test_what_python_makes_of_a_list_of_numbers_keeps_experts_in_place() -> None:
-    """Where another one is hit first, the branches that are alike here are not."""
-    assert not infer(Mixture(_first_of_those_hit), X, verify=False).exchanges
+def _some_of_those_hit(h: Any, scores: Any, experts: Any) -> Any:
+    chosen = scores.argmax(-1)
+    return _each(h, chosen, experts, [int(e) for e in chosen.unique()[:2]])
+
+
+def _others_than_those_hit(h: Any, scores: Any, experts: Any) -> Any:
+    chosen, out = scores.argmax(-1), torch.zeros_like(h)
+    for e in chosen.unique().tolist():
+        mask = chosen == COUNT - 1 - e
+        out[mask] = experts[e](h[mask])
+    return out
+
+
+@pytest.mark.parametrize("mix", [_first_of_those_hit, _some_of_those_hit, _others_than_those_hit])
+def test_what_python_makes_of_a_list_of_numbers_keeps_experts_in_place(mix: Mix) -> None:
+    """Where other ones are hit, the branches that are alike here are not."""
+    assert not infer(Mixture(mix), X, verify=False).exchanges
 
 
 def test_experts_that_no_row_hit_stay() -> None:
