@@ -136,17 +136,25 @@ def with_training(
                 traced = trace(model, args, kwargs, values=False, constants=constants)
         except TraceError:
             continue  # it wants targets, say
-        for graph in _with_writes(traced, missing):
-            found = sorted(missing & set(analyse([graph]).states))
+        used = missing & {n.meta["name"] for n in traced.graph.nodes if n.op == "placeholder" and n.users}
+        for graph in _with_writes(traced, used):
+            found = sorted(used & set(analyse([graph]).states))
             larger, seen = again([*graphs, graph]) if found else (symmetry, analysis)
             out = Training(larger, seen, graph, tuple(found), layers)
             if adds(larger, symmetry) and (not check or out.holds(model, args, kwargs)):
                 return out
+        if not used:
+            return None
     return None
 
 
 def _with_writes(graph: fx.GraphModule, names: set[str]) -> Iterator[fx.GraphModule]:
-    """A graph in which what is left in some buffers is read, also where nothing reads these; then as it is."""
+    """A graph in which what is left in some buffers is read, also where nothing reads these; then as it is.
+
+    (None without names.)
+    """
+    if not names:
+        return
     info = graph.meta["trace"]
     if not names.isdisjoint(info.again.values()):
         graph.meta["trace"] = replace(info, again={k: n for k, n in info.again.items() if n not in names})

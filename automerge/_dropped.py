@@ -17,7 +17,7 @@ from torch import fx
 from automerge._auxiliary import adds
 from automerge._lazy_module import LazyModule
 from automerge.rules import Analysis
-from automerge.rules._nodes import choosing_none, constants, lasting, schema_name
+from automerge.rules._nodes import choosing_none, constants, lasting, python_reads, schema_name
 from automerge.rules._reads import MOVING, SAME, unread
 from automerge.symmetry import Symmetry
 from automerge.trace import TraceInfo
@@ -29,13 +29,11 @@ class Dropped:
 
     Attributes:
         symmetry: of the graphs.
-        analysis: it rests on.
         graphs: the recorded ones, in which one number is read of each of these results.
         names: the parameters of which more moves than the output depends on.
     """
 
     symmetry: Symmetry
-    analysis: Analysis
     graphs: list[fx.GraphModule]
     names: tuple[str, ...]
 
@@ -70,8 +68,8 @@ def with_dropped(
     names = tuple(n for n in apart if n in shown)
     if not names:
         return None
-    larger, seen = again(read)
-    return Dropped(larger, seen, read, names) if adds(larger, symmetry) else None
+    larger = again(read)[0]
+    return Dropped(larger, read, names) if adds(larger, symmetry) else None
 
 
 def _shown(graph: fx.GraphModule, apart: Mapping[str, np.ndarray]) -> set[str]:
@@ -84,8 +82,7 @@ def _shown(graph: fx.GraphModule, apart: Mapping[str, np.ndarray]) -> set[str]:
 
 def _live(graph: fx.GraphModule) -> tuple[set[fx.Node], list[fx.Node]]:
     """The nodes that the output, or a value read by python, depends on; and the latter."""
-    info: TraceInfo = graph.meta["trace"]
-    reads = [n for n in graph.graph.nodes if n.name in info.reads and n.name not in info.again]
+    reads = python_reads(graph)
     return lasting(graph, reads, choosing_none(graph))[0], reads
 
 

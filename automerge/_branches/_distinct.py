@@ -16,7 +16,7 @@ from automerge._branches._joins import aten, piece
 
 ZEROS = (aten.zeros_like.default, aten.zeros.default, aten.new_zeros.default)
 EMPTY = (aten.empty_like.default, aten.empty.memory_format, aten.new_empty.default)
-_ALSO = (aten.mul.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor)  # zero where either operand is
+PRODUCTS = (aten.mul.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor)  # zero where either operand is
 TRUTHS = (aten._to_copy.default, aten.clone.default, aten.alias.default, aten.detach.default)
 _NOT_ZERO = (aten.ne.Scalar, aten.gt.Scalar)
 _CHOICES = (aten.topk.default, aten.sort.default)
@@ -68,7 +68,7 @@ def tells(mask: fx.Node) -> dict[Any, Any]:
     if cut is not None and cut.length == 1:
         codes = {(code, cut.dim): cut.start for code, along in _codes(cut.source).items() if along == cut.dim}
         return codes or _moved(mask, tells(args[0]))
-    if mask.target in _ALSO:
+    if mask.target in PRODUCTS:
         return {what: number for part in _parts(mask) for what, number in tells(part).items()}
     if mask.target in TRUTHS or (mask.target in _NOT_ZERO and args[1] == 0):
         return tells(args[0])
@@ -81,7 +81,7 @@ def _codes(node: Any) -> dict[Any, int]:
     if node.target is aten.scatter.value and args[0].target in ZEROS:
         dim = args[1] % node.meta["val"].dim()
         return {node: dim} if args[2].meta["val"].shape[dim] == 1 else {}
-    if node.target in _ALSO:
+    if node.target in PRODUCTS:
         return {code: dim for part in _parts(node) for code, dim in _codes(part).items()}
     if node.target in TRUTHS or (node.target in _NOT_ZERO and args[1] == 0):
         return _codes(args[0])

@@ -45,7 +45,7 @@ def take_fills(bench: Workbench) -> None:
             and not _goes_on(node, filled)
             and not any(_read_between(n, filled) for n in found.writes)
         ):
-            _side_by_side(bench, node, found)
+            _as_cat(bench, node, found)
     bench.erase(list(filled))
     bench.know_all()
 
@@ -113,7 +113,7 @@ def _read(bench: Workbench, node: fx.Node, filled: dict[fx.Node, _Filled]) -> No
     bench.erase([node])
 
 
-def _side_by_side(bench: Workbench, node: fx.Node, found: _Filled) -> None:
+def _as_cat(bench: Workbench, node: fx.Node, found: _Filled) -> None:
     """Put the pieces that were written, and those of the base between them, in the place of a node."""
     dim, size = found.dim, node.meta["val"].shape[found.dim]
     with bench.graph.inserting_before(node):

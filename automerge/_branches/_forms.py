@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from automerge._branches._distinct import TRUTHS, ZEROS, tells
+from automerge._branches._distinct import PRODUCTS, TRUTHS, ZEROS, tells
 from automerge._branches._graph import Workbench
 from automerge._branches._joins import aten
 
@@ -23,7 +23,6 @@ SPREADS = (aten.unsqueeze.default, aten.expand.default, aten.view.default, aten.
 _MATRICES: dict[Any, Any] = {aten.addmm.default: aten.mm.default, aten.baddbmm.default: aten.bmm.default}
 _ADDING = (aten.add.Tensor, aten.sub.Tensor, aten.addcmul.default, *_MATRICES)
 _NOT = (aten.logical_not.default, aten.bitwise_not.default)
-_PRODUCTS = (aten.mul.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor)
 
 
 def takes_forms(graph: fx.Graph) -> bool:
@@ -135,7 +134,7 @@ def _opposite(rest: Any) -> tuple[Any, tuple[Any, ...]] | None:
 
 def _factors(value: fx.Node) -> list[fx.Node]:
     """The factors of a product."""
-    if value.target not in _PRODUCTS:
+    if value.target not in PRODUCTS:
         return [value]
     return [f for a in value.args if isinstance(a, fx.Node) for f in _factors(a)]
 
@@ -149,7 +148,7 @@ def _binary(mask: fx.Node) -> bool:
         return bool(args[3] == 1) and args[0].target in ZEROS
     if mask.target in (*SPREADS, *TRUTHS, aten.select.int, aten.slice.Tensor, aten.permute.default, aten.transpose.int):
         return _binary(args[0])
-    return mask.target in _PRODUCTS and all(isinstance(a, fx.Node) and _binary(a) for a in args)
+    return mask.target in PRODUCTS and all(isinstance(a, fx.Node) and _binary(a) for a in args)
 
 
 def _scatters(node: fx.Node) -> bool:

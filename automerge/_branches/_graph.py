@@ -70,8 +70,9 @@ class Workbench:
             self.constant.add(node)
             if node.op == "call_function" and any(v.is_meta for v in tensors_of(node.meta["val"])):
                 given = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-                with torch.no_grad():
-                    node.meta["val"] = node.target(*given[0], **given[1])  # type: ignore[operator]
+                if not any(v.is_meta for v in tensors_of(given)):
+                    with torch.no_grad():
+                        node.meta["val"] = node.target(*given[0], **given[1])  # type: ignore[operator]
 
     def know_all(self) -> None:
         """Note anew what all nodes are like."""

@@ -55,7 +55,7 @@ def operands_of(node: fx.Node) -> list[Any]:
     if node.target is aten.stack.default:
         return list(node.args[0])  # type: ignore[arg-type]
     if node.target is aten.cat.default:
-        return [] if len(node.users) == 1 and _longer(next(iter(node.users)), node) else _side_by_side(node)
+        return [] if len(node.users) == 1 and _extends(next(iter(node.users)), node) else _flattened(node)
     if not folds(node) or (len(node.users) == 1 and _goes_on(node, next(iter(node.users)))):
         return []
     neutral = 1 if node.target is aten.mul.Tensor else 0
@@ -70,7 +70,7 @@ def operands_of(node: fx.Node) -> list[Any]:
     return out if len(out) > 1 else []
 
 
-def _longer(node: fx.Node, part: fx.Node) -> bool:
+def _extends(node: fx.Node, part: fx.Node) -> bool:
     """Whether a node puts more beside some values that are side by side along the same axis."""
     if node.target is not aten.cat.default or part.target is not aten.cat.default or part.meta["val"].dim() == 0:
         return False
@@ -78,13 +78,13 @@ def _longer(node: fx.Node, part: fx.Node) -> bool:
     return bool(a == b and node.meta["val"].dim() == part.meta["val"].dim())
 
 
-def _side_by_side(node: fx.Node) -> list[Any]:
+def _flattened(node: fx.Node) -> list[Any]:
     """What is put side by side, one after the other (``out = torch.cat([out, head(x)])``)."""
     out: list[Any] = []
     todo = list(reversed(node.args[0]))  # type: ignore[arg-type]
     while todo:
         one = todo.pop()
-        if isinstance(one, fx.Node) and len(one.users) == 1 and _longer(node, one):
+        if isinstance(one, fx.Node) and len(one.users) == 1 and _extends(node, one):
             todo += reversed(one.args[0])  # type: ignore[arg-type]
         else:
             out.append(one)

@@ -36,7 +36,17 @@ from automerge.rules._dispatch import without_dispatch
 from automerge.rules._engine import Engine
 from automerge.rules._exact import entries, in_double, told_apart
 from automerge.rules._movement import all_border
-from automerge.rules._nodes import choosing_none, counted, is_constant, is_state, lasting, liveness, sizing, viewed
+from automerge.rules._nodes import (
+    choosing_none,
+    counted,
+    is_constant,
+    is_state,
+    lasting,
+    liveness,
+    python_reads,
+    sizing,
+    viewed,
+)
 from automerge.rules._parameters import Splits, parameter, share
 from automerge.rules._reads import in_part, unread
 from automerge.rules._registry import (
@@ -159,8 +169,7 @@ class _Run:
         self.shadows: dict[fx.Node, Sequence[Any]] = {}
         self.statistics: list[Value] = []
         self.twins = twins(graph.graph)
-        info = graph.meta["trace"]
-        self.reads = [n for n in graph.graph.nodes if n.name in info.reads and n.name not in info.again]
+        self.reads = python_reads(graph)
         self.none = choosing_none(graph)
         self.live, self.used = lasting(graph, self.reads, self.none)
         shaped = [(n, counted(node)) for node in graph.graph.nodes if node not in self.live for n in sizing(node)]

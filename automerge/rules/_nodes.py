@@ -86,6 +86,12 @@ def choosing_none(graph: fx.GraphModule) -> set[fx.Node]:
     return {other for node in chosen for other in nx.node_connected_component(met, node)}
 
 
+def python_reads(graph: fx.GraphModule) -> list[fx.Node]:
+    """The nodes whose values python reads, but for changes of buffers: those count where the buffer is read."""
+    info = graph.meta["trace"]
+    return [n for n in graph.graph.nodes if n.name in info.reads and n.name not in info.again]
+
+
 def lasting(
     graph: fx.GraphModule, reads: Sequence[fx.Node], none: Collection[fx.Node] = ()
 ) -> tuple[set[fx.Node], dict[fx.Node, set[int]]]:
