@@ -118,11 +118,11 @@ class Engine(Combine):
         """`take` that singles out its positions only when the piece is used for anything but to be joined again."""
         before = len(self.axes.marks)
         out = self.take(value, axis, index)
-        marks = self.axes.marks[before:]
         if out is value:
             return out
+        out.carry(value, lambda v, _: self.take(v, axis, index))
+        marks = self.axes.marks[before:]
         del self.axes.marks[before:]
-        out.points, out.promises = value.points, value.promises
         out.obligations = [lambda: self.axes.marks.extend(marks), *value.obligations] if marks else value.obligations
         out.origin = (value, axis, np.asarray(index), ())
         return out
@@ -172,6 +172,8 @@ class Engine(Combine):
         if node is not None and any(coordinates):
             place = (axis, tuple(lengths), tuple(coordinates))
             for i, mine in enumerate(parts):
+                if len(mine) > 1 and all(set(f.letters) <= set(own[i]) for f in mine) and not set(own[i]) & both.pinned:
+                    mine = parts[i] = [self._joint(both, mine, set())]
                 if len(mine) == 1 and mine[0].letters == tuple(own[i]):
                     join = Join(mine[0].labels, (*place, i), node, same[i], self.axes.where)
                     (self.fillings if filling[i] and not fixed else self.joins).append(join)

@@ -10,58 +10,14 @@ import numpy as np
 import torch
 
 from automerge.rules._axes import Unruled
-from automerge.rules._choice import bare, points_into, tie_axis
 from automerge.rules._contraction import repinned
-from automerge.rules._engine import Engine
+from automerge.rules._lookup import chosen, constant_index, looked_up, read_along, read_beside, whole_axes
 from automerge.rules._movement import expanded, permuted, without_axis
+from automerge.rules._points import bare, labels_of, naming, points_into, relabelled, tie_axis
 from automerge.rules._positions import gathered
 from automerge.rules._reduction import axes_of, normalised
 from automerge.rules._registry import Context, rule, values_in
-from automerge.rules._value import Value, copy_letters, plain, rename
-
-
-def looked_up(engine: Engine, table: Value, axis: int, index: Value, reason: str) -> Value:
-    """``table`` read along one axis at data-dependent positions; the index's axes take its place.
-
-    That axis is pinned, unless the index points into exactly it (a codebook and its nearest entry; experts and the best
-    of their scores). What is read stays joint with the choice, so that every entry may have an order of its own.
-    """
-    points = points_into(engine, table, axis, index)
-    source = index
-    if points is not None:
-        table, index = tie_axis(engine, table, axis, points), bare(index)
-    else:
-        index.settle()
-    table, letter = engine.merge_axis(table, axis)
-    if points is None and letter is not None:
-        table = engine.fix_letter(table, letter, reason)
-    if letter is not None and not _worth_a_choice(engine, table, letter, source, points):
-        table, letter = engine.reduce(table, {letter}), None
-    lead, tail = table.axes[:axis], table.axes[axis + 1 :]
-    where = copy_letters(index)
-    where = where.with_axes((*((),) * len(lead), *where.axes, *((),) * len(tail)))
-    if letter is None:
-        return engine.elementwise([table.with_axes((*lead, *((),) * len(index.axes), *tail)), where])
-    table = rename(table, {letter: engine.choice(source)})
-    axes = (*lead, *where.axes[len(lead) : len(where.axes) - len(tail)], *tail)
-    size = table.size | where.size
-    chosen = {engine.choice(source): tuple(c for axis in where.axes for c in axis)}
-    read = Value(axes, size, table.factors, table.pinned, chosen=chosen)
-    return engine.combine([read, where], axes, {c: size[c] for a in axes for c in a})
-
-
-def _worth_a_choice(engine: Engine, table: Value, letter: int, index: Value, points: np.ndarray | None) -> bool:
-    """Whether the entries of a table may have orders of their own: weights, or what is read where weights were."""
-    others = {c for f in table.factors for c in f.letters if letter not in f.letters}
-    joint = any(letter in f.letters and len(f.letters) > 1 for f in table.factors)
-    return joint or id(index) in engine.choices or len(others) >= (1 if points is not None else 2)
-
-
-def constant_index(value: Any) -> np.ndarray | None:
-    """The entries of a constant integer tensor, or None."""
-    if isinstance(value, Value) and value.data is not None and value.data.dtype not in (torch.bool, torch.uint8):
-        return value.data.detach().cpu().numpy().astype(np.int64)
-    return None
+from automerge.rules._value import Value, copy_letters, plain
 
 
 @rule("embedding", carries=True)
@@ -95,7 +51,8 @@ def embedding_bag(
     weight, scales = weight.settle(), [] if scale is None else [scale.settle()]
     if _equal_bags(constant_index(offsets), index.shape[0], count) and ignored < 0:
         bags = (count, index.shape[0] // count)
-        rows = looked_up(engine, weight, 0, engine.reshape(index, bags).carry(index), "index into an embedding")
+        index = index.moved(lambda v, tail: engine.reshape(v, (*bags, *tail)))
+        rows = looked_up(engine, weight, 0, index, "index into an embedding")
         rows = engine.elementwise([rows.settle(), *(engine.reshape(s, (*bags, 1)) for s in scales)])
         return (without_axis(engine.reduce(rows, set(rows.axes[1])), 1), *others)
     for v in (index.settle(), offsets.settle(), *scales):
@@ -114,9 +71,12 @@ def _equal_bags(starts: np.ndarray | None, total: int, count: int) -> bool:
 
 @rule("index_select", carries=True)
 def index_select(context: Context, x: Value, dim: int, index: Value, reason: str = "looked up by data") -> Value:
+    dim %= max(len(x.axes), 1)
     if x.points is not None:
-        return index_select(context, bare(x), dim, index, reason).carry(x)
-    dim %= max(len(x.settle().axes), 1)
+        return index_select(context, bare(x), dim, index, reason).carry(
+            x, lambda v, _: index_select(context, v, dim, index, reason)
+        )
+    x.settle()
     constant = constant_index(index)
     if constant is None:
         return looked_up(context.engine, x, dim, index, reason)
@@ -130,7 +90,7 @@ def index_select(context: Context, x: Value, dim: int, index: Value, reason: str
 def index(context: Context, x: Value, indices: Sequence[Value | None]) -> Value:
     """Some entries of a tensor; those of an index tensor are positions where they are read, too."""
     if x.points is not None:
-        return _indexed(context, bare(x), indices).carry(x)
+        return _indexed(context, bare(x), indices).carry(x, lambda v, _: _indexed(context, v, indices))
     return _indexed(context, x.settle(), indices)
 
 
@@ -162,6 +122,12 @@ def _generic_index(context: Context, x: Value, given: Sequence[tuple[int, Value]
         axes = list(range(len(given)))
     kept = whole_axes(x, given)
     gone = [k for k in axes if k not in kept.values()]
+    if kept and len(gone) == 1 and naming(x, gone[0], dict(given)[gone[0]]):
+        (one,) = gone
+        index = dict(given)[one]
+        assert index.points is not None
+        rank = max(len(v.axes) for _, v in given)
+        return read_beside(engine, x, axes, {d - rank: k for d, k in kept.items()}, rank, index.points.code)
     read = []
     for k, v in given:
         if k in gone:
@@ -180,32 +146,6 @@ def _generic_index(context: Context, x: Value, given: Sequence[tuple[int, Value]
     )
     wide = where.with_axes((*where.axes, *((),) * tail))
     return engine.elementwise([shaped, wide])
-
-
-def read_along(engine: Engine, x: Value, dim: int, index: Value, reason: str) -> tuple[Value, Value]:
-    """A value and an index tensor that names positions of one of its axes: it is pinned, or moves as the index does."""
-    points = points_into(engine, x, dim, index)
-    if points is None:
-        return engine.pin_letters(x, set(x.axes[dim]), reason), index.settle()
-    return tie_axis(engine, x, dim, points), bare(index)
-
-
-def whole_axes(x: Value, given: Sequence[tuple[int, Value]]) -> dict[int, int]:
-    """Of several indices, those that only walk along their axis: dimension of the broadcast index -> axis of ``x``.
-
-    (``q[arange(batch)[:, None, None], arange(heads)[:, None], best]`` reads every head at places of its own.)
-    """
-    rank = max(len(v.axes) for _, v in given)
-    kept: dict[int, int] = {}
-    for k, v in given:
-        constant = constant_index(v)
-        long = [d for d, n in enumerate(v.shape) if n > 1]
-        if constant is None or len(long) != 1 or not np.array_equal(constant.reshape(-1), np.arange(x.shape[k])):
-            continue
-        dim = rank - len(v.axes) + long[0]
-        if dim not in kept and len(kept) + 1 < len(given):
-            kept[dim] = k
-    return kept
 
 
 def _masked(context: Context, x: Value, given: Sequence[tuple[int, Value]]) -> Value:
@@ -239,7 +179,7 @@ def varies(value: Value, axis: int) -> bool:
 def masked_select(context: Context, x: Value, mask: Value) -> Value:
     """The entries where a mask holds, in their order."""
     if x.points is not None:
-        return masked_select(context, bare(x), mask).carry(x)
+        return relabelled(context.engine, x, masked_select(context, bare(x), mask))
     shape = torch.broadcast_shapes(x.shape, mask.shape)
     x = x.settle()
     if mask.data is not None:
@@ -252,16 +192,20 @@ def masked_select(context: Context, x: Value, mask: Value) -> Value:
 def gather(context: Context, x: Value, dim: int, index: Value, **_: Any) -> Value:
     """The axis read is pinned, unless the index came from that very axis; the others are paired with the index's."""
     if x.points is not None:
-        return gather(context, bare(x), dim, index).carry(x)
+        return relabelled(context.engine, x, gather(context, bare(x), dim, index))
     dim %= max(len(x.axes), 1)
     engine = context.engine
-    points = points_into(engine, x.settle(), dim, index)
+    x.settle()
     if index.data is not None:
         where = torch.arange(int(np.prod(x.shape, dtype=np.int64))).reshape(x.shape)
         return gathered(engine, x, torch.gather(where, dim, index.data.cpu()).numpy())
-    if points is not None and all(
-        n == m for k, (n, m) in enumerate(zip(x.shape, index.shape, strict=True)) if k != dim
-    ):
+    beside = all(n == m for k, (n, m) in enumerate(zip(x.shape, index.shape, strict=True)) if k != dim)
+    if beside and naming(x, dim, index):
+        assert index.points is not None
+        apart = x.with_axes((*x.axes[:dim], (), *x.axes[dim + 1 :], x.axes[dim]))
+        return chosen(engine, apart, index.points.code)
+    points = points_into(engine, x, dim, index)
+    if points is not None and beside:
         x = tie_axis(engine, x, dim, points)
         return engine.elementwise([engine.reduce(x, set(x.axes[dim])), copy_letters(bare(index))])
     index.settle()
@@ -340,7 +284,7 @@ def pad_packed(context: Context, x: Value, sizes: Value, *_: Any) -> tuple[Value
 def counts(context: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
     """A symmetric function of the entries (with their weights), for every bin; bins of positions are those positions."""
     engine = context.engine
-    points = x.points if x.points is not None and _each_counted(context.node, x.points.size) else None
+    points = labels_of(engine, x) if x.points is not None and _each_counted(context.node, x.points.size) else None
     rest = [v.settle() for v in values_in([*args, *kwargs.values()])]
     both = engine.elementwise([x.settle() if points is None else bare(x), *rest])
     total = engine.reduce(both, {c for axis in both.axes for c in axis}).with_axes(((),))

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from automerge.rules._choice import bare, pointing_together, rejoined, same_points
 from automerge.rules._engine import Engine
 from automerge.rules._movement import permuted, with_axis
+from automerge.rules._points import alike, bare, pointing_together, rejoined
 from automerge.rules._registry import Context, distinct_from, rule
 from automerge.rules._value import SELECTED, Value
 
@@ -29,11 +29,11 @@ def cat(context: Context, tensors: Sequence[Value], dim: int = 0) -> Value:
         return pairs[0][0]
     whole, axis, joined, functions = _pieces([v for v, _ in pairs])
     if whole is not None and axis == dim and functions[:1] != SELECTED:
-        taken = context.engine.take(rejoined(whole, functions), dim, joined)
-        return distinct_from([whole], taken) if functions else taken.carry(whole)
+        taken = rejoined(whole, functions).moved(lambda v, _: context.engine.take(v, dim, joined))
+        return distinct_from([whole], taken) if functions else taken
     apart = _laid_out([v for v, _ in pairs], dim, context.engine)
     if apart is not None:
-        return context.engine.reshape(apart, context.shape).carry(apart)
+        return apart.moved(lambda v, tail: context.engine.reshape(v, (*context.shape, *tail)))
     return _joined(context, [v for v, _ in pairs], dim, [n for _, n in pairs], context.node)
 
 
@@ -54,16 +54,17 @@ def stack(context: Context, tensors: Sequence[Value], dim: int = 0) -> Value:
     apart = _laid_out(tensors, dim, context.engine)
     if apart is not None:
         return apart
-    if same_points(context.engine, tensors) is None:
+    if not alike(tensors):
         tensors = [v.settle() for v in tensors]
     nodes = [context.first(n) for n in context.node.args[0]]
-    return _joined(context, [with_axis(v, dim).carry(v) for v in tensors], dim, nodes)
+    return _joined(context, [v.moved(lambda w, _: with_axis(w, dim)) for v in tensors], dim, nodes)
 
 
 def _joined(context: Context, values: Sequence[Value], dim: int, nodes: Sequence[Any], node: Any = None) -> Value:
-    """A join; of index tensors that point into one axis it points there, too."""
-    if same_points(context.engine, values) is not None:
-        return pointing_together(values, context.engine.concatenate([bare(v) for v in values], dim, nodes, node=node))
+    """A join; of index tensors that name as many positions, which are then those of one axis, it names these."""
+    if alike(values):
+        joined = context.engine.concatenate([bare(v) for v in values], dim, nodes, node=node)
+        return pointing_together(context.engine, values, joined, dim, nodes)
     return context.engine.concatenate([v.settle() for v in values], dim, nodes, node=node)
 
 
@@ -88,7 +89,7 @@ def _laid_out(values: Sequence[Value], dim: int, engine: Engine) -> Value | None
     if np.unique(joined).size != joined.size:
         return None
     shape = values[0].shape
-    taken = engine.take(rejoined(whole, functions), axis, joined)
-    apart = engine.reshape(taken, (*shape[:axis], len(values), *shape[axis:])).carry(whole)
+    taken = rejoined(whole, functions).moved(lambda v, _: engine.take(v, axis, joined))
+    apart = taken.moved(lambda v, tail: engine.reshape(v, (*shape[:axis], len(values), *shape[axis:], *tail)))
     order = [k for k in range(len(shape) + 1) if k != axis]
     return permuted(apart, [*order[:dim], axis, *order[dim:]])

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from automerge.rules._axes import Unruled
-from automerge.rules._choice import holds
 from automerge.rules._engine import Engine
+from automerge.rules._points import holds
 from automerge.rules._positions import by_index
 from automerge.rules._registry import Context, function_name, rule
 from automerge.rules._value import SELECTED, Factor, Value, new_letter, plain
@@ -24,7 +24,7 @@ def view(context: Context, x: Value, *_: Any, **__: Any) -> Value:
         raise Unruled("a view that changes what an element is")
     if before.dtype != after.dtype:
         x.settle()  # other numbers, of the same bits
-    out = context.engine.reshape(x, context.shape).carry(x)
+    out = x.moved(lambda v, tail: context.engine.reshape(v, (*context.shape, *tail)))
     if x.origin is not None and x.origin[2].size == 1 and x.origin[3][:1] != SELECTED:
         axis = x.origin[1]
         if context.shape == x.shape[:axis] + x.shape[axis + 1 :]:  # squeezed: what select would have given
@@ -38,7 +38,7 @@ def identity(context: Context, x: Value, *_: Any, **__: Any) -> Value:
     name = context.node.target.overloadpacket.__name__
     if x.origin is not None and name not in ("clone", "contiguous", "alias", "detach", "lift_fresh", "dropout"):
         return x.after(function_name(context.node))  # another type rounds, a conjugate differs
-    if x.points is not None and not holds(context.node.meta["val"].dtype, x.points.size):
+    if x.points is not None and not holds(context.node.meta["val"].dtype, x.points.size * x.points.stride):
         x.settle()
     out = x.with_axes(x.axes)
     out.origin = x.origin
@@ -47,7 +47,7 @@ def identity(context: Context, x: Value, *_: Any, **__: Any) -> Value:
 
 def permuted(x: Value, order: Sequence[int]) -> Value:
     """The value with its axes in another order."""
-    return x.with_axes(x.axes[d] for d in order).carry(x)
+    return x.moved(lambda v, _: v.with_axes((*(v.axes[d] for d in order), *v.axes[len(order) :])))
 
 
 @rule("permute", carries=True)
@@ -70,6 +70,10 @@ def transpose(context: Context, x: Value, a: int, b: int) -> Value:
 
 def expanded(x: Value, shape: Sequence[int]) -> Value:
     """Broadcast to a shape: new extents are constant letters."""
+    return x.moved(lambda v, tail: _expanded(v, (*shape, *tail)))
+
+
+def _expanded(x: Value, shape: Sequence[int]) -> Value:
     lead = len(shape) - len(x.axes)
     axes, size = [], dict(x.size)
     old = ((),) * lead + x.axes
@@ -80,7 +84,7 @@ def expanded(x: Value, shape: Sequence[int]) -> Value:
             size[letter] = int(n)
             letters = (letter,)
         axes.append(letters)
-    return Value(tuple(axes), size, list(x.factors), set(x.pinned), chosen=x.chosen).carry(x)
+    return Value(tuple(axes), size, list(x.factors), set(x.pinned), chosen=x.chosen)
 
 
 @rule("expand", "expand_as", "broadcast_to", carries=True)
@@ -143,7 +147,7 @@ def slice_(context: Context, x: Value, dim: int = 0, start: Any = None, stop: An
 def select(context: Context, x: Value, dim: int, index: int) -> Value:
     dim %= len(x.axes)
     taken = context.engine.piece(x, dim, np.array([index % x.shape[dim]]))
-    out = without_axis(taken, dim).carry(taken)
+    out = taken.moved(lambda v, _: without_axis(v, dim))
     if taken is not x and taken.origin is not None:
         out.origin = (*taken.origin[:3], SELECTED)
     return out
@@ -151,10 +155,14 @@ def select(context: Context, x: Value, dim: int, index: int) -> Value:
 
 @rule("flip", carries=True)
 def flip(context: Context, x: Value, dims: Sequence[int]) -> Value:
-    out = x
-    for d in dims:
-        out = context.engine.take(out, d % len(x.axes), np.arange(x.shape[d])[::-1])
-    return out if out is x else out.carry(x)
+    axes = [d % len(x.axes) for d in dims]
+
+    def flipped(v: Value, _: tuple[int, ...]) -> Value:
+        for d in axes:
+            v = context.engine.take(v, d, np.arange(x.shape[d])[::-1])
+        return v
+
+    return x.moved(flipped) if any(x.shape[d] > 1 for d in axes) else x
 
 
 @rule("roll")

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from automerge.rules._axes import distinct
 from automerge.rules._engine import Engine
-from automerge.rules._reduction import axes_of, fits
+from automerge.rules._reduction import axes_of, fits, normalised
 from automerge.rules._registry import Context, rule
 from automerge.rules._unsorted import order_matters
-from automerge.rules._value import Factor, Value, plain
+from automerge.rules._value import Factor, Points, Value, plain
 
 
 @rule("sort", "topk", "argsort", "msort")
@@ -24,50 +25,57 @@ def sort(context: Context, x: Value, *args: Any, **kwargs: Any) -> Any:
     value = context.node.meta["val"]
     if name == "topk" and not given.get("sorted", True) and order_matters(context.node, axis):
         x = context.engine.pin_letters(x, set(x.axes[axis]), "chosen in no particular order")
-    points = None
+    code = None
     if name == "argsort" or 1 in context.used:
-        x, points = pointing(context.engine, x, axis, "the order of a sort is used")
+        x, code = pointing(context.engine, x, axis, "the order of a sort is used")
     out = context.engine.reduce(x, set(x.axes[axis]))
     length = (value if isinstance(value, torch.Tensor) else value[0]).shape[axis]
     rank = plain([length], pinned=True)
-    out = Value(
-        tuple(rank.axes[0] if k == axis else a for k, a in enumerate(out.axes)),
-        out.size | rank.size,
-        out.factors,
-        out.pinned | rank.pinned,
-    )
+    out = _with_letters(out, axis, rank)
+    if code is not None:
+        code = _with_letters(code.with_axes((*code.axes[:axis], (), *code.axes[axis:])), axis, rank)
     if isinstance(value, torch.Tensor):
-        return promise(context.engine, out, points, "the order of a sort is used") if name == "argsort" else out
-    return out, promise(context.engine, out, points, "the order of a sort is used")
+        return promise(context.engine, out, code, "the order of a sort is used") if name == "argsort" else out
+    return out, promise(context.engine, out, code, "the order of a sort is used")
 
 
-def pointing(engine: Engine, x: Value, axis: int, reason: str) -> tuple[Value, np.ndarray | None]:
-    """The labels of an axis whose positions an index will name; the axis is pinned where it has no labels.
+def _with_letters(x: Value, axis: int, vector: Value) -> Value:
+    """The value with another axis, which is that of a vector, in the place of one."""
+    axes = (vector.axes[0] if k == axis else a for k, a in enumerate(x.axes))
+    return Value(tuple(axes), x.size | vector.size, x.factors, x.pinned | vector.pinned, chosen=x.chosen)
 
-    Where it has an order for every position of other axes (the classes of several categorical variables), they share one
-    from there on.
+
+def pointing(engine: Engine, x: Value, axis: int, reason: str) -> tuple[Value, Value | None]:
+    """The coding of positions along an axis that an index will name; the axis is pinned where it has no labels.
+
+    The axis may have an order for every position of other axes (the classes of several categorical variables).
+
+    Returns:
+        The value, and a one-hot coding of one position: the other axes, then that one.
     """
     x, letter = engine.merge_axis(x, axis)
-    mine = x.touching(letter) if letter is not None and letter not in x.pinned else []
-    alone = [f for f in mine if f.letters == (letter,)]
-    if letter is not None and mine and not alone:
-        common = Factor((letter,), engine.axes.fresh((x.size[letter],)))
-        axes = tuple((letter,) if k == axis else () for k in range(len(x.axes)))
-        return engine.elementwise([x, Value(axes, {letter: x.size[letter]}, [common])]), common.labels
-    if len(alone) == 1 and engine.axes.injective(alone[0].labels):
-        return x, alone[0].labels
-    return engine.pin_letters(x, set(x.axes[axis]), reason), None
+    if letter is None or letter in x.pinned or not any(_tells(f, letter) for f in x.touching(letter)):
+        return engine.pin_letters(x, set(x.axes[axis]), reason), None
+    code = normalised(engine, x, [axis])
+    return x, code.with_axes((*code.axes[:axis], *code.axes[axis + 1 :], code.axes[axis]))
 
 
-def promise(engine: Engine, value: Value, points: np.ndarray | None, reason: str) -> Value:
+def _tells(factor: Factor, letter: int) -> bool:
+    """Whether the positions along a letter differ at every place of the others."""
+    rows = np.moveaxis(factor.labels, factor.letters.index(letter), -1)
+    return all(distinct(row) for row in rows.reshape(-1, rows.shape[-1]))
+
+
+def promise(engine: Engine, value: Value, code: Value | None, reason: str) -> Value:
     """An index tensor that pins the axis it points into, unless it is only used to read or write along that axis."""
-    out = Value(value.axes, dict(value.size), list(value.factors), set(value.pinned), points=points)
-    if points is not None:
+    out = Value(value.axes, dict(value.size), list(value.factors), set(value.pinned))
+    if code is not None:
         where = engine.axes.where
+        out.points = Points(code)
 
         def pin() -> None:
             now, engine.axes.where = engine.axes.where, where
-            engine.axes.pin(points, reason)
+            engine.pin_letters(code, set(code.axes[-1]), reason)
             engine.axes.where = now
 
         out.promises = [pin]
@@ -84,11 +92,11 @@ def extremum(context: Context, x: Value, *args: Any, **kwargs: Any) -> Any:
     if isinstance(context.node.meta["val"], torch.Tensor):
         return fits(context.engine, x, axes_of(x, None), context.shape)
     axes = axes_of(x, -1 if dim is None else dim)
-    points = None
+    code = None
     if 1 in context.used and len(axes) == 1:
-        x, points = pointing(context.engine, x, axes[0], "the position of an extremum is used")
+        x, code = pointing(context.engine, x, axes[0], "the position of an extremum is used")
     value = fits(context.engine, x, axes, tuple(context.out(0).shape))
-    return value, promise(context.engine, value, points, "the position of an extremum is used")
+    return value, promise(context.engine, value, _shaped(context, code, value), "the position of an extremum is used")
 
 
 @rule("argmax", "argmin")
@@ -97,5 +105,11 @@ def argument(context: Context, x: Value, dim: int | None = None, keepdim: bool =
     reason = "the position of an extremum is used"
     if len(axes) != 1 or dim is None:
         return fits(context.engine, context.engine.pin_all(x, reason), axes, context.shape)
-    x, points = pointing(context.engine, x, axes[0], reason)
-    return promise(context.engine, fits(context.engine, x, axes, context.shape), points, reason)
+    x, code = pointing(context.engine, x, axes[0], reason)
+    value = fits(context.engine, x, axes, context.shape)
+    return promise(context.engine, value, _shaped(context, code, value), reason)
+
+
+def _shaped(context: Context, code: Value | None, value: Value) -> Value | None:
+    """A coding of one position for every entry, with the axes that the index tensor has."""
+    return None if code is None else context.engine.reshape(code, (*value.shape, code.shape[-1]))

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from automerge._errors import AutomergeError
 from automerge._opaque import CLASSES, OpaqueModule
+from automerge.rules._digits import computed
 from automerge.rules._engine import Engine
 from automerge.rules._folding import folded
 from automerge.rules._value import Value
@@ -172,6 +173,10 @@ def pointwise(context: Context, *args: Any, **kwargs: Any) -> Value:
     together = folded(context.engine, operator_name(context.node.target), args, not kwargs)
     if together is not None:
         return together
+    dtype = getattr(context.node.meta["val"], "dtype", None)
+    named = computed(context.engine, operator_name(context.node.target), args, kwargs, dtype)
+    if named is not None:
+        return named
     random = torch.Tag.nondeterministic_seeded in getattr(context.node.target, "tags", ())
     if all(v is values[0] for v in values) and values[0].origin is not None and not random:
         return values[0].after(function_name(context.node))

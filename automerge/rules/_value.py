@@ -19,7 +19,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,28 @@ class Factor:
         return out
 
 
+@dataclass(frozen=True, eq=False)
+class Points:
+    """What the entries of an index tensor stand for: positions along some axis.
+
+    Attributes:
+        code: the one-hot coding of the entries: the index tensor's axes, and one of these positions behind them.
+        stride: the entries are positions times this number.
+        walk: for a constant that goes up along one of its axes: which, counted from the last one, that being 1.
+        beside: for a sum with such a constant: its ``walk``, and what it was added to.
+    """
+
+    code: Value
+    stride: int = 1
+    walk: int = 0
+    beside: tuple[int, Points] | None = None
+
+    @property
+    def size(self) -> int:
+        """How many positions there are."""
+        return self.code.shape[-1]
+
+
 @dataclass
 class Value:
     """The structure of one tensor.
@@ -64,7 +86,7 @@ class Value:
         pinned: letters whose coordinate means itself.
         data: the tensor itself, if it depends on nothing but constants.
         origin: for a slice: the value it was taken from, the axis, the positions, and the functions applied since.
-        points: for an index tensor: its entries are positions along an axis with these labels.
+        points: for an index tensor whose entries are positions that may be permuted.
         promises: constraints on that axis, to be made unless the entries are only used to read from it or write to it.
         obligations: constraints on the tensor's own axes, to be made unless the pieces of a slice are joined again.
         chosen: letter on no axis -> the letters on whose coordinates its place depends.
@@ -76,7 +98,7 @@ class Value:
     pinned: set[int] = field(default_factory=set)
     data: Any = None
     origin: tuple[Value, int, np.ndarray, tuple[str, ...]] | None = None
-    points: np.ndarray | None = None
+    points: Points | None = None
     promises: list[Callable[[], None]] = field(default_factory=list)
     obligations: list[Callable[[], None]] = field(default_factory=list)
     chosen: dict[int, tuple[int, ...]] = field(default_factory=dict)
@@ -95,10 +117,22 @@ class Value:
         self.origin = None
         return self
 
-    def carry(self, other: Value) -> Value:
-        """Take over what another value promises, for rules that leave its entries as they are."""
+    def carry(self, other: Value, move: Move | None = None) -> Value:
+        """Take over what another value promises, for rules that leave its entries as they are, or move them.
+
+        Args:
+            other: the operand.
+            move: what was done to it, as a function of a value and of the lengths of further axes that it has at its end.
+        """
         self.points, self.promises, self.obligations = other.points, other.promises, other.obligations
+        if self.points is not None and move is not None:
+            code = move(self.points.code, (self.points.size,))
+            self.points = replace(self.points, code=code, walk=0, beside=None)
         return self
+
+    def moved(self, move: Move) -> Value:
+        """The value with its entries at other places, and what it promises."""
+        return move(self, ()).carry(self, move)
 
     def after(self, function: str) -> Value:
         """A slice after a function of its entries: it can still be joined with others after the same function."""
@@ -129,6 +163,9 @@ class Value:
         keep = {c for a in new for c in a} | set(self.chosen)
         size = {c: self.size[c] for c in keep}
         return Value(new, size, list(self.factors), self.pinned & keep, chosen=self.chosen)
+
+
+Move = Callable[[Value, tuple[int, ...]], Value]
 
 
 class ConstantValue(Value):

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from automerge.rules._axes import Unruled
-from automerge.rules._choice import bare, points_into, tie_axis
 from automerge.rules._engine import MAX_BESIDE, Engine
 from automerge.rules._indexing import constant_index, read_along, varies, whole_axes
 from automerge.rules._movement import expanded, scattered
+from automerge.rules._points import bare, coded, points_into, tie_axis, ties_noted
 from automerge.rules._positions import gathered
 from automerge.rules._registry import Context, rule, values_in
 from automerge.rules._value import Value, copy_letters, plain
@@ -22,10 +22,13 @@ from automerge.rules._value import Value, copy_letters, plain
 def scattered_to_points(context: Context, x: Value, dim: int, index: Value, others: Sequence[Value]) -> Value | None:
     """A write at positions that came from an axis with the very labels of the one written."""
     engine = context.engine
-    points = points_into(engine, x, dim, index)
     sources = [v for v in others if len(v.axes) == len(x.axes)]
     whole = all(v.shape[k] == x.shape[k] for v in [index, *sources] for k in range(len(x.axes)) if k != dim)
-    if points is None or not whole:
+    adds = context.node.target._schema.name.endswith("_add")
+    if whole and coded(x, dim, index):
+        return _scattered_by_code(engine, x, dim, index, sources, adds)
+    points = points_into(engine, x, dim, index) if whole else None
+    if points is None:
         return None
     x = tie_axis(engine, x, dim, points)
     parts = []
@@ -33,9 +36,22 @@ def scattered_to_points(context: Context, x: Value, dim: int, index: Value, othe
         parts.append(copy_letters(v))
     ranks = engine.elementwise(parts)
     gone = set(ranks.axes[dim])
-    if sources and not context.node.target._schema.name.endswith("_add"):
+    if sources and not adds:
         ranks = engine.pin_letters(ranks, gone, "the last of what is written to one position stays")
     return engine.elementwise([x, engine.reduce(ranks, gone)])
+
+
+def _scattered_by_code(engine: Engine, x: Value, dim: int, index: Value, sources: Sequence[Value], adds: bool) -> Value:
+    """The same where positions have an order for every place of the index tensor: a one-hot coding of them."""
+    assert index.points is not None
+    ties_noted(engine)
+    wide = [copy_letters(v) for v in sources]
+    code = engine.elementwise([copy_letters(index.points.code), *(v.with_axes((*v.axes, ())) for v in wide)])
+    gone = set(code.axes[dim])
+    if sources and not adds:
+        code = engine.pin_letters(code, gone, "the last of what is written to one position stays")
+    code = engine.reduce(code, gone)
+    return engine.elementwise([x, code.with_axes((*code.axes[:dim], code.axes[-1], *code.axes[dim + 1 : -1]))])
 
 
 def _scattered_to_first(context: Context, x: Value, dim: int, index: Value, others: Sequence[Value]) -> Value | None:

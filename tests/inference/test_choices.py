@@ -51,6 +51,7 @@ class Routed(nn.Module):
 
 FREE: dict[str, Route] = {}
 PINNED: dict[str, Route] = {}
+TIED: dict[str, Route] = {}  # the experts move with those features that they are compared with
 
 
 def free(route: Route) -> Route:
@@ -60,6 +61,11 @@ def free(route: Route) -> Route:
 
 def pinned(route: Route) -> Route:
     PINNED[route.__name__] = route
+    return route
+
+
+def tied(route: Route) -> Route:
+    TIED[route.__name__] = route
     return route
 
 
@@ -178,13 +184,13 @@ def compared_in_a_circle(s, h):
     return s.all(h, p.masked_fill(torch.tensor([1, 2, 0, *range(3, COUNT)]) != p.argmax(-1)[:, None], 0.0))
 
 
-@pinned
+@tied
 def compared_with_a_choice_of_others(s, h):
     w, i = s.best(h)
     return s.some(h, i, w) * (1.0 + (i[:, 0] == torch.sort(h[:, :COUNT])[1][:, 0]))[:, None]
 
 
-@pinned
+@tied
 def joined_with_a_choice_of_others(s, h):
     w, i = s.best(h)
     return s.some(h, torch.stack([i[:, 0], h[:, :COUNT].argmax(-1)], 1), w)
@@ -334,6 +340,15 @@ def test_experts_stay(name):
     assert not any(s.param == "up" and s.axis == 0 for g in symmetry.generators() for s in g.slots)
 
 
+@pytest.mark.parametrize("name", TIED)
+def test_experts_move_with_what_they_are_compared_with(name):
+    net = Routed(TIED[name])
+    symmetry = infer(net, X, verify=False)
+    (moves,) = (g for g in symmetry.generators() if any((s.param, s.axis) == ("up", 0) for s in g.slots))
+    assert ("embed.weight", 0) in {(s.param, s.axis) for s in moves.slots}
+    assert_sound(net, X, symmetry)
+
+
 def test_pairs_of_experts_that_face_each_other_are_exchanged():
     net = Routed(compared_backwards)
     symmetry = infer(net, X, verify=False)
@@ -419,9 +434,11 @@ ONE_HEAD: dict[str, Route] = {
 
 @pytest.mark.parametrize("name", ONE_HEAD)
 def test_the_head_that_chooses_stays(name):
-    """A slice of an index tensor singles out its heads, though its numbers are used as such."""
-    found = sorted(g.size for g in infer(Headed(ONE_HEAD[name]), X).generators())
-    assert found == sorted([HEADS - 1, COUNT, WIDTH, *[HIDDEN] * COUNT])
+    """A slice of an index tensor singles out its heads, though its numbers are used as such; others have their own order."""
+    net = Headed(ONE_HEAD[name])
+    symmetry = infer(net, X)
+    assert sorted(g.size for g in symmetry.generators()) == sorted([HEADS - 1, COUNT, COUNT, WIDTH, *[HIDDEN] * COUNT])
+    assert_sound(net, X, symmetry)
 
 
 def test_heads_that_overwrite_each_other_stay():
@@ -475,8 +492,10 @@ def _largest(p: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("hard", [_one_hot, _scattered, _largest])
 @pytest.mark.parametrize("through", [False, True])
-def test_the_classes_of_several_variables_have_one_order(hard: Callable[[Tensor], Tensor], through: bool) -> None:
-    """(Each could have an order of its own; the variables are interchangeable.)"""
+def test_the_classes_of_several_variables_have_orders_of_their_own(
+    hard: Callable[[Tensor], Tensor], through: bool
+) -> None:
+    """(And the variables are interchangeable.)"""
 
     class Categorical(nn.Module):
         def __init__(self) -> None:
@@ -490,5 +509,5 @@ def test_the_classes_of_several_variables_have_one_order(hard: Callable[[Tensor]
 
     net, x = Categorical(), torch.randn(6, 5)
     symmetry = infer(net, x)
-    assert sorted(g.size for g in symmetry.generators()) == [3, 4]
+    assert sorted(g.size for g in symmetry.generators()) == [3, 4, 4, 4]
     assert_sound(net, x, symmetry)
