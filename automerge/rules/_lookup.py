@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from automerge.rules._engine import Engine
-from automerge.rules._points import bare, coded, points_into, tie_axis, ties_noted
+from automerge.rules._points import as_one, bare, coded, common_labels, points_into, tie_axis, ties_noted
 from automerge.rules._value import Value, copy_letters, rename
 
 
@@ -53,7 +53,10 @@ def _read_by_code(engine: Engine, table: Value, axis: int, index: Value) -> Valu
     (None where the table's own rows have one order: then the positions have to have one, too.)
     """
     assert index.points is not None
-    if len(index.points.code.axes[-1]) == 1 and any(f.letters == table.axes[axis] for f in table.factors):
+    several = len(index.points.code.axes[-1]) > 1
+    if several and common_labels(as_one(engine, index.points)) is not None:
+        return None
+    if not several and any(f.letters == table.axes[axis] for f in table.factors):
         return None
     code, between = index.points.code, ((),) * len(index.axes)
     tail = ((),) * (len(table.axes) - axis - 1)

@@ -32,19 +32,27 @@ def common_labels(points: Points) -> np.ndarray | None:
 
 def labels_of(engine: Engine, index: Value) -> np.ndarray | None:
     """The labels of the positions that an index tensor names; from here on all its entries share their order."""
-    points = index.points
-    if points is None or points.stride != 1:
+    if index.points is None or index.points.stride != 1:
         return None
+    points = as_one(engine, index.points)
     labels = common_labels(points)
     if labels is None:
-        code, letter = engine.merge_axis(points.code, len(points.code.axes) - 1)
+        code, (letter,) = points.code, points.code.axes[-1] or (None,)
         if letter is None or letter in code.pinned:
             return None
         labels = engine.axes.fresh((points.size,))
         axes = (*((),) * (len(code.axes) - 1), (letter,))
         common = Value(axes, {letter: points.size}, [Factor((letter,), labels)])
-        index.points = replace(points, code=engine.elementwise([code, common]))
+        points = replace(points, code=engine.elementwise([code, common]))
+    index.points = points
     return labels
+
+
+def as_one(engine: Engine, points: Points) -> Points:
+    """The same where positions of a product of axes are those of one."""
+    if len(points.code.axes[-1]) < 2:
+        return points
+    return replace(points, code=engine.merge_axis(points.code, len(points.code.axes) - 1)[0])
 
 
 def naming(x: Value, dim: int, index: Value) -> bool:
