@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from functools import cache
+import sys
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
+
+from automerge._row_lists import RowList, as_tensors, end, row_list
 
 aten = torch.ops.aten
 _ATTENTION = torch.nn.functional.scaled_dot_product_attention
@@ -45,14 +48,24 @@ class Readers(TorchFunctionMode):
     def __init__(self, recorder: Any) -> None:
         super().__init__()
         self.recorder = recorder
+        self.rows: list[RowList] = []
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        end(self.rows)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.rows:
+            args, kwargs = as_tensors(func, args, kwargs, sys._getframe(1))
         if func in _WHOLE_READS and isinstance(args[0], torch.Tensor):
             node = self.recorder.node_of(args[0])
-            self.recorder.note_read(node)
             if isinstance(node, fx.Node) and args[0].numel() <= _FEW:
                 with _disable_current_modes():
                     node.meta["listed"] = args[0].detach().cpu().clone()
+                rows = self._rows(func, node, args[0])
+                if rows is not None:
+                    return rows
+            self.recorder.note_read(node)
         for tensor in (*args[_PART_READS[func] :], *(kwargs or {}).values()) if func in _PART_READS else ():
             if isinstance(tensor, torch.Tensor):
                 self.recorder.note_read(self.recorder.node_of(tensor))
@@ -65,6 +78,16 @@ class Readers(TorchFunctionMode):
         if func is _ATTENTION and not all(t.numel() for t in args[:3]):
             return _attention(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+    def _rows(self, func: Any, node: fx.Node, tensor: torch.Tensor) -> RowList | None:
+        """A list of positions that is no look at the values yet."""
+        if func is not torch.Tensor.tolist or node not in self.recorder.tainted or node in self.recorder.blank:
+            return None
+        note, place = partial(self.recorder.note_read, node), self.recorder.place
+        rows = row_list(tensor, node.meta["listed"].tolist(), note, place)
+        if rows is not None:
+            self.rows.append(rows)
+        return rows
 
 
 def _attention(

@@ -273,7 +273,7 @@ class Recorder(TorchDispatchMode):
             out.zero_()  # what lies in memory by chance is no constant with distinct entries
         self.record(func, args, node_args, node_kwargs, out)
         if func is aten.nonzero.default and node_args[0] in self.tainted:
-            self.info.data_dependent.append(f"{source_line()}{self.where()}")
+            self.info.data_dependent.append(self.place())
         return out
 
     def _unfilled(self, func: Any, args: Any, kwargs: Any, node_args: Any, node_kwargs: Any) -> Any:
@@ -302,12 +302,16 @@ class Recorder(TorchDispatchMode):
         self.gave_up = True
         raise NeedsValues
 
-    def note_read(self, node: Any) -> None:
+    def place(self) -> str:
+        """Where the model is."""
+        return f"{source_line()}{self.where()}"
+
+    def note_read(self, node: Any, place: str = "") -> None:
         """Python sees a tensor's values: from here on the trace holds for those values only."""
         if isinstance(node, fx.Node) and node in self.blank:
             self.give_up()
         if isinstance(node, fx.Node) and node in self.tainted:
-            self.info.data_dependent.append(f"{source_line()}{self.where()}")
+            self.info.data_dependent.append(place or self.place())
             self.info.reads.append(node.name)
 
     def record(self, func: Any, args: Any, node_args: Any, node_kwargs: Any, out: Any) -> fx.Node:
