@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -121,6 +122,7 @@ def infer_recorded(
     graph, apart = graphs[0], _apart(graphs)
     clock = time.perf_counter()
     splits, withdrawn, passes = dict(splits or {}), set[tuple[str, int, int]](), 0
+    best: tuple[float, Analysis, Structure, Assembler, list[UnitSet]] | None = None
     while True:
         analysis, more = _analysed(graphs, splits, withdrawn)
         passes += more
@@ -129,11 +131,16 @@ def infer_recorded(
         structure = Structure(axes)
         assembler = Assembler(axes, structure)
         found = search(structure, assembler.wanted())
+        order = sum(math.lgamma(len(units.table) + 1) for units in found)
+        if best is None or order >= best[0]:  # what takes the place of a split that gave way may come to less
+            best = order, analysis, structure, assembler, found
         idle = _idle(analysis.engine.in_the_way(), structure, found) - withdrawn
         if not idle:
             break
         withdrawn |= idle
         splits = {key: classes for key, classes in analysis.engine.requests.items() if key not in withdrawn}
+    _, analysis, structure, assembler, found = best
+    axes = analysis.engine.axes
     info: TraceInfo = graph.meta["trace"]
     shapes = _shapes(graph)
     generators: list[Generator] = []

@@ -17,12 +17,14 @@ class Splits(Letters):
     Attributes:
         requests: ``(param, axis, by axis) -> classes``: the axis gets an order for every class of positions of the other.
         withdrawn: those that are not asked for again.
+        kept_out: those that cuts show, and that others kept from being asked for.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.requests: dict[tuple[str, int, int], np.ndarray] = {}
         self.withdrawn: frozenset[tuple[str, int, int]] = frozenset()
+        self.kept_out: set[tuple[str, int, int]] = set()
         self._slices: dict[tuple[str, int, int], list[np.ndarray]] = {}
 
     def _ask_batched(self, values: Sequence[Value], batch: set[int]) -> None:
@@ -91,6 +93,7 @@ class Splits(Letters):
             if (param, by, axis) in self.requests or (param, axis, by) in self.requests:
                 continue
             if any(p == param and (a == by or b == axis) for p, a, b in self.requests):
+                self.kept_out.add((param, axis, by))
                 continue
             _, classes = np.unique(np.stack(masks, 1), axis=0, return_inverse=True)
             classes = classes.reshape(-1).astype(np.int64)
@@ -145,7 +148,7 @@ class Splits(Letters):
             if f.param is not None
             for i, (other, _) in enumerate(f.by)
         }
-        lost = [key for key in self.requests if key not in made]
+        lost = [key for key in (*self.requests, *self.kept_out) if key not in made]
         return [
             place
             for (param, axis, by), place in made.items()

@@ -46,6 +46,7 @@ READS: dict[str, Read] = {
     ),
     "index": lambda s, i: s.codes[torch.arange(GROUPS), i],
     "offsets": lambda s, i: s.codes.reshape(-1, WIDTH)[i + torch.arange(GROUPS) * CODES],
+    "one by one": lambda s, i: torch.stack([s.codes[g][i[:, g]] for g in range(GROUPS)], 1),
     "flat": lambda s, i: F.embedding(torch.arange(0, GROUPS * CODES, CODES) + i, s.codes.flatten(0, 1)),
 }
 
