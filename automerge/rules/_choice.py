@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from automerge.rules._axes import Unruled
 from automerge.rules._engine import Engine
 from automerge.rules._points import alike, bare, common_labels, labels_of, tie_axis, ties_noted
 from automerge.rules._registry import Context, pointwise, rule
@@ -88,6 +89,26 @@ def filled(context: Context, x: Value, mask: Value, value: Any) -> Value:
     return engine.elementwise([bare(x), mask]).carry(
         x, lambda code, _: engine.elementwise([code, mask.with_axes((*mask.axes, ()))])
     )
+
+
+@rule("where", carries=True)
+def either(context: Context, mask: Value, x: Any = None, other: Any = None) -> Value:
+    """Positions from one index tensor or another one, or a certain position in the place of some."""
+    if x is None:
+        raise Unruled("positions are read from a mask")
+    for index, number in ((x, _number(other)), (other, _number(x))):
+        if isinstance(index, Value) and index.points is not None and number is not None:
+            return filled(context, index, mask, number)
+    if isinstance(x, Value) and isinstance(other, Value) and alike([x, other]):
+        engine, mask = context.engine, mask.settle()
+        assert other.points is not None
+        code = other.points.code
+        out = engine.elementwise([bare(x), bare(other), mask]).carry(
+            x, lambda one, _: engine.elementwise([one, copy_letters(code), mask.with_axes((*mask.axes, ()))])
+        )
+        out.promises = [*x.promises, *other.promises]
+        return out
+    return pointwise(context, mask, x, other)
 
 
 def _counted(index: Value, other: Value) -> tuple[int, np.ndarray] | None:

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from automerge.rules._axes import distinct
+from automerge.rules._axes import Unruled, distinct
 
 SELECTED = ("select",)  # first among the functions of a piece of length one whose axis is gone
 _letters = itertools.count(1)
@@ -126,8 +126,13 @@ class Value:
         """
         self.points, self.promises, self.obligations = other.points, other.promises, other.obligations
         if self.points is not None and move is not None:
-            code = move(self.points.code, (self.points.size,))
-            self.points = replace(self.points, code=code, walk=0, beside=None)
+            try:
+                code = move(self.points.code, (self.points.size,))
+            except Unruled:  # too large to follow
+                other.settle()
+                self.points, self.promises = None, []
+            else:
+                self.points = replace(self.points, code=code, walk=0, beside=None)
         return self
 
     def moved(self, move: Move) -> Value:

@@ -78,6 +78,7 @@ MOVES: dict[str, Callable[..., Tensor]] = {
     "looked up": lambda i, x: i[:, torch.tensor([1, 2, 0])],
     "one for all": lambda i, x: i[:, :1].expand(-1, GROUPS),
     "either": lambda i, x: torch.where(x[:, :1] > 0, i, i.flip(1)),
+    "the second in places": lambda i, x: torch.where(x[:, 1:2] > 0.3, i, 1),
     "filled": lambda i, x: i.masked_fill(x[:, :1] > 0.5, 2),
     "there and back": lambda i, x: (i + torch.arange(GROUPS) * CODES) % CODES,
     "times and over": lambda i, x: i * 3 // 3,
