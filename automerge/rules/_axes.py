@@ -82,6 +82,9 @@ class Axes:
         self.edges: list[tuple[np.ndarray, np.ndarray]] = []
         self.marks: list[tuple[np.ndarray, np.ndarray]] = []
         self.reasons: list[tuple[np.ndarray, str, str]] = []
+        self.contents: dict[
+            int, tuple[np.ndarray, np.ndarray]
+        ] = {}  # family of containers -> labels, container of each
         self.graph = nx.MultiGraph()
         self.where = ""
         self._seen: dict[tuple[bytes, bytes], bool] = {}
@@ -179,6 +182,10 @@ class Axes:
             view = [labels.shape[k] if k in keep else 1 for k in range(labels.ndim)]
             self.edge(labels, np.broadcast_to(found.reshape(view), labels.shape))
             self._projections[key] = found
+            self.contents[int(self.family_of[found.reshape(-1)[0]])] = (
+                labels,
+                np.broadcast_to(found.reshape(view), labels.shape),
+            )
         return found
 
     def refine(self, labels: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 
 from automerge.rules._axes import MAX_JOINT, Family
 from automerge.rules._letters import Letters
-from automerge.rules._value import Factor, Value
+from automerge.rules._value import Factor, Value, new_letter
 
 
 class Splits(Letters):
@@ -118,6 +118,7 @@ class Splits(Letters):
         family = self._source(inner)
         if family is None or family.param is None or family.by:
             return
+        outer = self._opened(outer)
         other = self._same_param(outer, family.param)
         if other is None or other[0].axis == family.axis or other[0].by:
             return
@@ -139,6 +140,19 @@ class Splits(Letters):
             return
         if (family.param, family.axis, axis.axis) not in self.withdrawn:
             self.requests.setdefault((family.param, family.axis, axis.axis), runs.reshape(-1).astype(np.int64))
+
+    def _opened(self, factor: Factor) -> Factor:
+        """What is in containers (the codes of each group) in their place, with a further letter for its places inside."""
+        family = self.axes.family(factor.labels)
+        held = self.axes.contents.get(int(self.axes.family_of[factor.labels.reshape(-1)[0]]))
+        if family is None or held is None:
+            return factor
+        labels, containers = (one.reshape(-1) for one in held)
+        counts = np.bincount(containers - family.start, minlength=family.size)
+        if (counts != counts[0]).any():
+            return factor
+        inside = labels[np.argsort(containers, kind="stable")].reshape(family.size, -1)
+        return Factor((*factor.letters, new_letter()), inside[factor.labels - family.start])
 
     def in_the_way(self) -> list[tuple[Family, int]]:
         """The splits that others gave way to, since splits do not nest: the family, and by which of its axes."""

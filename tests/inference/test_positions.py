@@ -64,6 +64,24 @@ def test_the_numbers_themselves_pin() -> None:
     assert not any((s.param, s.axis) == ("codes", 1) for g in found.generators() for s in g.slots)
 
 
+class Product(nn.Module):
+    """The codes of all groups in one table (wav2vec 2.0, arXiv 2006.11477): written as ones, then summed in groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores, self.out = nn.Linear(6, GROUPS * CODES), nn.Linear(GROUPS * WIDTH, 2)
+        self.inp, self.codes = nn.Linear(3, 6), nn.Parameter(torch.randn(1, GROUPS * CODES, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.scores(self.inp(x).tanh()).view(len(x) * GROUPS, CODES)
+        ones = torch.zeros_like(rows).scatter_(-1, rows.argmax(-1).view(-1, 1), 1.0).view(len(x), -1)
+        return self.out((ones[..., None] * self.codes).view(len(x), GROUPS, CODES, WIDTH).sum(-2).flatten(1))
+
+
+def test_every_group_of_one_table_has_its_own_orders() -> None:
+    assert _sizes(Product(), torch.randn(6, 3)) == sorted([6, GROUPS, *[CODES] * GROUPS, *[WIDTH] * GROUPS])
+
+
 # -------------------------------------------------------------------- classes of several variables, fed back
 class Latents(nn.Module):
     """A recurrent state of several categorical variables, as in Dreamer (arXiv 2010.02193): straight-through classes."""
