@@ -13,6 +13,9 @@ from automerge.rules._points import as_one, bare, coded, common_labels, points_i
 from automerge.rules._value import Value, copy_letters, rename
 
 
+_MOST_VECTORS = 512  # more of them are a vocabulary, whose words do not have an order of features each
+
+
 def looked_up(engine: Engine, table: Value, axis: int, index: Value, reason: str) -> Value:
     """``table`` read along one axis at data-dependent positions; the index's axes take its place.
 
@@ -88,7 +91,8 @@ def _worth_a_choice(engine: Engine, table: Value, letter: int, index: Value, poi
     """Whether the entries of a table may have orders of their own: weights, or what is read where weights were."""
     others = {c for f in table.factors for c in f.letters if letter not in f.letters}
     joint = any(letter in f.letters and len(f.letters) > 1 for f in table.factors)
-    return joint or id(index) in engine.choices or len(others) >= (1 if points is not None else 2)
+    few = points is not None and table.size[letter] <= _MOST_VECTORS
+    return joint or id(index) in engine.choices or len(others) >= (1 if few else 2)
 
 
 def constant_index(value: Any) -> np.ndarray | None:
