@@ -12,7 +12,6 @@ from automerge.rules._engine import Engine
 from automerge.rules._points import as_one, bare, coded, common_labels, points_into, tie_axis, ties_noted
 from automerge.rules._value import Value, copy_letters, rename
 
-
 _MOST_VECTORS = 512  # more of them are a vocabulary, whose words do not have an order of features each
 
 
