@@ -52,7 +52,7 @@ def _of_branches(
     symmetry: Symmetry, analysis: Analysis, assembler: Assembler, graphs: Sequence[fx.GraphModule], everywhere: bool
 ) -> Symmetry | None:
     """The symmetry with what only stacked branches show; None where nothing is stacked."""
-    branches = stacked(graphs)
+    branches = stacked(graphs, everywhere)
     if branches is None or (everywhere and len(branches.graphs) < len(graphs)):
         return None
     other, seen, _ = infer_recorded(*branches.graphs, splits=_nested(branches.stacks))

@@ -71,16 +71,22 @@ class Stacked:
     complete: bool = False
 
 
-def stacked(graphs: Sequence[fx.GraphModule]) -> Stacked | None:
+def stacked(graphs: Sequence[fx.GraphModule], everywhere: bool = False) -> Stacked | None:
     """Graphs with their like branches stacked; None where there are none.
 
     Args:
         graphs: traced graphs of one model, from `automerge.trace`.
+        everywhere: whether the same must be stacked in all of them.
     """
     if not any(_hopeful(graph) for graph in graphs):
         return None
-    works = [_Work(graph) for graph in graphs]
-    if not sum(work.run() for work in works):
+    works: list[_Work] = []
+    for graph in graphs:
+        works.append(_Work(graph))
+        works[-1].run()
+        if everywhere and works[-1].stacked != works[0].stacked:
+            return None
+    if not any(work.stacked for work in works):
         return None
     most = max(works, key=lambda work: work.stacked)
     # others did not reach all branches: an expert that no row was sent to
