@@ -69,3 +69,13 @@ def of_trace(info: TraceInfo) -> list[str]:
             "that meet them stay in place; reset them, or give a model that has not run"
         )
     return notes
+
+
+def of_mixed(shapes: str) -> str | None:
+    """On which inputs the groups were not asked to hold."""
+    if not shapes:
+        return None
+    return (
+        f"on inputs of the shapes {shapes} the model mixes the entries of a batch (its output has other rows than the input): "
+        "the groups hold for inputs like the example"
+    )

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+from automerge._batches import mixes_rows
 from automerge._diagnosis import OtherPathError, Setting, failure
+from automerge._difference import finite, relative_difference
 from automerge._errors import AutomergeError, InvarianceError, SymmetryError, TraceError
 from automerge._loading import check_values
 from automerge._longer import other_sizes
@@ -40,6 +42,7 @@ class Verification:
         randomised: False if the model gave no finite output with randomised weights, so that its own were used.
         seconds: wall time.
         longer: how many inputs of other sizes the model ran on, with two elements or three each.
+        mixed: of what shapes inputs were left out since the model mixes the entries of a batch on them; empty if none were.
     """
 
     error: float
@@ -49,6 +52,7 @@ class Verification:
     seconds: float
     reacted: bool = True
     longer: int = 0
+    mixed: str = ""
 
     def __str__(self) -> str:
         if not self.reacted:
@@ -59,45 +63,6 @@ class Verification:
             f"verified: {self.elements} random elements on {self.inputs} inputs{sizes} change the float64 output by at most "
             f"{self.error:.1e} (relative){own}, in {self.seconds:.1f} s"
         )
-
-
-def relative_difference(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
-    """The largest relative difference; infinite where shapes, integers or non-finite entries disagree.
-
-    Every entry is held against its own size, or against a small quantile of the tensor where it is smaller than that,
-    so that masked (huge) entries do not hide the others.
-    """
-    worst = 0.0
-    if len(a) != len(b):
-        return float("inf")
-    for x, y in zip(a, b, strict=True):
-        if x.shape != y.shape:
-            return float("inf")
-        if not (x.is_floating_point() or x.is_complex()):
-            worst = max(worst, 0.0 if torch.equal(x, y) else float("inf"))
-            continue
-        finite = torch.isfinite(x)
-        if not torch.equal(finite, torch.isfinite(y)):
-            return float("inf")
-        x, y = (x, y) if bool(finite.all()) else (x.detach()[finite], y.detach()[finite])
-        if x.numel():
-            size = x.abs()
-            worst = max(worst, float(((x - y).abs() / size.clamp(min=_floor(size))).max()))
-    return worst
-
-
-def _floor(size: torch.Tensor) -> float:
-    """The size below which an entry of a tensor counts as zero."""
-    ordinary = size[(size > 0) & (size < 1e8)]
-    if not ordinary.numel():
-        return 1e-30
-    some = ordinary[:: max(1, ordinary.numel() // 100_000)]
-    return max(float(torch.quantile(some, 0.1)), 1e-4 * float(some.median()), 1e-30)
-
-
-def _finite(outputs: Sequence[torch.Tensor]) -> bool:
-    floats = [t for t in outputs if (t.is_floating_point() or t.is_complex()) and t.numel()]
-    return all(bool(torch.isfinite(t).any()) for t in floats)
 
 
 def verify(
@@ -144,13 +109,13 @@ def verify(
     setting = _randomised(subject, symmetry, example, seed) or _own(model, subject, example)
     worst, drowned, count = _tried(model, symmetry, setting, elements, seed, tolerance)
     reacted = not count or (not drowned and _reacts(setting, symmetry))
-    longer = 0
+    longer, mixed = 0, list[str]()
     if setting.randomised and symmetry.moved:
-        for error, other in _check_longer(model, setting, symmetry, seed, tolerance):
+        for error, other in _check_longer(model, setting, symmetry, seed, tolerance, mixed):
             worst, longer = max(worst, error), longer + 1
             reacted = reacted or (not drowned and _reacts(other, symmetry))
     seconds = time.perf_counter() - start
-    return Verification(worst, count, len(setting.inputs), setting.randomised, seconds, reacted, longer)
+    return Verification(worst, count, len(setting.inputs), setting.randomised, seconds, reacted, longer, *mixed[:1])
 
 
 def _randomised(subject: Subject, symmetry: Symmetry, example: tuple[Any, Any], seed: int) -> Setting | None:
@@ -165,7 +130,7 @@ def _randomised(subject: Subject, symmetry: Symmetry, example: tuple[Any, Any], 
         before = [subject.outputs(base, *inputs[0]), found or subject.outputs(base, *inputs[1])]
     except Exception:
         return None
-    return Setting(subject, base, inputs, before, True) if all(map(_finite, before)) else None
+    return Setting(subject, base, inputs, before, True) if all(map(finite, before)) else None
 
 
 def _own(model: nn.Module, subject: Subject, example: tuple[Any, Any]) -> Setting:
@@ -214,11 +179,12 @@ def _diagnosed(*found: Any) -> Exception:
 
 
 def _check_longer(
-    model: nn.Module, setting: Setting, symmetry: Symmetry, seed: int, tolerance: float
+    model: nn.Module, setting: Setting, symmetry: Symmetry, seed: int, tolerance: float, mixed: list[str]
 ) -> Iterator[tuple[float, Setting]]:
     """The differences on inputs of other sizes, as far as the model runs on them.
 
-    On the CPU only: elsewhere an index out of range ends the process's use of the device.
+    On the CPU only: elsewhere an index out of range ends the process's use of the device. The shapes of inputs on which the
+    model mixes the entries of a batch are added to ``mixed``.
     """
     subject = setting.subject
     if any(t.device.type != "cpu" for t in subject.tensors.values()):
@@ -234,13 +200,16 @@ def _check_longer(
                     before = subject.outputs(setting.base, *given)
             except Exception:
                 continue  # no inputs for this model
-            if not _finite(before):
+            if not finite(before):
                 continue
             other = Setting(subject, setting.base, [given], [before], True, other_sizes=True)
             try:
                 yield _tried(model, symmetry, other, 2, seed, tolerance)[0], other
             except OtherPathError as error:
                 shapes = " and ".join(str(tuple(t.shape)) for t in tensors_of(given))
+                if mixes_rows(lambda inputs: subject.outputs(setting.base, *inputs), example, given, before):
+                    mixed.append(shapes)
+                    continue
                 text = f"the groups hold on the example, but not on inputs of the shapes {shapes}: {error}"
                 raise OtherPathError(text, error.graph) from error
             except AutomergeError:

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from automerge._data import checked_state, reals
+from automerge._difference import relative_difference
 from automerge._errors import CheckpointError, InvarianceError, SymmetryError
 from automerge._gauge_steps import (
     Candidate,
@@ -40,7 +41,6 @@ from automerge._loading import check_values
 from automerge._longer import longer_inputs
 from automerge._norm_folds import NormFinder, NormFold
 from automerge._subject import Subject, fresh_inputs, randomised, runnable
-from automerge._verify import relative_difference
 from automerge.io import buffer_names, check_state_dict
 from automerge.symmetry import Generator, Slot, Symmetry
 from automerge.trace import normalise_args

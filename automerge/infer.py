@@ -20,7 +20,7 @@ from automerge._errors import InvarianceError, TraceError, UnknownOperatorError
 from automerge._hidden import hides
 from automerge._longer import longer_inputs
 from automerge._machine import physical_memory, readable
-from automerge._notes import of_numbers, of_writes
+from automerge._notes import of_mixed, of_numbers, of_writes
 from automerge._settled import settled
 from automerge._verify import Verification, check_replay
 from automerge._verify import verify as check_symmetry
@@ -97,6 +97,7 @@ def infer(
         notes.append(kept.note)
     if verify:
         symmetry, outcome = _verified(model, args, kwargs, symmetry, graphs)
+        notes.append(of_mixed(outcome.mixed))
         notes += [check_replay(model, args, kwargs, recorded[-1]), None if outcome.reacted else str(outcome)]
         stats |= {"verify_seconds": time.perf_counter() - done, "verified": outcome.error}
     _check_rules(symmetry, strict)

@@ -836,3 +836,27 @@ def test_parameters_that_the_first_pass_sets_move_as_later_ones_read_them(write:
     assert not net[1].shift.any()
     net(x)
     assert_sound(net, torch.randn(8, 4), symmetry)
+
+
+class Pooled(nn.Module):
+    """Pooled to one pixel, and laid out without its batch, as in the WideResNets and DenseNets that many train on CIFAR."""
+
+    def __init__(self, window: int = 8) -> None:
+        super().__init__()
+        self.inp, self.mid, self.out = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 8, 3, 2, 1), nn.Linear(8, 4)
+        self.window = window
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(nn.functional.avg_pool2d(self.mid(self.inp(x).relu()).relu(), self.window).view(-1, 8))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_inputs_on_which_a_model_mixes_its_batch_are_left_out(batch: int) -> None:
+    found = infer(Pooled(), torch.randn(batch, 3, 16, 16))
+    assert sorted(g.size for g in found.generators()) == [6, 8]
+    assert any("mixes the entries of a batch" in note for note in found.notes)
+
+
+def test_an_example_of_one_pixel_hides_what_larger_ones_mix() -> None:
+    found = infer(Pooled(1), torch.randn(2, 3, 1, 1))
+    assert sorted(g.size for g in found.generators()) == [6]
