@@ -117,7 +117,7 @@ def alike(values: Sequence[Value]) -> bool:
 def pointing_together(engine: Engine, values: Sequence[Value], joined: Value, dim: int, nodes: Sequence[Any]) -> Value:
     """A join of index tensors is one, and promises what they promise."""
     points = [v.points for v in values if v.points is not None]
-    joined.points = replace(points[0], code=engine.concatenate([p.code for p in points], dim, nodes))
+    joined.points = Points(engine.concatenate([p.code for p in points], dim, nodes), points[0].stride)
     joined.promises = [promise for v in values for promise in v.promises]
     return joined
 
@@ -131,7 +131,7 @@ def relabelled(engine: Engine, index: Value, out: Value) -> Value:
     letter = new_letter()
     size, factors = out.size | {letter: labels.size}, [*out.factors, Factor((letter,), labels)]
     code = Value((*out.axes, (letter,)), size, factors, set(out.pinned), chosen=out.chosen)
-    out.points, out.promises = replace(index.points, code=code), index.promises
+    out.points, out.promises = Points(code, index.points.stride), index.promises
     return out
 
 
