@@ -102,10 +102,10 @@ def _sent(s: IndexProgram, i: Tensor, x: Tensor, draw: random.Random) -> Tensor:
     return (room * s.table.weight).sum(1, keepdim=True).expand(-1, GROUPS, -1)
 
 
-def _of_two(s: IndexProgram, i: Tensor, j: Tensor, dim: int) -> Tensor:
-    both = torch.stack([i + torch.arange(GROUPS) * CODES, j + torch.arange(GROUPS) * CODES], dim)
-    read = s.tables.reshape(-1, WIDTH)[both]
-    return read.select(dim, 0) * read.select(dim, 1)
+def _of_two(s: IndexProgram, i: Tensor, j: Tensor, join: Callable[..., Tensor], dim: int) -> Tensor:
+    both = join([i + torch.arange(GROUPS) * CODES, j + torch.arange(GROUPS) * CODES], dim)
+    one, two = s.tables.reshape(-1, WIDTH)[both].chunk(2, dim)
+    return (one * two).view(len(i), GROUPS, WIDTH)
 
 
 def _best_of_all(s: IndexProgram, i: Tensor, x: Tensor, draw: random.Random) -> Tensor:
@@ -121,7 +121,9 @@ READS: dict[str, Callable[..., Tensor]] = {
     "rows of all": lambda s, i, x, draw: s.tables.reshape(-1, WIDTH)[i + torch.arange(GROUPS) * CODES],
     "compared": lambda s, i, x, draw: (i[..., None] == torch.arange(CODES)).to(x.dtype) @ s.table.weight,
     "is the second": lambda s, i, x, draw: (i == 1).to(x.dtype)[..., None] * s.table.weight[0],
-    "two with offsets": lambda s, i, x, draw: _of_two(s, i, s.moved(x, draw), draw.choice([0, 1])),
+    "two with offsets": lambda s, i, x, draw: _of_two(
+        s, i, s.moved(x, draw), draw.choice([torch.cat, torch.stack]), draw.choice([0, 1])
+    ),
     "alike": lambda s, i, x, draw: (i == s.moved(x, draw)).to(x.dtype)[..., None] * s.table.weight[0],
     "gathered": lambda s, i, x, draw: s.scores(x, draw).gather(-1, i[..., None]) * s.table.weight[1],
     "pairs": lambda s, i, x, draw: s.pairs(i * CODES + s.moved(x, draw)),

@@ -170,6 +170,7 @@ def test_programs_that_choose_move_and_read_positions(seed: int) -> None:
     torch.manual_seed(seed)
     net, x = IndexProgram(seed), torch.randn(4, 3)
     found = infer(net, x, verify=False)
+    assert not found.unruled
     net(x)
     try:
         assert_sound(net, x, found)
