@@ -155,10 +155,10 @@ class _Work(Workbench):
                 looked.setdefault((self.hashes[node], node.meta["seen"], by), []).append(node)
         for nodes in (tuple(nodes) for nodes in looked.values() if len(nodes) > 1):
             try:
-                known = _telling(self._branch(nodes)) <= self.telling
+                telling = _telling(self._branch(nodes))
             except MismatchError:
                 continue
-            if known:
+            if telling and telling <= self.telling:  # (a flag of its own tells nothing of what else a branch does)
                 self._count(nodes)
 
     def _count_lists(self) -> None:

@@ -706,3 +706,35 @@ def test_an_exchange_that_does_not_hold_is_left_out_with_a_note(monkeypatch: pyt
     assert not found.exchanges
     assert found.generators() == sound.generators()
     assert any("please report it" in note for note in found.notes)
+
+
+class Started(nn.Module):
+    """Scale and shift that are used once a flag is set, as in flows that are initialised by their first data."""
+
+    def __init__(self, done: float) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.randn(1, 4)), nn.Parameter(torch.randn(1, 4))
+        self.register_buffer("done", torch.tensor(done))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.done > 0:
+            return x, torch.zeros(())
+        return (x - self.shift) * torch.exp(-self.scale), -self.scale.sum()
+
+
+class Flow(nn.Module):
+    def __init__(self, *done: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Started(d) for d in done)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros(len(x))
+        for layer in self.layers:
+            x, change = layer(x)
+            total = total + change
+        return total - 0.5 * (x**2).sum(1)
+
+
+@pytest.mark.parametrize("done", [(1.0, 1.0, 1.0), (1.0, 2.0, 0.0), (1.0, 1.0, 0.0, 0.0)])
+def test_flags_that_python_looks_at_are_not_exchanged(done):
+    assert infer(Flow(*done), torch.randn(5, 4), verify=False).exchanges == ()
