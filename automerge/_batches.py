@@ -21,7 +21,7 @@ def mixes_rows(
 ) -> bool:
     """Whether outputs have a row for every row of the inputs on the example, but not on other inputs.
 
-    Only of examples whose other axes are longer than one: what a length of one hides must show on longer inputs.
+    Only where no axis of length one was made longer: what such a length hides must show.
 
     Args:
         run: the outputs for some inputs.
@@ -30,7 +30,10 @@ def mixes_rows(
         outputs: for these.
     """
     rows, others = _rows(example), _rows(given)
-    if rows is None or others is None or any(1 in t.shape[1:] for t in tensors_of(example)):
+    pairs = list(zip(tensors_of(example), tensors_of(given), strict=True))
+    if rows is None or others is None or any(t.dim() != u.dim() for t, u in pairs):
+        return False
+    if any(n == 1 != m for t, u in pairs for n, m in zip(t.shape[1:], u.shape[1:], strict=True)):
         return False
     twice = map_tensors(lambda _, t: torch.cat([t, t]) if t.dim() else t, example)
     try:

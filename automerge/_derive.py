@@ -20,6 +20,7 @@ from automerge._stacks import aligned, joined, taken_apart
 from automerge._structure import Structure
 from automerge.rules import DEBUG, Analysis, analyse, is_state
 from automerge.rules._axes import Family
+from automerge.rules._nodes import python_reads
 from automerge.symmetry import Exchange, Generator, Symmetry
 from automerge.trace import TraceInfo
 
@@ -65,7 +66,8 @@ def _of_branches(
     partly = {*analysis.unread, *(n for stack in seen.unread for n in branches.stacks.get(stack, np.array([])).flat)}
     buffers = graphs[0].meta["trace"].buffers
     read = (_read(e, partly, buffers) for e in found if isinstance(e, Exchange))
-    exchanges = tuple(e for e in read if e.size > 1)
+    looked = _looked_at(graphs)
+    exchanges = tuple(e for e in read if e.size > 1 and not _told_apart(e, looked))
     before = [n for n in symmetry.shapes if n not in analysis.states]
     generators = [g for g in found if isinstance(g, Generator)]
     # where nothing was recorded of some rows, what the recorded graph leaves free may be free in no other
@@ -91,6 +93,30 @@ def _read(exchange: Exchange, partly: Collection[str], buffers: Mapping[str, tor
     units = [u for u, params in enumerate(exchange.params) if same.issuperset(n for n in params if n in partly)]
     slots = tuple(replace(s, index=s.index[units]) for s in exchange.slots)
     return Exchange(len(units), tuple(exchange.params[u] for u in units), slots, exchange.name)
+
+
+def _looked_at(graphs: Sequence[fx.GraphModule]) -> set[str]:
+    """The modules that python looks at a value of, of nothing but their state: a number that it may use anywhere in them."""
+    names: set[str] = set()
+    for graph in graphs:
+        for node in python_reads(graph):
+            behind, todo = set[fx.Node](), [node]
+            while todo:
+                one = todo.pop()
+                if one not in behind:
+                    behind.add(one)
+                    todo += one.all_input_nodes
+            given = [n for n in behind if n.op == "placeholder"]
+            if all(n.meta["kind"] == "state" for n in given):
+                names |= {n.meta["name"].rpartition(".")[0] for n in given}
+    return names - {""}
+
+
+def _told_apart(exchange: Exchange, modules: Collection[str]) -> bool:
+    """Whether some of these modules are in one unit, and not in all."""
+    names = [name for params in exchange.params for name in params]
+    inside = ([name.startswith(f"{module}.") for name in names] for module in modules)
+    return any(any(of) and not all(of) for of in inside)
 
 
 def _equal(names: Sequence[str], buffers: Mapping[str, torch.Tensor]) -> bool:

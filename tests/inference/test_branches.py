@@ -738,3 +738,30 @@ class Flow(nn.Module):
 @pytest.mark.parametrize("done", [(1.0, 1.0, 1.0), (1.0, 2.0, 0.0), (1.0, 1.0, 0.0, 0.0)])
 def test_flags_that_python_looks_at_are_not_exchanged(done):
     assert infer(Flow(*done), torch.randn(5, 4), verify=False).exchanges == ()
+
+
+class Scaled(nn.Module):
+    """A number that python takes from the state; the trace has it as a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("scale", torch.tensor(1.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.layer(x)) * self.scale.item()
+
+
+class Scales(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(Scaled() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum(branch(x) for branch in self.branches)
+
+
+def test_branches_whose_own_numbers_python_takes_are_told_apart():
+    found = infer(Scales(), torch.randn(3, 4), verify=False)
+    assert found.exchanges == ()
+    assert_sound(Scales(), torch.randn(3, 4), found)

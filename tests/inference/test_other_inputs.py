@@ -857,6 +857,18 @@ def test_inputs_on_which_a_model_mixes_its_batch_are_left_out(batch: int) -> Non
     assert any("mixes the entries of a batch" in note for note in found.notes)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_also_where_there_is_one_channel(batch: int) -> None:
+    net = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4), Rows(), nn.Linear(6 * 16, 4))
+    found = infer(net, torch.randn(batch, 1, 16, 16))
+    assert sorted(g.size for g in found.generators()) == [6]
+
+
+class Rows(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(-1, 6 * 16)
+
+
 def test_an_example_of_one_pixel_hides_what_larger_ones_mix() -> None:
     found = infer(Pooled(1), torch.randn(2, 3, 1, 1))
     assert sorted(g.size for g in found.generators()) == [6]
