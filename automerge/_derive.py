@@ -14,13 +14,13 @@ from torch import fx
 
 from automerge._assemble import Assembler, halved, within
 from automerge._branches import stacked
-from automerge._notes import of_reach, of_trace
+from automerge._notes import of_reach, of_tests, of_trace
 from automerge._search import UnitSet, search
 from automerge._stacks import aligned, joined, taken_apart
 from automerge._structure import Structure
 from automerge.rules import DEBUG, Analysis, analyse, is_state
 from automerge.rules._axes import Family
-from automerge.rules._nodes import python_reads
+from automerge.rules._nodes import looked_at
 from automerge.symmetry import Exchange, Generator, Symmetry
 from automerge.trace import TraceInfo
 
@@ -66,7 +66,8 @@ def _of_branches(
     partly = {*analysis.unread, *(n for stack in seen.unread for n in branches.stacks.get(stack, np.array([])).flat)}
     buffers = graphs[0].meta["trace"].buffers
     read = (_read(e, partly, buffers) for e in found if isinstance(e, Exchange))
-    looked = _looked_at(graphs)
+    # a number that python may use anywhere in the module that it is of
+    looked = {name.rpartition(".")[0] for graph in graphs for name in looked_at(graph)} - {""}
     exchanges = tuple(e for e in read if e.size > 1 and not _told_apart(e, looked))
     before = [n for n in symmetry.shapes if n not in analysis.states]
     generators = [g for g in found if isinstance(g, Generator)]
@@ -93,23 +94,6 @@ def _read(exchange: Exchange, partly: Collection[str], buffers: Mapping[str, tor
     units = [u for u, params in enumerate(exchange.params) if same.issuperset(n for n in params if n in partly)]
     slots = tuple(replace(s, index=s.index[units]) for s in exchange.slots)
     return Exchange(len(units), tuple(exchange.params[u] for u in units), slots, exchange.name)
-
-
-def _looked_at(graphs: Sequence[fx.GraphModule]) -> set[str]:
-    """The modules that python looks at a value of, of nothing but their state: a number that it may use anywhere in them."""
-    names: set[str] = set()
-    for graph in graphs:
-        for node in python_reads(graph):
-            behind, todo = set[fx.Node](), [node]
-            while todo:
-                one = todo.pop()
-                if one not in behind:
-                    behind.add(one)
-                    todo += one.all_input_nodes
-            given = [n for n in behind if n.op == "placeholder"]
-            if all(n.meta["kind"] == "state" for n in given):
-                names |= {n.meta["name"].rpartition(".")[0] for n in given}
-    return names - {""}
 
 
 def _told_apart(exchange: Exchange, modules: Collection[str]) -> bool:
@@ -170,10 +154,13 @@ def infer_recorded(
     info: TraceInfo = graph.meta["trace"]
     shapes = _shapes(graph)
     generators: list[Generator] = []
+    tests: dict[str, str] = {}
     dropped = 0
     for units in found:
         made = assembler.generator(units)
-        if made is None or halved(made, analysis.unread) or within(made, apart):
+        test = _test(made, units, analysis, structure)
+        tests |= dict.fromkeys(test, made.name if made else "")
+        if made is None or test or halved(made, analysis.unread) or within(made, apart):
             dropped += 1
         else:
             generators.append(made)
@@ -185,9 +172,9 @@ def infer_recorded(
         sets=tuple(generators),
         statistics=frozenset(analysis.statistics),
         aliases={a: n for a, n in info.aliases.items() if n in shapes},
-        pins=tuple(assembler.pins(generators, shapes, unused, apart)),
+        pins=tuple(assembler.pins(generators, shapes, unused, {**analysis.untold, **apart})),
         unruled=tuple(analysis.unruled),
-        notes=(*of_trace(info), *of_reach(analysis, unused), *analysis.engine.notes),
+        notes=(*of_trace(info), *of_reach(analysis, unused), *of_tests(tests), *analysis.engine.notes),
         flow=_flow(graph),
         axis_graph=axes.graph,
         stats={
@@ -200,6 +187,13 @@ def infer_recorded(
         },
     )
     return symmetry, analysis, assembler
+
+
+def _test(made: Generator | None, units: UnitSet, analysis: Analysis, structure: Structure) -> list[str]:
+    """Where python tests values that have these units, if no output depends on what they move: what they are is not known."""
+    if made is None or not analysis.tested or not within(made, analysis.untold):
+        return []
+    return [where for labels, where in analysis.tested if np.isin(structure.index[labels], units.table).any()]
 
 
 def _analysed(

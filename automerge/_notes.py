@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import fx
@@ -43,6 +44,15 @@ def of_reach(analysis: Analysis, unused: list[str]) -> list[str]:
             "give inputs that reach them if others do"
         )
     return notes
+
+
+def of_tests(tests: Mapping[str, str]) -> list[str]:
+    """What python tests, and no output depends on: the place of each test, and what the values are of."""
+    return [
+        f"python tests what is computed with {name} ({where}), and no output depends on that: it stays as it is while the "
+        "rest moves, so give inputs for which one does if others do"
+        for where, name in tests.items()
+    ]
 
 
 def some(names: list[str]) -> str:

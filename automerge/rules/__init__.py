@@ -59,6 +59,7 @@ from automerge.rules._registry import (
     values_in,
 )
 from automerge.rules._shadows import shadows, single, told_apart_by
+from automerge.rules._tested import tested
 from automerge.rules._twins import twins
 from automerge.rules._value import ConstantValue, Factor, Value, plain
 
@@ -91,7 +92,9 @@ class Analysis:
         united: vertex -> united vertex; filled in by the search, as is ``units``.
         units: for each generator found its united vertices, ``(units, columns)``.
         unread: state-dict name -> which of its entries the traced pass does not read, for those read in part.
-        unseen: the same of what no value with entries was computed from, as where data chose no rows.
+        untold: the same of what no output depends on, where python tests values; empty where it tests none.
+        tested: the labels of values that tests read, and the places of the tests.
+        unseen: the same as ``unread`` of what no value with entries was computed from, as where data chose no rows.
         sorted: nodes whose rows are in an order that depends on the data: row i is not the same sample in every model.
     """
 
@@ -104,6 +107,8 @@ class Analysis:
     units: list[np.ndarray] = field(default_factory=list)
     unread: dict[str, np.ndarray] = field(default_factory=dict)
     unseen: dict[str, np.ndarray] = field(default_factory=dict)
+    untold: dict[str, np.ndarray] = field(default_factory=dict)
+    tested: list[tuple[np.ndarray, str]] = field(default_factory=list)
     sorted: set[fx.Node] = field(default_factory=set)
 
 
@@ -170,6 +175,7 @@ class _Run:
         self.statistics: list[Value] = []
         self.twins = twins(graph.graph)
         self.reads = python_reads(graph)
+        self.tests = tested(self.reads)
         self.none = choosing_none(graph)
         self.live, self.used = lasting(graph, self.reads, self.none)
         shaped = [(n, counted(node)) for node in graph.graph.nodes if node not in self.live for n in sizing(node)]
@@ -193,6 +199,9 @@ class _Run:
             self.engine.axes.where = place(node)
             for value in values_in([self.read(node)]):
                 self.engine.pin_all(value.settle(), "python read its values")
+        for node, test in self.tests.items():
+            for value in values_in([self.read(node)]):
+                self.out.tested += [(f.labels, place(test)) for f in value.settle().factors]
         for node in self.counted:
             self.engine.axes.where = place(node)
             for value in values_in([self.read(node)]):
@@ -396,6 +405,8 @@ def _settle_splits(runs: Sequence[_Run], out: Analysis) -> None:
     out.unseen = (
         in_part([run.unread(run.seen) for run in runs], shapes) if any(run.none for run in runs) else out.unread
     )
+    if any(run.tests for run in runs):
+        out.untold = in_part([run.unread(lasting(run.graph, [])[0]) for run in runs], shapes)
     engine.settle_requests(out.unread)
     if out.unread:
         settle_unread(engine.axes, out.unread)

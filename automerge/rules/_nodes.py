@@ -92,6 +92,22 @@ def python_reads(graph: fx.GraphModule) -> list[fx.Node]:
     return [n for n in graph.graph.nodes if n.name in info.reads and n.name not in info.again]
 
 
+def looked_at(graph: fx.GraphModule) -> set[str]:
+    """The parameters and buffers of which alone python reads numbers."""
+    names: set[str] = set()
+    for node in python_reads(graph):
+        behind, todo = set[fx.Node](), [node]
+        while todo:
+            one = todo.pop()
+            if one not in behind:
+                behind.add(one)
+                todo += one.all_input_nodes
+        given = [n for n in behind if n.op == "placeholder"]
+        if all(n.meta["kind"] == "state" for n in given):
+            names |= {n.meta["name"] for n in given}
+    return names
+
+
 def lasting(
     graph: fx.GraphModule, reads: Sequence[fx.Node], none: Collection[fx.Node] = ()
 ) -> tuple[set[fx.Node], dict[fx.Node, set[int]]]:

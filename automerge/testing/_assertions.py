@@ -6,6 +6,7 @@ They move parameters by the definition of a generator (``new[index[u]] = old[ind
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,9 +25,10 @@ from automerge._tree_io import tensors_of
 from automerge._verify import trial_moves, within_rounding
 from automerge.groups import Element
 from automerge.infer import infer
+from automerge.rules._nodes import looked_at
 from automerge.symmetry import Exchange, Generator, Symmetry
 from automerge.testing._networks import Network, canonical
-from automerge.trace import normalise_args, prepared
+from automerge.trace import normalise_args, prepared, trace
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]
 State = dict[str, torch.Tensor]
@@ -224,9 +226,14 @@ class _Subject:
                 if name in state and id(tensor) not in done:
                     done.add(id(tensor))
                     tensor.copy_(state[name])
-        wide = [_double(v) for v in given[0]], {k: _double(v) for k, v in given[1].items()}
+        positional, keywords = self.wide(given)
         with prepared(self.model), double_precision(), forked(seed=0):
-            return [t.detach().clone() for t in tensors_of(self.model(*wide[0], **wide[1]))]
+            return [t.detach().clone() for t in tensors_of(self.model(*positional, **keywords))]
+
+    @staticmethod
+    def wide(given: Given) -> Given:
+        """The inputs in double precision."""
+        return tuple(_double(v) for v in given[0]), {k: _double(v) for k, v in given[1].items()}
 
     def changed(self, state: State, given: Given, change: Change) -> list[torch.Tensor]:
         """The outputs with these values, changed on the way."""
@@ -273,7 +280,8 @@ def _lively(subject: _Subject, inputs: Sequence[Given], symmetry: Symmetry, seed
 
     Where all units are dead, any claim would pass; so later draws have other signs.
     """
-    free = {n: subject.own[n] for n in symmetry.shapes if n in subject.own}
+    fixed = _settings(subject, inputs[0], symmetry)
+    free = {n: subject.own[n] for n in symmetry.shapes if n in subject.own and n not in fixed}
     found: State | None = None
     for draw in range(_DRAWS):
         rng = torch.Generator().manual_seed(seed + draw)
@@ -296,6 +304,14 @@ def _lively(subject: _Subject, inputs: Sequence[Given], symmetry: Symmetry, seed
         except Exception:  # such weights are none that the model runs with
             continue
     return found
+
+
+def _settings(subject: _Subject, given: Given, symmetry: Symmetry) -> set[str]:
+    """The buffers by whose numbers python chooses its path: sizes and flags, which no training changes."""
+    own = {n for n, _ in subject.model.named_buffers()} - symmetry.statistics - symmetry.moved
+    with contextlib.suppress(AutomergeError), double_precision(), forked(seed=0):
+        return own & looked_at(trace(subject.model, *subject.wide(given), values=False)) if own else own
+    return set()
 
 
 def _double(value: Any) -> Any:
