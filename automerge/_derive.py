@@ -14,6 +14,7 @@ from torch import fx
 
 from automerge._assemble import Assembler, halved, within
 from automerge._branches import stacked
+from automerge._composed import without_composed
 from automerge._notes import of_reach, of_tests, of_trace
 from automerge._search import UnitSet, search
 from automerge._stacks import aligned, joined, taken_apart
@@ -72,7 +73,7 @@ def _of_branches(
     before = [n for n in symmetry.shapes if n not in analysis.states]
     generators = [g for g in found if isinstance(g, Generator)]
     # where nothing was recorded of some rows, what the recorded graph leaves free may be free in no other
-    sets = tuple(generators) if branches.complete else joined(symmetry.sets, generators, before)
+    sets = tuple(generators) if branches.complete else joined(symmetry.sets, generators, symmetry.shapes, before)
     if not exchanges and sets == symmetry.sets:
         return symmetry
     out = replace(symmetry, sets=sets, exchanges=exchanges)
@@ -153,7 +154,7 @@ def infer_recorded(
     axes = analysis.engine.axes
     info: TraceInfo = graph.meta["trace"]
     shapes = _shapes(graph)
-    generators: list[Generator] = []
+    kept: list[tuple[UnitSet, Generator]] = []
     tests: dict[str, str] = {}
     dropped = 0
     for units in found:
@@ -163,8 +164,10 @@ def infer_recorded(
         if made is None or test or halved(made, analysis.unread) or within(made, apart):
             dropped += 1
         else:
-            generators.append(made)
-            analysis.units.append(assembler.plain(units))
+            kept.append((units, made))
+    kept = [kept[i] for i in without_composed([units for units, _ in kept])]
+    generators = [made for _, made in kept]
+    analysis.units += [assembler.plain(units) for units, _ in kept]
     analysis.united = structure.index
     unused = [n for n in shapes if n not in analysis.states]
     symmetry = Symmetry(

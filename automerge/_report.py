@@ -34,7 +34,7 @@ def _common(paths: list[list[str]]) -> str:
 def module_names(exchange: Exchange, most: int = _MEMBERS) -> str:
     """The modules of an exchange; the parameters where these are no modules."""
     whole = [_common([n.split(".") for n in names]) for names in exchange.params]
-    if not all(whole) or any(len(names) < 2 for names in exchange.params):
+    if len({*whole, ""}) <= len(whole) or any(len(names) < 2 for names in exchange.params):
         whole = [" with ".join(names[:2]) + (", ..." if len(names) > 2 else "") for names in exchange.params]
     return ", ".join(whole[:most]) + (f", and {len(whole) - most} more" if len(whole) > most else "")
 

@@ -8,7 +8,7 @@ generators (blocks, trees of nested groups, matchers) sees this form; state dict
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -278,54 +278,88 @@ def _fills(boxes: Sequence[Sequence[tuple[int, int, int]]], shape: tuple[int, ..
 
 
 def joined(
-    sets: Sequence[Generator], found: Sequence[Generator], unused: Collection[str] = ()
+    sets: Sequence[Generator],
+    found: Sequence[Generator],
+    shapes: Mapping[str, tuple[int, ...]],
+    unused: Collection[str] = (),
 ) -> tuple[Generator, ...]:
     """Some generators, with those of others that say more than they do, and without those that say less than these.
 
     Args:
         sets: the generators.
         found: the others.
+        shapes: of the parameters.
         unused: parameters of which the first ones know nothing, such as those of an expert that is not reached.
     """
-    more = _beyond(sets, found)
-    left = [g for g in sets if not any(_inside_of(g, m, unused) for m in more)]
-    moved_by = {key: m for m in found for key, _ in _columns(m)}
-    parts = [_parts(g, moved_by) for g in left]
+    cut = _Cuts([*sets, *found], shapes)
+    more = _beyond([cut(g) for g in sets], {g: cut(g) for g in found})
+    left = [g for g in sets if not any(_inside_of(cut(g), cut(m), unused) for m in more)]
+    moved_by = {key: m for m in found for key, _ in _columns(cut(m))}
+    parts = [_parts(cut(g), moved_by, cut) for g in left]
     finer = dict.fromkeys(m for one in parts for m in one if m not in more)
     return (*(g for g, one in zip(left, parts, strict=True) if not one), *finer, *more)
 
 
-def _columns(generator: Generator) -> Iterator[tuple[Hashable, np.ndarray]]:
+class _Cuts:
+    """Generators by slots that are comparable: confined to slices that no other slot of the same axis cuts again."""
+
+    def __init__(self, generators: Sequence[Generator], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.shapes = shapes
+        self.at: dict[tuple[str, int], dict[int, set[int]]] = {}
+        for slot in (s for g in generators for s in g.slots):
+            for axis, start, stop in slot.within:
+                self.at.setdefault((slot.param, slot.axis), {}).setdefault(axis, set()).update((start, stop))
+        self._known: dict[int, tuple[Generator, list[Slot]]] = {}
+
+    def __call__(self, generator: Generator) -> list[Slot]:
+        if id(generator) not in self._known:
+            self._known[id(generator)] = generator, [part for slot in generator.slots for part in self._pieces(slot)]
+        return self._known[id(generator)][1]
+
+    def _pieces(self, slot: Slot) -> list[Slot]:
+        within = {a: (b, c) for a, b, c in slot.within}
+        options: list[list[tuple[int, int, int]]] = []
+        for axis, cuts in sorted(self.at.get((slot.param, slot.axis), {}).items()):
+            start, stop = within.get(axis, (0, self.shapes[slot.param][axis]))
+            ends = sorted({start, stop, *(c for c in cuts if start < c < stop)})
+            options.append([(axis, b, c) for b, c in itertools.pairwise(ends)])
+        return [replace(slot, within=piece) for piece in itertools.product(*options)]
+
+
+def _columns(slots: Sequence[Slot]) -> Iterator[tuple[Hashable, np.ndarray]]:
     """The columns of a generator's tables, each with what tells which positions it exchanges."""
-    for slot in generator.slots:
+    for slot in slots:
         for column in slot.index.T:
             yield (slot.param, slot.axis, slot.within, np.sort(column).tobytes()), column
 
 
-def _parts(whole: Generator, moved_by: Mapping[Hashable, Generator]) -> list[Generator]:
+def _parts(
+    whole: Sequence[Slot], moved_by: Mapping[Hashable, Generator], cut: Callable[[Generator], list[Slot]]
+) -> list[Generator]:
     """The generators that move parts of what one moves, each by itself, if together they move all of it; else none.
 
     (The units of every expert, where these were found in one order for all experts.)
     """
     mine = dict(_columns(whole))
     parts = list(dict.fromkeys(moved_by[key] for key in mine if key in moved_by))
-    count = sum(s.index.shape[1] for s in whole.slots)
-    if len(parts) < 2 or len(mine) != count or sum(s.index.shape[1] for g in parts for s in g.slots) != count:
+    count = sum(s.index.shape[1] for s in whole)
+    if len(parts) < 2 or len(mine) != count or sum(s.index.shape[1] for g in parts for s in cut(g)) != count:
         return []
     for part in parts:
-        if not all(key in mine for key, _ in _columns(part)):
+        if not all(key in mine for key, _ in _columns(cut(part))):
             return []
         # for every column of the part, which unit of the whole each of its units is
-        units = [np.argsort(mine[key])[np.searchsorted(np.sort(mine[key]), column)] for key, column in _columns(part)]
+        units = [
+            np.argsort(mine[key])[np.searchsorted(np.sort(mine[key]), column)] for key, column in _columns(cut(part))
+        ]
         if any(not np.array_equal(own, units[0]) for own in units):
             return []
     return parts
 
 
-def _inside_of(small: Generator, large: Generator, unused: Collection[str]) -> bool:
+def _inside_of(mine: Sequence[Slot], others: Sequence[Slot], unused: Collection[str]) -> bool:
     """Whether the units of a generator are some of those of another, which may also own positions of unused parameters."""
     units: np.ndarray | None = None
-    mine, others = _merged(small.slots), _merged(large.slots)
     slots = {(s.param, s.axis, s.within): s.index for s in others}
     if len(others) > len(slots) or len(mine) != sum(s.param not in unused for s in others):
         return False
@@ -341,37 +375,17 @@ def _inside_of(small: Generator, large: Generator, unused: Collection[str]) -> b
     return units is not None
 
 
-def _beyond(sets: Sequence[Generator], found: Sequence[Generator]) -> list[Generator]:
+def _beyond(sets: Sequence[Sequence[Slot]], found: Mapping[Generator, Sequence[Slot]]) -> list[Generator]:
     """Those of some generators that exchange positions which other generators do not reach from each other."""
     known: dict[tuple[str, int, tuple[tuple[int, int, int], ...]], nx.Graph] = {}
-    for generator in sets:
-        for slot in _merged(generator.slots):
-            graph = known.setdefault((slot.param, slot.axis, slot.within), nx.Graph())
-            for column in slot.index.T:
-                nx.add_path(graph, column.tolist())
+    for slot in (s for slots in sets for s in slots):
+        graph = known.setdefault((slot.param, slot.axis, slot.within), nx.Graph())
+        for column in slot.index.T:
+            nx.add_path(graph, column.tolist())
     orbit = {key: {p: i for i, c in enumerate(nx.connected_components(g)) for p in c} for key, g in known.items()}
 
     def reached(slot: Slot) -> bool:
-        own = orbit.get((slot.param, slot.axis, slot.within)) or orbit.get((slot.param, slot.axis, ())) or {}
+        own = orbit.get((slot.param, slot.axis, slot.within), {})
         return all(len({own.get(p, ("alone", p)) for p in column.tolist()}) == 1 for column in slot.index.T)
 
-    return [g for g in found if g.size > 1 and not all(reached(s) for s in _merged(g.slots))]
-
-
-def _merged(slots: Sequence[Slot]) -> list[Slot]:
-    """Slots that act alike on slices that follow each other, as one."""
-    out: list[Slot] = []
-    kept: dict[tuple[str, int, bytes, int], list[Slot]] = {}
-    for slot in slots:
-        if len(slot.within) == 1:
-            key = (slot.param, slot.axis, slot.index.tobytes(), slot.within[0][0])
-            kept.setdefault(key, []).append(slot)
-        else:
-            out.append(slot)
-    for same in kept.values():
-        spans = sorted(s.within[0] for s in same)
-        if spans[0][1] == 0 and all(a[2] == b[1] for a, b in itertools.pairwise(spans)) and len(spans) > 1:
-            out.append(Slot(same[0].param, same[0].axis, same[0].index))
-        else:
-            out += same
-    return out
+    return [g for g, slots in found.items() if g.size > 1 and not all(map(reached, slots))]

@@ -149,7 +149,7 @@ def _worked(bench: Workbench, reader: fx.Node, order: dict[fx.Node, int]) -> tup
 def _written(mask: fx.Node, rows: list[fx.Node], write: fx.Node, known: _Known) -> Choice | None:
     """The choice that ends in a write, if that adds."""
     args: Any = write.args
-    base, value = args[0], args[2] if write.target is aten.index_put.default else args[3]
+    base, value = args[0], _row(args[2]) if write.target is aten.index_put.default else args[3]
     if write.target is aten.index_add.default:
         index, adds = [args[2]], args[1] == 0 and not write.kwargs
     elif write.target in SCATTERS:
@@ -188,7 +188,7 @@ def _written(mask: fx.Node, rows: list[fx.Node], write: fx.Node, known: _Known) 
 def _added(mask: fx.Node, rows: list[fx.Node], write: fx.Node, index: list[Any]) -> Choice | None:
     """The choice that ends in a write which adds every row at a place of the row's own."""
     args: Any = write.args
-    base, value = args[0], args[2] if write.target is aten.index_put.default else args[3]
+    base, value = args[0], _row(args[2]) if write.target is aten.index_put.default else args[3]
     inside, places = set(rows), index[0]
     if (
         len(index) != 1
@@ -215,6 +215,15 @@ def _made_from(value: fx.Node, rows: list[fx.Node]) -> list[fx.Node]:
         seen.update(more)
         todo += more
     return [row for row in rows if row in seen]
+
+
+def _row(value: Any) -> Any:
+    """What is assigned: of a single row PyTorch takes the first axis away, and of several it does not."""
+    if isinstance(value, fx.Node) and value.target in (aten.view.default, aten.reshape.default):
+        source: Any = value.args[0]
+        if tuple(source.meta["val"].shape) == (1, *value.meta["val"].shape):
+            return source
+    return value
 
 
 def _reads(node: Any, base: fx.Node, index: list[Any]) -> bool:

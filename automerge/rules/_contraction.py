@@ -115,12 +115,33 @@ def _matrix(x: Value) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 @rule("_linalg_slogdet")
 def slogdet(context: Context, x: Value) -> tuple[Value | None, ...]:
-    """The size of a determinant does not depend on the order of rows and of columns; its sign does."""
-    if not context.used <= {1}:
-        raise Unruled("the sign of a determinant")
+    """The size of a determinant does not depend on the order of rows and of columns; its sign does, if they differ."""
+    if not context.used <= {0, 1}:
+        raise Unruled("the factors of a determinant")
+    size = _of_all(context.engine, x if context.used <= {1} else _tied(context.engine, x))
+    return size, size, None, None
+
+
+@rule("_linalg_det")
+def determinant(context: Context, x: Value) -> tuple[Value | None, ...]:
+    """det(P A P^-1) = det(A)."""
+    if not context.used <= {0}:
+        raise Unruled("the factors of a determinant")
+    return _of_all(context.engine, _tied(context.engine, x)), None, None
+
+
+def _of_all(engine: Engine, x: Value) -> Value:
+    """A number of every matrix, in which the order of rows and of columns does not count."""
     rows, columns = _matrix(x)
-    size = context.engine.reduce(x, {*rows, *columns})
-    return None, size.with_axes(size.axes[:-2]), None, None
+    size = engine.reduce(x, {*rows, *columns})
+    return size.with_axes(size.axes[:-2])
+
+
+def _tied(engine: Engine, x: Value) -> Value:
+    """Matrices whose rows and columns move together."""
+    _matrix(x)
+    order = (*range(len(x.axes) - 2), len(x.axes) - 1, len(x.axes) - 2)
+    return engine.elementwise([x, copy_letters(x.with_axes(x.axes[k] for k in order))])
 
 
 @rule("linalg_inv_ex")
@@ -162,10 +183,7 @@ def singular_values(context: Context, x: Value, *_: Any, **__: Any) -> tuple[Val
 @rule("linalg_matrix_exp")
 def matrix_exp(context: Context, x: Value) -> Value:
     """exp(P A P^-1) = P exp(A) P^-1, so rows and columns must move together."""
-    _matrix(x)
-    engine = context.engine
-    order = (*range(len(x.axes) - 2), len(x.axes) - 1, len(x.axes) - 2)
-    tied = engine.elementwise([x, copy_letters(x.with_axes(x.axes[k] for k in order))])
+    engine, tied = context.engine, _tied(context.engine, x)
     return engine.elementwise([tied, engine.reduce(tied, {*tied.axes[-2], *tied.axes[-1]})])
 
 

@@ -410,7 +410,11 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     "_trilinear": lambda d: (lambda n, a, b, o: call(p(n, a), p(o, a, b), p(n, b), [1, 3], [0], [1, 2], [2, 3]))(
         2, d.n(2, 3), d.n(2, 3), d.n(2, 3)
     ),
-    "_linalg_slogdet": lambda d: (lambda n: call(p(*d.pick((), (2,)), n, n), outs=[1]))(d.n()),
+    # rows and columns may also move apart if both are odd, or both even: no orders that are free of each other
+    "_linalg_slogdet": lambda d: (lambda n, outs: call(p(*d.pick((), (2,)), n, n), outs=outs, complete=outs == [1]))(
+        d.n(), d.pick([0], [1], [0, 1])
+    ),
+    "_linalg_det": lambda d: (lambda n: call(p(*d.pick((), (2,)), n, n), outs=[0], complete=False))(d.n()),
     "linalg_inv_ex": lambda d: (lambda n: call(p(*d.pick((), (2,)), n, n), outs=[0]))(d.n()),
     "linalg_matrix_exp": lambda d: (lambda n: call(p(*d.pick((), (2,)), n, n)))(d.n()),
     "_linalg_solve_ex": lambda d: (

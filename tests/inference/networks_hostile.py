@@ -1555,6 +1555,15 @@ add(
     out=lin(4, 2),
 )
 add(
+    "Signed volume",
+    "6",
+    (torch.randn(2, 4),),
+    lambda s, x: (s.b(s.a(x) @ s.w), torch.logdet(s.w @ s.w.T + s.w), torch.linalg.det(s.w)),
+    a=lin(4, 6),
+    w=par(6, 6),
+    b=lin(6, 2),
+)
+add(
     "Inverse",
     "3 3 3",
     (torch.randn(2, 4),),

@@ -226,6 +226,12 @@ def test_experts_kept_as_modules_are_interchangeable(mix: Callable[..., Any]) ->
     assert not any(p.param.startswith("gate") for p in symmetry.pins)
 
 
+@pytest.mark.parametrize("mix", SPELLINGS, ids=lambda f: f.__name__)
+def test_an_expert_with_a_single_row_is_as_the_others(mix: Callable[..., Any]) -> None:
+    net = Mixture(mix)
+    assert modules(infer(net, net.alone(X), verify=False)) == [(COUNT, 4)]
+
+
 class Gated(nn.Module):
     """A feed-forward layer with a gate, after a normalisation of its own."""
 

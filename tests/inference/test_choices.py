@@ -472,6 +472,7 @@ class ProductKeys(nn.Module):
 
 def test_the_heads_of_a_memory_with_bags_are_interchangeable() -> None:
     symmetry = infer(ProductKeys(), torch.randn(5, 3))
+    assert sorted(g.size for g in symmetry.generators()) == [2, 4, 4, 4, 4, 4, 4, 6]  # none that others make up
     heads = next(g for g in symmetry.generators() if any((s.param, s.axis) == ("keys", 0) for s in g.slots))
     assert heads.size == 2
     assert {(s.param, s.axis) for s in heads.slots} == {("keys", 0), ("query.weight", 0), ("query.bias", 0)}

@@ -136,6 +136,36 @@ def test_both_keys_of_a_pair_move() -> None:
     assert {"columns.weight", "columns.bias", "values.weight"} in moved
 
 
+class Memory(nn.Module):
+    """The same with several heads, one after the other, whose keys are one parameter (as the authors wrote it)."""
+
+    def __init__(self, heads: int, keys: int = 5, half: int = 3) -> None:
+        super().__init__()
+        self.keys, self.half = nn.Parameter(torch.randn(heads, 2, keys, half)), half
+        self.inp, self.query = nn.Linear(3, 6), nn.Linear(6, heads * 2 * half)
+        self.values, self.out = nn.EmbeddingBag(keys * keys, 4, mode="sum"), nn.Linear(4, 2)
+
+    def best(self, query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        halves = zip(query.split(self.half, 1), (keys[0], keys[1]), strict=True)
+        (v, i), (w, j) = (F.linear(q, k).topk(2, dim=1) for q, k in halves)
+        both = (v[:, :, None].expand(-1, 2, 2) + w[:, None].expand(-1, 2, 2)).reshape(len(query), -1)
+        places = (i[:, :, None].expand(-1, 2, 2) * keys.shape[1] + j[:, None].expand(-1, 2, 2)).reshape(len(query), -1)
+        scores, which = both.topk(2, dim=1)
+        return scores, places.gather(1, which)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query = self.query(self.inp(x)).view(len(x), len(self.keys), 2 * self.half)
+        found = [self.best(query[:, h], self.keys[h]) for h in range(len(self.keys))]
+        scores, places = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+        return self.out(self.values(places, per_sample_weights=scores.softmax(-1)))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3])
+def test_heads_that_read_one_memory_share_the_orders_of_both_keys(heads: int) -> None:
+    expected = [4, 5, 5, 6, *[3] * 2 * heads, *([heads] if heads > 1 else [])]
+    assert _sizes(Memory(heads), torch.randn(6, 3)) == sorted(expected)
+
+
 class Levels(nn.Module):
     """The best of all experts of all groups, named by their group and their number in it."""
 

@@ -119,6 +119,13 @@ def test_experts_that_replace_rows_are_interchangeable(mix: Callable[..., Any], 
     assert sorted(g.size for g in symmetry.sets) == [5, 5, 5, 6]
 
 
+@pytest.mark.parametrize("mix", PUT, ids=lambda f: f.__name__)
+def test_an_expert_of_a_single_row_is_as_the_others(mix: Callable[..., Any]) -> None:
+    """PyTorch takes the axis of the rows away before it writes a single one."""
+    net = Mixture(mix)
+    assert modules(infer(net, net.alone(X), verify=False)) == [(COUNT, 4)]
+
+
 def _added_or_put(h: Any, scores: Any, experts: Any) -> Any:
     """The first expert adds to what the others replace."""
     out, chosen = h * 1.0, scores.argmax(-1)
