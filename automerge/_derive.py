@@ -165,7 +165,7 @@ def infer_recorded(
             dropped += 1
         else:
             kept.append((units, made))
-    kept = [kept[i] for i in without_composed([units for units, _ in kept])]
+    kept = [kept[i] for i in without_composed([units for units, _ in kept], assembler.wanted())]
     generators = [made for _, made in kept]
     analysis.units += [assembler.plain(units) for units, _ in kept]
     analysis.united = structure.index

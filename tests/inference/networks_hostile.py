@@ -1555,6 +1555,26 @@ add(
     out=lin(4, 2),
 )
 add(
+    "Experts in two levels",
+    "2 3 3 4 4 4 4 4 4 6",
+    (torch.randn(5, 3),),
+    lambda s, x: s.out(
+        torch.einsum(
+            "ng,nge,nged->nd",
+            s.groups(s.inp(x)).softmax(-1),
+            torch.einsum("nd,gde->nge", s.inp(x), s.gate).softmax(-1),
+            torch.einsum("ngeh,gehd->nged", torch.einsum("nd,gedh->ngeh", s.inp(x), s.up).relu(), s.down),
+        )
+    ),
+    missing="an order of experts for every group, beside one of units for every expert",
+    inp=lin(3, 6),
+    groups=lin(6, 2),
+    gate=par(2, 6, 3),
+    up=par(2, 3, 6, 4),
+    down=par(2, 3, 4, 6),
+    out=lin(6, 2),
+)
+add(
     "Signed volume",
     "6",
     (torch.randn(2, 4),),

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from automerge._composed import without_composed
+from automerge import _composed
 from automerge._search import UnitSet
 
 
 def _sets(*tables: list[list[int]]) -> list[UnitSet]:
     return [UnitSet(np.array(table)) for table in tables]
+
+
+def without_composed(sets: list[UnitSet]) -> list[int]:
+    return _composed.without_composed(sets, np.ones(20, bool))
 
 
 ROWS = [[0, 6, 7, 8], [1, 9, 10, 11], [2, 12, 13, 14]]  # three keys, and a value for every pair of keys
