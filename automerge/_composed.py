@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -23,11 +23,14 @@ def without_composed(sets: Sequence[UnitSet], shown: np.ndarray) -> list[int]:
     count = np.zeros(shown.size, np.int64)
     for of in moved:
         count[of] += 1
+    movers = _movers(moved, shown.size)
     left = set(range(len(sets)))
     for k in sorted(left, key=lambda k: -moved[k].size):
-        if (count[moved[k]] > 1).all() and _is_composed(sets[k], [sets[i] for i in left if i != k], shown):
-            left.remove(k)
-            count[moved[k]] -= 1
+        if (count[moved[k]] > 1).all():
+            near = {*movers(moved[k]).tolist()} & left - {k}
+            if len(near) > 1 and _is_composed(*_numbered([sets[k], *(sets[i] for i in sorted(near))], shown)):
+                left.remove(k)
+                count[moved[k]] -= 1
     return sorted(left)
 
 
@@ -36,22 +39,45 @@ def _moved(units: UnitSet, shown: np.ndarray) -> np.ndarray:
     return found[shown[found]]
 
 
-def _is_composed(whole: UnitSet, others: Sequence[UnitSet], shown: np.ndarray) -> bool:
-    """Whether the exchange of any two neighbouring units is made of elements of other sets, one after the other.
+def _movers(moved: Sequence[np.ndarray], vertices: int) -> Callable[[np.ndarray], np.ndarray]:
+    """The numbers of the sets that move any of some vertices."""
+    at = np.concatenate([np.empty(0, np.int64), *moved])
+    numbers = np.repeat(np.arange(len(moved)), [m.size for m in moved])[np.argsort(at, kind="stable")]
+    start = np.searchsorted(np.sort(at), np.arange(vertices + 1))
+
+    def of(some: np.ndarray) -> np.ndarray:
+        counts = start[some + 1] - start[some]
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return np.unique(numbers[np.repeat(start[some], counts) + within])
+
+    return of
+
+
+def _numbered(sets: Sequence[UnitSet], shown: np.ndarray) -> tuple[list[UnitSet], np.ndarray]:
+    """The same sets over the vertices that they have, and which of these are shown."""
+    known = np.unique(np.concatenate([a.reshape(-1) for units in sets for a in (units.table, *units.pairs)]))
+    known = known[known >= 0]
+
+    def new(array: np.ndarray) -> np.ndarray:
+        return np.where(array < 0, -1, np.searchsorted(known, array))
+
+    return [UnitSet(new(units.table), tuple(map(new, units.pairs))) for units in sets], shown[known]
+
+
+def _is_composed(sets: Sequence[UnitSet], shown: np.ndarray) -> bool:
+    """Whether the exchange of any two neighbouring units of the first set is made of elements of the others, in turn.
 
     Sought greedily: each brings the most vertices back to their places. A set that is not seen through is left.
     """
+    whole, *others = sets
     for u in range(whole.table.shape[0] - 1):
         order = np.arange(whole.table.shape[0])
         order[[u, u + 1]] = u + 1, u
         image = _image(whole, order, shown.size)
         astray = _astray(image, shown)
         while astray:
-            back = [
-                _image(other, np.argsort(o), shown.size)[image]
-                for other in others
-                if (o := _order(other, image)) is not None
-            ]
+            orders = ((other, _order(other, image)) for other in others)
+            back = [_image(other, np.argsort(order), shown.size)[image] for other, order in orders if order is not None]
             image = min(back, key=lambda i: _astray(i, shown), default=image)
             before, astray = astray, _astray(image, shown)
             if astray >= before:

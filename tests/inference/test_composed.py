@@ -40,7 +40,3 @@ def test_what_moves_the_same_otherwise_is_left() -> None:
 def test_sets_that_share_nothing_are_left() -> None:
     assert without_composed(_sets([[0], [1]], [[2], [3]], [[4, 5], [6, 7]])) == [0, 1, 2]
     assert without_composed([]) == []
-
-
-def test_the_same_set_twice_is_one() -> None:
-    assert len(without_composed(_sets(ROWS, COLUMNS, ROWS))) == 2
