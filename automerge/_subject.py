@@ -47,7 +47,9 @@ def randomised(state: Mapping[str, torch.Tensor], statistics: frozenset[str], se
         else:
             zero = w == 0
             instead = 0.1 * noise[zero].double()
-            out[name] = w.mul_(noise.mul_(0.2).exp_()).masked_scatter_(zero, instead)
+            out[name] = w.mul_(noise.mul_(0.2).exp_())
+            if instead.numel():
+                w.masked_scatter_(zero, instead)
         out[name] = out[name].to(value.device)
     return out
 

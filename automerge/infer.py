@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from automerge._auxiliary import with_training
@@ -18,13 +16,13 @@ from automerge._diagnosis import OtherPathError
 from automerge._dropped import with_dropped
 from automerge._errors import InvarianceError, TraceError, UnknownOperatorError
 from automerge._hidden import hides
-from automerge._longer import longer_inputs
 from automerge._machine import physical_memory, readable
 from automerge._notes import of_mixed, of_numbers, of_writes
+from automerge._reaching import OtherTraces, by_data
 from automerge._settled import settled
 from automerge._verify import Verification, check_replay
 from automerge._verify import verify as check_symmetry
-from automerge.rules import Analysis, analyse
+from automerge.rules import Analysis
 from automerge.rules._nodes import choosing_none
 from automerge.symmetry import Symmetry
 from automerge.trace import normalise_args, trace
@@ -79,11 +77,11 @@ def infer(
     notes = [of_numbers(*normalise_args(args, kwargs)), of_writes(recorded), _too_large(model) if verify else None]
     verify = verify and notes[-1] is None
     # without verification only where other data take another path: an expert that python skips would stay in place
-    by_data = graph.meta["trace"].data_dependent or choosing_none(graph)
-    draws = _DRAWS if verify or by_data else 0
-    graphs = [*recorded, *_reaching(model, args, kwargs, constants, symmetry, analysis, _by_data(graph), draws)]
-    if not verify and hides(graph) and _on_cpu(model):  # with verification longer inputs are looked at anyway
-        graphs += _longer_traces(model, args, kwargs, constants, symmetry, 0)
+    draws = _DRAWS if verify or graph.meta["trace"].data_dependent or choosing_none(graph) else 0
+    others = OtherTraces(model, args, kwargs, constants, symmetry)
+    graphs = [*recorded, *others.reaching(analysis, by_data(graph), draws)]
+    if not verify and hides(graph) and others.on_cpu:  # with verification longer inputs are looked at anyway
+        graphs += others.longer(0)
     if len(graphs) > len(recorded):
         symmetry, analysis = _inferred(graphs, verify)
     again = partial(_inferred, verify=verify)
@@ -133,78 +131,6 @@ def _check_rules(symmetry: Symmetry, strict: bool) -> None:
             f"no rule for {symmetry.unruled[0]}; register one with automerge.register_rule, or pass strict=False to pin "
             "what it touches"
         )
-
-
-def _reaching(
-    model: nn.Module,
-    args: Any,
-    kwargs: Mapping[str, Any] | None,
-    constants: Collection[str],
-    symmetry: Symmetry,
-    analysis: Analysis,
-    depends: bool,
-    draws: int,
-) -> Iterator[fx.GraphModule]:
-    """Traces on longer inputs, where these read parameters of which the example reads nothing, or not all.
-
-    (An expert that none of few tokens was sent to; what a recurrence multiplies its first state with.)
-    """
-    missing = {n for n in symmetry.shapes if n not in analysis.states}
-    missing |= {n for n, mask in analysis.unseen.items() if mask.all()}
-    # where the path depends on data, others may read more of what this one reads in part (experts stacked in one tensor)
-    partly = {n: mask for n, mask in analysis.unseen.items() if n not in missing and depends}
-    if not (missing or partly) or not _on_cpu(model):
-        return
-    only = None if draws else 1  # of one step a recurrence does not show what it multiplies its state with
-    for seed in range(draws or 1):
-        depends = False
-        for graph in _longer_traces(model, args, kwargs, constants, symmetry, seed, only):
-            depends = depends or _by_data(graph)
-            more = analyse([graph])
-            found = missing & {n for n in more.states if n not in more.unseen or not more.unseen[n].all()}
-            left = {n: mask & more.unseen.get(n, False) for n, mask in partly.items() if n in more.states}
-            if found or any((left[n] != partly[n]).any() for n in left):
-                yield graph
-            missing -= found
-            partly = {n: mask for n, mask in (partly | left).items() if mask.any()}
-        if not (missing or partly) or not depends:
-            return
-
-
-def _on_cpu(model: nn.Module) -> bool:
-    return all(t.device.type == "cpu" for t in (*model.parameters(), *model.buffers()))
-
-
-def _by_data(graph: fx.GraphModule) -> bool:
-    """Whether data decide what is read: python reads them, or nothing was chosen somewhere."""
-    values = (node.meta.get("val") for node in graph.graph.nodes)
-    return bool(graph.meta["trace"].data_dependent) or any(
-        isinstance(v, torch.Tensor) and v.numel() == 0 for v in values
-    )
-
-
-def _longer_traces(
-    model: nn.Module,
-    args: Any,
-    kwargs: Mapping[str, Any] | None,
-    constants: Collection[str],
-    symmetry: Symmetry,
-    seed: int,
-    only: int | None = None,
-) -> Iterator[fx.GraphModule]:
-    """Traces on inputs that are the longer, the larger the seed, as far as the model runs on them; of ``only`` one length."""
-    sizes = {n for shape in symmetry.shapes.values() for n in shape}
-    for group in longer_inputs(*normalise_args(args, kwargs), seed, sizes, seed + 1, only):
-        for i, make in enumerate(group):
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    graph = trace(model, *make(), values=False, constants=constants)
-            except TraceError:
-                continue  # no inputs for this model
-            yield graph
-            if i == 0:
-                break
 
 
 def _verified(
