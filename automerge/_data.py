@@ -282,11 +282,14 @@ def preserving(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None =
                 buffer.copy_(value)
 
 
-def run_batch(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None, batch: Batch) -> Any:
+def run_batch(
+    model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None, batch: Batch, written: Collection[str] = ()
+) -> Any:
     """The model's output on a batch, with its own weights or with those of a state dict.
 
     What the pass binds to the modules (a hidden state, a weight computed anew) is gone after it. Random numbers are those of
-    the batch: other weights, other networks and later passes draw the same on it.
+    the batch: other weights, other networks and later passes draw the same on it. Of tensors whose names are in ``written`` it
+    gets copies: what it writes there is gone, too.
 
     Raises:
         AutomergeError: if the model does not run on it, with the model's own error as the cause.
@@ -295,7 +298,8 @@ def run_batch(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None, b
         with drawing(batch.number, gpus(batch.tensors())), restored(model):
             if state_dict is None:
                 return model(*batch.args, **batch.kwargs)
-            tensors = lent(model, state_dict)
+            copies = {id(state_dict[name]): state_dict[name].clone() for name in written}
+            tensors = lent(model, {name: copies.get(id(value), value) for name, value in state_dict.items()})
             return torch.func.functional_call(model, tensors, batch.args, dict(batch.kwargs), tie_weights=False)
     except AutomergeError:
         raise

@@ -45,3 +45,11 @@ def finite(outputs: Sequence[torch.Tensor]) -> bool:
     """Whether every output holds a finite number."""
     floats = [t for t in outputs if (t.is_floating_point() or t.is_complex()) and t.numel()]
     return all(bool(torch.isfinite(t).any()) for t in floats)
+
+
+def changed(tensor: torch.Tensor, before: torch.Tensor) -> bool:
+    """Whether a tensor has other values than before."""
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized or tensor.shape != before.shape:
+        return False
+    tensor = tensor.detach()
+    return not (torch.equal(tensor, before) or bool(((tensor == before) | (before != before)).all()))

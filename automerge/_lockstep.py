@@ -25,6 +25,7 @@ from automerge._data import Batch, Batches, run_batch
 from automerge._machine import physical_memory
 from automerge._observe import Event, Observer
 from automerge._random import Turns, gpus
+from automerge._repair_plan import Plan
 
 _MOST_RUNS = 64
 _SHARE = 0.25
@@ -183,7 +184,7 @@ def run_together(
     models: Sequence[nn.Module],
     tensors: Mapping[str, torch.Tensor],
     batches: Sequence[Batch],
-    place: Callable[[Event], int | None],
+    plan: Plan,
     meet: Callable[[int, list[Event]], None],
 ) -> None:
     """Run every batch once; where the runs come to an awaited call, all that come to it wait there together.
@@ -192,7 +193,7 @@ def run_together(
         models: one replica for each batch.
         tensors: their weights; ``meet`` may write to them.
         batches: the data.
-        place: the number of the awaited call in the order of execution, or None; calls with lower numbers are met first.
+        plan: the awaited calls in the order of execution, and the tensors of which every run gets copies.
         meet: called once for every awaited call with the events of the runs that come to it, in the order of the batches.
             It may change ``event.value`` in place. A run that takes the calls in another order comes too late and is not
             waited for.
@@ -201,6 +202,7 @@ def run_together(
         AutomergeError: what a run raised.
     """
     met: set[int] = set()
+    place = plan.place
 
     def awaits(event: Event) -> bool:
         number = place(event)
@@ -210,7 +212,7 @@ def run_together(
         def run(listen: Callable[[Event], None]) -> None:
             device = next((t.device for t in tensors.values()), None)
             with _thread_like(device), Observer(tensors, listen):
-                run_batch(model, tensors, batch)
+                run_batch(model, tensors, batch, plan.written)
 
         return run
 

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils.weak import TensorWeakRef
 
 from automerge._aliases import Tracked, overlaps, read, shadow, write, writes
+from automerge._difference import changed
 from automerge._double import plainly
 from automerge._errors import TraceError
 from automerge._lazy_module import LazyModule
@@ -96,7 +97,7 @@ class Recorder(TorchDispatchMode):
                 with torch.no_grad():
                     tensor.detach().copy_(before)
         for name, tensor, value, version in self.kept:
-            if _version(tensor) != version:
+            if _version(tensor) != version or changed(tensor, value):  # writes to `.data` leave the version
                 self.info.rewritten.append(name)
                 with torch.no_grad():
                     tensor.detach().copy_(value)

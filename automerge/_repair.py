@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -90,10 +90,17 @@ def make_plan(
     """
     record = _Record()
     observer = Observer(tensors, record)
-    before = {name: tensor._version for name, tensor in tensors.items()}
+    before = {name: (tensor._version, tensor.clone()) for name, tensor in tensors.items()}
     with Held() as held, observer:
         output = run_batch(model, tensors, batch)
-    written = frozenset(name for name, version in before.items() if tensors[name]._version != version)
+    written = frozenset(  # what is written to `.data` is seen by its values only
+        name
+        for name, (version, old) in before.items()
+        if tensors[name]._version != version or not old.equal(tensors[name])
+    )
+    for name in written:
+        tensors[name].copy_(before[name][1])
+    del before
     reasons = record.reasons
     for site in record.sites.values():
         if not written.isdisjoint({site.weight.name, *([site.bias.name] if site.bias else ())}):
@@ -212,7 +219,7 @@ def measure(model: nn.Module, tensors: Tensors, batches: Batches, plan: Plan) ->
 
     for batch in batches:
         with Observer(tensors, listen):
-            run_batch(model, tensors, batch)
+            run_batch(model, tensors, batch, plan.written)
     return moments
 
 
@@ -250,7 +257,7 @@ def correct(model: nn.Module, tensors: Tensors, batches: Batches, plan: Plan, co
     copies = replicas(model, len(held)) if held is not None else None
     if held is None or copies is None:
         for step in plan.steps:
-            correction(step, measure_one(model, tensors, batches, step))
+            correction(step, measure_one(model, tensors, batches, step, plan.written))
         return
     met: set[int] = set()
 
@@ -258,13 +265,15 @@ def correct(model: nn.Module, tensors: Tensors, batches: Batches, plan: Plan, co
         met.add(number)
         meet(plan.steps[number], events)
 
-    run_together(copies, tensors, held, plan.place, at)
+    run_together(copies, tensors, held, plan, at)
     for number in range(len(plan.steps)):
         if number not in met:
             meet(plan.steps[number], [])
 
 
-def measure_one(model: nn.Module, tensors: Tensors, batches: Batches, step: Site | Norm) -> Moments:
+def measure_one(
+    model: nn.Module, tensors: Tensors, batches: Batches, step: Site | Norm, written: Collection[str] = ()
+) -> Moments:
     moments = Moments()
 
     def listen(event: Event) -> None:
@@ -275,7 +284,7 @@ def measure_one(model: nn.Module, tensors: Tensors, batches: Batches, step: Site
     for batch in batches:
         try:
             with Observer(tensors, listen):
-                run_batch(model, tensors, batch)
+                run_batch(model, tensors, batch, written)
         except Reached:
             pass
     moments.check(f"{step.name} of the merged network")

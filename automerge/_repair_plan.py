@@ -9,6 +9,8 @@ import torch
 
 from automerge._observe import Event, Key, View
 
+UNRESET = "the data give it fewer than two values per channel: its statistics are averages"
+
 
 @dataclass(frozen=True, eq=False)
 class Site:

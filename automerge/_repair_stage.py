@@ -12,6 +12,7 @@ from automerge._copies import copied
 from automerge._data import Batches
 from automerge._drift import drifts
 from automerge._errors import AutomergeError
+from automerge._repair_plan import UNRESET
 from automerge._repair_report import Renormaliser, RepairReport
 from automerge.io import StateDict, tied_names
 from automerge.renormalise import Repair, batchnorm_names, reset_batchnorm
@@ -71,7 +72,7 @@ def _repaired(
         own = copied(network)
         own.load_state_dict(merged)
         names = reset_batchnorm(own, batches)
-        missed = {n: "no batch runs it: its statistics are averages" for n in batchnorm_names(own) if n not in names}
+        missed = {n: UNRESET for n in batchnorm_names(own) if n not in names}
         report = RepairReport(mode, reset=names, skipped=missed)
         fresh = own.state_dict()
         ties = tied_names(fresh)
@@ -79,7 +80,10 @@ def _repaired(
         merged.update({alias: merged[name] for alias, name in ties.items()})
     if mode in ("repair", "both"):
         repair = Repair(reset=mode == "both")
+        before = report
         merged, report = repair(network, merged, moved, batches, symmetry=symmetry, weights=share)
+        done = tuple(dict.fromkeys((*before.reset, *report.reset)))  # a repair plans for what the first batch runs
+        report = replace(report, reset=done, skipped={**before.skipped, **report.skipped})
     return merged, report
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from automerge._batches import mixes_rows
+from automerge._data import preserving
 from automerge._diagnosis import OtherPathError, Setting, failure
 from automerge._difference import finite, relative_difference
 from automerge._errors import AutomergeError, InvarianceError, SymmetryError, TraceError
@@ -343,7 +344,7 @@ def check_replay(model: nn.Module, args: Any, kwargs: Any, graph: fx.GraphModule
         return model(*own[0], **own[1])
 
     try:
-        with torch.no_grad(), prepared(model), forked():
+        with torch.no_grad(), prepared(model), preserving(model), forked():
             how, found = runnable(run, positional, keywords, 1)
             given = fresh_inputs(positional, keywords, 1, how)
             fed = [t.clone() for t in tensors_of_in_order(given)]

@@ -8,7 +8,7 @@ section 4.2.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,9 +20,11 @@ from automerge._data import Batch, Batches, bind, device_of, run_batch
 from automerge._errors import AutomergeError
 from automerge._observe import Event, Observer
 from automerge._repair import Reached, Tensors, make_plan, measure_one, watching
-from automerge._repair_plan import Norm, Site
+from automerge._repair_plan import UNRESET, Norm, Site
 from automerge._repair_report import LayerRepair, Renormaliser, RepairReport, as_merged, shares
 from automerge.symmetry import Symmetry
+
+_ROUNDING = 1e3  # what the layers before make of the last digit, in units of it
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,10 @@ class LeastSquares(Renormaliser):
     For each layer in the order of execution, with X its inputs in the merged network whose earlier layers are refitted
     already, and Y the weighted mean of the aligned endpoints' outputs of that layer on the same samples, the new weights
     minimise ``||X W^T + b - Y||^2 / samples + ridge * (trace S_xx / fan_in) ||W - W_merged||^2``: where the data say
-    little, the merged weights stay. All layers are refitted, the last one too, so the result approaches the ensemble's mean
-    output. BatchNorm statistics are measured again on the way. Grouped, transposed and three-dimensional convolutions,
-    and weights that are used twice, are left alone and reported.
+    little, the merged weights stay. (So do those of an input that is the same in all samples: every weight is held a little
+    more, by what rounding may make of its input's mean square.) All layers are refitted, the last one too, so the result
+    approaches the ensemble's mean output. BatchNorm statistics are measured again on the way. Grouped, transposed and
+    three-dimensional convolutions, and weights that are used twice, are left alone and reported.
 
     **This is fitting**: the weights adapt to the data given. Report it as such, and never on those data.
 
@@ -86,13 +89,15 @@ class LeastSquares(Renormaliser):
             skipped = dict(plan.skipped)
             for step in plan.steps:
                 if isinstance(step, Norm):
-                    moments = measure_one(model, tensors, batches, step)
+                    moments = measure_one(model, tensors, batches, step, plan.written)
                     if moments.count > 1:
                         tensors[step.names[0]].copy_(moments.mean)
                         tensors[step.names[1]].copy_(moments.variance(unbiased=True))
                         reset.append(step.name)
+                    else:
+                        skipped[step.name] = UNRESET
                     continue
-                sums = _Sums()
+                sums = _Sums(plan.written)
                 reason = sums.gather(model, tensors, ends, share, batches, step)
                 if reason:
                     skipped[step.name] = reason
@@ -105,12 +110,12 @@ class LeastSquares(Renormaliser):
         part = weight.narrow(view.axis, view.start, view.stop - view.start).movedim(view.axis, 0)
         old = part.reshape(part.shape[0], -1).double()
         own, cross, x, y = sums.second(centred=site.shiftable)
-        hold = self.ridge * own.trace() / len(own)
-        if hold <= 0:  # nothing comes in: any weights do
+        hold = self.ridge * own.trace() / len(own) + self._rounding(weight.dtype) * sums.squares
+        if not bool((hold > 0).any()):  # nothing comes in: any weights do
             new = old
         else:
-            eye = torch.eye(len(own), dtype=own.dtype, device=own.device)
-            new = torch.linalg.solve(own + hold * eye, cross + hold * old.T).T
+            hold = hold.clamp(min=torch.finfo(hold.dtype).tiny)
+            new = torch.linalg.solve(own + hold.diag(), cross + hold[:, None] * old.T).T
         part.copy_(new.reshape(part.shape))
         if site.bias is not None:
             bias = site.bias
@@ -120,14 +125,22 @@ class LeastSquares(Renormaliser):
         left = wanted - 2 * (new * cross.T).sum() + ((new @ own) * new).sum()
         ratio = (new.norm(dim=1) / old.norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny))[old.norm(dim=1) > 0]
         span = (float(ratio.min()), float(ratio.max())) if ratio.numel() else (1.0, 1.0)
-        error = float((left / wanted).clamp(min=0)) if wanted > 0 else 0.0
+        seen = wanted > self._rounding(weight.dtype) * sums.spread(centred=False)
+        error = float((left / wanted).clamp(min=0)) if seen else 0.0
         return LayerRepair(site.name, site.channels, site.channels, 0, site.shiftable, span, error)
+
+    def _rounding(self, dtype: torch.dtype) -> float:
+        """Below which part of its mean square the variance of an input says nothing: it may be rounding."""
+        return min(
+            self.ridge, max((_ROUNDING * torch.finfo(dtype).eps) ** 2, _ROUNDING * torch.finfo(torch.float64).eps)
+        )
 
 
 class _Sums:
     """Sums of products of a layer's inputs with themselves and with the outputs it shall give, float64."""
 
-    def __init__(self) -> None:
+    def __init__(self, written: Collection[str]) -> None:
+        self.written = written
         self.count = 0
         self.parts: list[torch.Tensor] = []
 
@@ -142,8 +155,8 @@ class _Sums:
     ) -> str | None:
         """One pass over the data; the reason if the layer cannot be refitted."""
         for batch in batches:
-            rows, _ = _at(model, tensors, batch, site)
-            outputs = [_at(model, end, batch, site, rows_too=False)[1] for end in ends]
+            rows, _ = _at(model, tensors, batch, site, self.written)
+            outputs = [_at(model, end, batch, site, self.written, rows_too=False)[1] for end in ends]
             if isinstance(rows, str):
                 return rows
             if rows is None or any(o is None or o.shape[0] != rows.shape[0] for o in outputs):
@@ -167,6 +180,11 @@ class _Sums:
             own, cross = own - torch.outer(x, x), cross - torch.outer(x, y)
         return own, cross, x, y
 
+    @property
+    def squares(self) -> torch.Tensor:
+        """The mean square of every input."""
+        return self.parts[2].diagonal() / self.count
+
     def spread(self, *, centred: bool) -> torch.Tensor:
         """The summed variance (or second moment) of the wanted outputs."""
         total = self.parts[4] / self.count
@@ -174,7 +192,13 @@ class _Sums:
 
 
 def _at(
-    model: nn.Module, tensors: Tensors, batch: Batch, site: Site, *, rows_too: bool = True
+    model: nn.Module,
+    tensors: Tensors,
+    batch: Batch,
+    site: Site,
+    written: Collection[str],
+    *,
+    rows_too: bool = True,
 ) -> tuple[torch.Tensor | str | None, torch.Tensor | None]:
     """Inputs ``(samples, fan_in)`` and complete outputs ``(samples, channels)`` of a layer; a sentence if there are none."""
     found: list[Any] = [None, None]
@@ -188,7 +212,7 @@ def _at(
 
     try:
         with Observer(tensors, listen):
-            run_batch(model, tensors, batch)
+            run_batch(model, tensors, batch, written)
     except Reached:
         pass
     return found[0], found[1]

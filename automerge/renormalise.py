@@ -23,8 +23,6 @@ from automerge._errors import AutomergeError
 from automerge._moments import Moments
 from automerge._observe import Key
 from automerge._repair import (
-    Norm,
-    Site,
     Tensors,
     channel_change,
     correct,
@@ -33,6 +31,7 @@ from automerge._repair import (
     measure,
     watching,
 )
+from automerge._repair_plan import UNRESET, Norm, Site
 from automerge._repair_report import LayerRepair, Renormaliser, RepairReport, as_merged, shares
 from automerge.symmetry import Symmetry
 
@@ -79,10 +78,11 @@ def reset_batchnorm(
         kwargs: keyword inputs for every batch.
 
     Returns:
-        The module paths that were reset; empty if the model has no such layer.
+        The module paths that were reset; empty if the model has no such layer. Not those of which the data give fewer than
+        two values per channel (an expert to which a single row is sent): these keep their statistics.
 
     Raises:
-        AutomergeError: if the data are empty, or the first batch gives a layer one value per channel only.
+        AutomergeError: if the data are empty, or all batches give every layer one value per channel only.
 
     Examples:
         >>> model = nn.Sequential(nn.BatchNorm1d(1)).eval()
@@ -100,6 +100,7 @@ def reset_batchnorm(
         return ()
     pooled = {module: Moments() for _, module in norms}
     names = {module: name for name, module in norms}
+    largest = dict.fromkeys(pooled, 0)
     before = {module: (_copy(module.running_mean), _copy(module.running_var)) for module in pooled}
 
     def hook(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -108,13 +109,10 @@ def reset_batchnorm(
         batch = Moments()
         batch.update(value, 1)
         pooled[module].update(value, 1)
-        if batch.count < 2 and pooled[module].count < 2:
-            raise AutomergeError(
-                f"the first batch gives the BatchNorm {names[module]!r} one value per channel, which has no variance; "
-                "use batches of two samples or more"
-            )
+        largest[module] = max(largest[module], batch.count)
         chosen = batch if batch.count > 1 else pooled[module]
-        _write(module, chosen.mean, chosen.variance())
+        if chosen.count > 1:
+            _write(module, chosen.mean, chosen.variance())
 
     handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in pooled]
     done = False
@@ -124,15 +122,20 @@ def reset_batchnorm(
                 run_batch(model, None, batch)
         for module, moments in pooled.items():
             moments.check(names[module])
+        if max(largest.values()) == 1:
+            raise AutomergeError(
+                f"every batch gives the BatchNorm {norms[0][0]!r} one value per channel, which "
+                "has no variance; use batches of two samples or more"
+            )
         done = True
     finally:
         for handle in handles:
             handle.remove()
         for module, moments in pooled.items():
-            new = (moments.mean, moments.variance(unbiased=True)) if done and moments.count else before[module]
+            new = (moments.mean, moments.variance(unbiased=True)) if done and moments.count > 1 else before[module]
             _write(module, *new)
     model.eval()
-    return tuple(names[module] for module, moments in pooled.items() if moments.count)
+    return tuple(names[module] for module, moments in pooled.items() if moments.count > 1)
 
 
 def _copy(value: torch.Tensor | None) -> torch.Tensor:
@@ -213,6 +216,8 @@ class Repair(Renormaliser):
                         tensors[step.names[0]].copy_(moments.mean)
                         tensors[step.names[1]].copy_(moments.variance(unbiased=True))
                         reset.append(step.name)
+                    else:
+                        skipped[step.name] = UNRESET
                     return None
                 if moments.count == 0 or step.key not in targets:
                     skipped[step.name] = "not every model and batch runs it"

@@ -366,7 +366,7 @@ class Auxiliary(nn.Module):
 def test_statistics_that_no_batch_reaches_are_named() -> None:
     found = merge([Auxiliary(), Auxiliary()], _X, data=[_X])
     assert found.repair.reset == ("norm",)
-    assert "extra.1: left alone, no batch runs it" in str(found)
+    assert "extra.1: left alone, the data give it fewer than two values" in str(found)
 
 
 def test_what_the_command_line_says_of_a_file_and_of_a_pair(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
