@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset, IterableDataset
 
 from automerge._errors import AutomergeError, CheckpointError
-from automerge._loading import as_loaded, check_values
+from automerge._loading import as_loaded, check_tied, check_values, checked_state
 from automerge._machine import physical_memory
 from automerge._numbers import is_whole
 from automerge._random import drawing, forked, gpus
@@ -339,19 +339,6 @@ def logits_of(output: Any) -> torch.Tensor:
     )
 
 
-def checked_state(value: Any) -> Mapping[str, torch.Tensor]:
-    """A state dict as it was given.
-
-    Raises:
-        CheckpointError: if it is something else, such as the module itself.
-    """
-    if not isinstance(value, Mapping):
-        raise CheckpointError(
-            f"expected a state dict, got a {type(value).__name__}; give the weights of a module as module.state_dict()"
-        )
-    return value
-
-
 def reals(value: torch.Tensor) -> torch.Tensor | None:
     """The numbers of a float tensor in float64, real and imaginary parts apart; None for integers and booleans.
 
@@ -374,7 +361,7 @@ def bind(model: nn.Module, state_dict: Mapping[str, torch.Tensor], *, copy: bool
         copy: whether every tensor gets memory of its own.
 
     Raises:
-        CheckpointError: if it is no state dict, or has other names or shapes than the model.
+        CheckpointError: if it is no state dict, has other names or shapes than the model, or two values for names that it ties.
     """
     check_eager(model)
     expected = model.state_dict()
@@ -385,6 +372,7 @@ def bind(model: nn.Module, state_dict: Mapping[str, torch.Tensor], *, copy: bool
         what = f"the key {differ[0]!r}" if differ else f"the shape of {resized[0]!r}"
         raise CheckpointError(f"the state dict and the model differ in {what}")
     ties, device = tied_names(expected), device_of(model)
+    check_tied(state_dict, ties, "the state dict")
     out: dict[str, torch.Tensor] = {}
     for name, value in state_dict.items():
         if ties.get(name) in out:

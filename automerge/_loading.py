@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,6 +53,44 @@ def check_values(network: nn.Module) -> None:
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         if tensor.is_meta:
             raise CheckpointError(f"{name} of the module is on the meta device and has no values; build it on the CPU")
+
+
+def checked_state(value: Any) -> Mapping[str, torch.Tensor]:
+    """A state dict as it was given.
+
+    Raises:
+        CheckpointError: if it is something else, such as the module itself.
+    """
+    if not isinstance(value, Mapping):
+        raise CheckpointError(
+            f"expected a state dict, got a {type(value).__name__}; give the weights of a module as module.state_dict()"
+        )
+    return value
+
+
+def check_tied(state_dict: Mapping[str, torch.Tensor], ties: Mapping[str, str], label: str) -> None:
+    """Names of one tensor hold equal values.
+
+    Args:
+        state_dict: name -> tensor.
+        ties: further names of a tensor -> its first name, as from `tied_names` of the architecture's state dict.
+        label: how messages call the state dict.
+
+    Raises:
+        CheckpointError: if two differ; which of them is meant is not known.
+    """
+    for alias, name in ties.items():
+        one, other = state_dict.get(alias), state_dict.get(name)
+        if one is None or other is None or one is other or one.is_meta or other.is_meta or one.shape != other.shape:
+            continue
+        if one.layout is not torch.strided or one.untyped_storage()._cdata == other.untyped_storage()._cdata:
+            continue
+        there = other.to(one.device)
+        if not (torch.equal(one, there) or bool(((one == there) | ((one != one) & (there != there))).all())):
+            raise CheckpointError(
+                f"{label}: {alias} and {name} are one tensor in the architecture, but differ here; "
+                "leave out the one that is not meant"
+            )
 
 
 def _translated(state: StateDict, expected: Mapping[str, torch.Tensor], model: nn.Module) -> StateDict:

@@ -13,7 +13,7 @@ from torch import nn
 from automerge._aliases import overlaps
 from automerge._data import Batches, check_eager, device_of, evaluating, preserving, run_batch
 from automerge._errors import AutomergeError, CheckpointError, MatchingError, SymmetryError
-from automerge._loading import as_loaded
+from automerge._loading import as_loaded, check_tied
 from automerge._numbers import is_whole
 from automerge._repair_report import Renormaliser
 from automerge._sketch import sketch
@@ -114,14 +114,10 @@ def _different_masks(buffers: Iterable[str], dicts: Sequence[Mapping[str, torch.
 
 def check_ties(network: nn.Module, dicts: Sequence[Mapping[str, torch.Tensor]]) -> None:
     """Names that the architecture ties, or that share its memory, must hold equal values."""
-    for alias, name in tied_names(network.state_dict()).items():
-        for number, state in enumerate(dicts):
-            if state[alias] is not state[name] and not torch.equal(state[alias], state[name]):
-                raise CheckpointError(
-                    f"model {number}: {alias} and {name} are one tensor in the architecture, but differ here"
-                )
     own = network.state_dict()
     ties = tied_names(own)
+    for number, state in enumerate(dicts):
+        check_tied(state, ties, f"model {number}")
     for name, other, places in overlaps((n, t) for n, t in own.items() if n not in ties):
         both = places >= 0
         for number, state in enumerate(dicts):

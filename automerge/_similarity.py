@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from automerge._data import Batches, checked_state, device_of, reals
+from automerge._data import Batches, device_of, reals
 from automerge._errors import AutomergeError, CheckpointError
-from automerge._loading import check_values
+from automerge._loading import check_values, checked_state
 from automerge._measures import Similarity
 from automerge._statistics import collect
 from automerge.infer import infer

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from automerge._copies import copied
-from automerge._data import Batch, Batches, bind, checked_state, device_of, evaluating, logits_of, preserving, run_batch
+from automerge._data import Batch, Batches, bind, device_of, evaluating, logits_of, preserving, run_batch
 from automerge._errors import AutomergeError, CheckpointError, MatchingError
+from automerge._loading import checked_state
 from automerge._measures import Agreement, Barrier, CycleError, Evaluation, Similarity
 from automerge._numbers import is_number, is_whole
 from automerge._repair_report import Renormaliser
@@ -355,7 +356,8 @@ def barrier(
     batches = Batches(data, inputs, kwargs)
     source = batches if repair_data is None else Batches(repair_data, inputs, kwargs)
     positions = tuple(k / (points - 1) for k in range(points))
-    kept = agreed([marks(model, checked_state(sd)) for sd in (sd_a, sd_b)])
+    sd_a, sd_b = (bind(model, sd) for sd in (sd_a, sd_b))
+    kept = agreed([marks(model, sd) for sd in (sd_a, sd_b)])
     values = []
     for t in positions:
         weights = interpolate(sd_a, sd_b, t)

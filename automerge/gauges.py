@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from automerge._data import checked_state, reals
+from automerge._data import reals
 from automerge._difference import relative_difference
 from automerge._errors import CheckpointError, InvarianceError, SymmetryError
 from automerge._gauge_steps import (
@@ -37,11 +37,11 @@ from automerge._gauge_steps import (
     scale_units,
     widened,
 )
-from automerge._loading import check_values
+from automerge._loading import check_tied, check_values, checked_state
 from automerge._longer import longer_inputs
 from automerge._norm_folds import NormFinder, NormFold
 from automerge._subject import Subject, fresh_inputs, randomised, runnable
-from automerge.io import buffer_names, check_state_dict
+from automerge.io import buffer_names, check_state_dict, tied_names
 from automerge.symmetry import Generator, Slot, Symmetry
 from automerge.trace import normalise_args
 
@@ -166,6 +166,7 @@ def _check_arguments(model: nn.Module, states: Any, symmetry: Any) -> None:
     check_values(model)
     for number, state in enumerate(states):
         check_state_dict(checked_state(state), model.state_dict(), f"model {number}", buffer_names(model))
+        check_tied(state, tied_names(model.state_dict()), f"model {number}")
 
 
 # -------------------------------------------------------------------- finding

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from automerge._copies import copied
-from automerge._data import Batches, checked_state, reals
+from automerge._data import Batches, reals
 from automerge._errors import AutomergeError, CheckpointError
+from automerge._loading import checked_state
 from automerge._measures import Evaluation, Plane
 from automerge._numbers import is_number, is_whole
 from automerge._scores import Metric

@@ -16,9 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from automerge._data import Batches, checked_state, device_of
+from automerge._data import Batches, device_of
 from automerge._errors import AutomergeError, CheckpointError, MatchingError
-from automerge._loading import check_values
+from automerge._loading import check_values, checked_state
 from automerge._merge_checks import (
     Model,
     check_coordinates,

@@ -205,14 +205,16 @@ def _dims(moving: int) -> tuple[int, ...]:
 
 
 class _Roots(Mapping[str, torch.Tensor]):
-    """For each parameter a tensor of its shape, filled with the square root of its weight."""
+    """For each parameter a tensor of its shape, filled with the square root of its weight (for both parts of a complex one)."""
 
     def __init__(self, like: Mapping[str, torch.Tensor], given: Mapping[str, float], ties: Mapping[str, str]) -> None:
         self._like, self._given, self._ties = like, given, ties
 
     def __getitem__(self, name: str) -> torch.Tensor:
         root = math.sqrt(self._given.get(self._ties.get(name, name), 1.0))
-        return torch.tensor(root, dtype=torch.float64).expand(self._like[name].shape)
+        like = self._like[name]
+        kind = torch.complex128 if like.is_complex() else torch.float64
+        return torch.tensor(complex(root, root) if like.is_complex() else root, dtype=kind).expand(like.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._like)

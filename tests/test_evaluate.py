@@ -380,7 +380,7 @@ def test_barrier_bad_input() -> None:
         barrier(a, state, state, _data([2]), points=1)
     with pytest.raises(AutomergeError, match="repair must be None"):
         barrier(a, state, state, _data([2]), repair="magic")  # type: ignore[arg-type]
-    with pytest.raises(CheckpointError, match=r"differ in '0\.weight'"):
+    with pytest.raises(CheckpointError, match=r"differ in the shape of '0\.weight'"):
         barrier(a, state, {**state, "0.weight": torch.ones(1)}, _data([2]))
 
 

@@ -158,6 +158,19 @@ def test_weights_of_parameters_multiply_the_inner_products_of_their_parameters()
     assert objective.value(sigma) == pytest.approx(whole, rel=1e-5)
 
 
+def test_given_weights_of_complex_parameters_multiply_both_parts() -> None:
+    symmetry = hand.mlp()
+    models = [{n: torch.complex(v, v.roll(1, 0)) for n, v in hand.weights(symmetry, i).items()} for i in range(2)]
+    blocks = decompose(symmetry)
+    weights = {"0.weight": 4.0, "2.weight": 0.25}
+    objective = Objective(blocks, models, dtype=torch.float64, block_weights=weights)
+    plain = Objective(
+        blocks, [{n: v * weights.get(n, 1.0) ** 0.5 for n, v in m.items()} for m in models], dtype=torch.float64
+    )
+    for weighted, own in zip(objective.bundles, plain.bundles, strict=True):
+        torch.testing.assert_close(weighted.weights, own.weights, rtol=1e-6, atol=0)
+
+
 def test_given_weights_count_for_tied_names_and_unknown_ones_are_refused() -> None:
     symmetry = hand.mlp()
     models = [hand.weights(symmetry, i) for i in range(2)]

@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from automerge._errors import CheckpointError, MatchingError, SymmetryError
 from automerge._linear_maps import LinearElement, Matrix, linear_element
+from automerge._loading import check_tied
 from automerge._numbers import is_number, is_whole
 from automerge.groups import Element
 from automerge.io import check_state_dict, save_state_dict
@@ -348,8 +349,8 @@ def check_models(models: Sequence[Model], symmetry: Symmetry | None = None) -> l
 
     Raises:
         MatchingError: for fewer than two models.
-        CheckpointError: for a missing or an extra key, another shape or kind, NaN or infinite values, naming the tensor
-            and the model.
+        CheckpointError: for a missing or an extra key, another shape or kind, NaN or infinite values, or two values for names
+            of one tensor, naming the tensor and the model.
         SymmetryError: if the symmetry is of another architecture.
     """
     if isinstance(models, Mapping | nn.Module) or not isinstance(models, Sequence) or len(models) < 2:
@@ -368,4 +369,6 @@ def check_models(models: Sequence[Model], symmetry: Symmetry | None = None) -> l
                 raise SymmetryError(
                     f"the symmetry has {name} of shape {tuple(shape)}, the models have {found}; infer it again"
                 )
+        for i, value in enumerate(values):
+            check_tied(value, symmetry.aliases, f"model {i}")
     return values
