@@ -102,6 +102,9 @@ class _Walk:
             args, kwargs = _mapped(node, lambda n: self.held[n])
             here = {"device": "cpu"} if kwargs.get("device") is not None else {}  # all of the work is done on the CPU
             return _target(node)(*args, **{**kwargs, **here})
+        values = (*(self.held[n] for n in node.all_input_nodes), node.meta.get("val"))
+        if any(isinstance(v, torch.Tensor) and v.is_complex() for v in values):
+            raise UnknownError("complex numbers have no moments of one number each")
         name = operator_of(node)
         rule = _RULES.get(name)
         if rule is not None:

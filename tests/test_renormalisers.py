@@ -282,6 +282,26 @@ def test_what_has_not_collapsed_is_left_alone() -> None:
     assert all(torch.equal(fixed[n], merged[n]) for n in merged)
 
 
+@pytest.mark.filterwarnings("error")
+def test_complex_weights_are_named_and_left() -> None:
+    class Complex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.i, self.o = nn.Linear(3, 4), nn.Linear(3, 2)
+            self.w, self.v = (nn.Parameter(torch.randn(n, m, dtype=torch.complex64)) for n, m in ((4, 6), (6, 3)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.o(((self.i(x).to(self.w.dtype) @ self.w).tanh() @ self.v).abs())
+
+    torch.manual_seed(0)
+    nets = [Complex(), Complex()]
+    merged = average([net.state_dict() for net in nets], [0.5, 0.5])
+    fixed, report = GaussianRepair(gate=1.0)(nets[0], merged, [net.state_dict() for net in nets], torch.ones(1, 3))
+    assert "complex numbers" in report.skipped["w"]
+    assert torch.equal(fixed["w"], merged["w"])
+    assert [layer.name for layer in report.layers] == ["i.weight"]
+
+
 def test_what_cannot_be_predicted_is_named() -> None:
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 4, 2), nn.Flatten(), nn.Linear(16, 2)).eval()
     other = deepcopy(net)
