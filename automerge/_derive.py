@@ -6,7 +6,8 @@ import itertools
 import math
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -131,40 +132,19 @@ def infer_recorded(
         splits: parameter axes that have an order for every class of positions of another axis, from the first pass on.
     """
     graph, apart = graphs[0], _apart(graphs)
-    clock = time.perf_counter()
-    splits, withdrawn, passes = dict(splits or {}), set[tuple[str, int, int]](), 0
-    best: tuple[float, Analysis, Structure, Assembler, list[UnitSet]] | None = None
-    while True:
-        analysis, more = _analysed(graphs, splits, withdrawn)
-        passes += more
-        ruled = time.perf_counter()
-        axes = analysis.engine.axes
-        structure = Structure(axes)
-        assembler = Assembler(axes, structure)
-        found = search(structure, assembler.wanted())
-        order = sum(math.lgamma(len(units.table) + 1) for units in found)
-        if best is None or order >= best[0]:  # what takes the place of a split that gave way may come to less
-            best = order, analysis, structure, assembler, found
-        idle = _idle(analysis.engine.in_the_way(), structure, found) - withdrawn
-        if not idle:
-            break
-        withdrawn |= idle
-        splits = {key: classes for key, classes in analysis.engine.requests.items() if key not in withdrawn}
-    _, analysis, structure, assembler, found = best
-    axes = analysis.engine.axes
+    searched = _searched(graphs, splits or {})
+    analysis, structure, assembler = searched.analysis, searched.structure, searched.assembler
     info: TraceInfo = graph.meta["trace"]
     shapes = _shapes(graph)
     kept: list[tuple[UnitSet, Generator]] = []
     tests: dict[str, str] = {}
-    dropped = 0
-    for units in found:
+    for units in searched.found:
         made = assembler.generator(units)
         test = _test(made, units, analysis, structure)
         tests |= dict.fromkeys(test, made.name if made else "")
-        if made is None or test or halved(made, analysis.unread) or within(made, apart):
-            dropped += 1
-        else:
+        if made is not None and not (test or halved(made, analysis.unread) or within(made, apart)):
             kept.append((units, made))
+    dropped = len(searched.found) - len(kept)
     kept = [kept[i] for i in without_composed([units for units, _ in kept], assembler.wanted())]
     generators = [made for _, made in kept]
     analysis.units += [assembler.plain(units) for units, _ in kept]
@@ -179,17 +159,51 @@ def infer_recorded(
         unruled=tuple(analysis.unruled),
         notes=(*of_trace(info), *of_reach(analysis, unused), *of_tests(tests), *analysis.engine.notes),
         flow=_flow(graph),
-        axis_graph=axes.graph,
-        stats={
-            "passes": passes,
-            "rules_seconds": ruled - clock,
-            "search_seconds": time.perf_counter() - ruled,
-            "vertices": int(axes.count),
-            "edges": int(structure.source.size),
-            "unrepresentable": dropped,
-        },
+        axis_graph=analysis.engine.axes.graph,
+        stats={**searched.stats, "unrepresentable": dropped},
     )
     return symmetry, analysis, assembler
+
+
+@dataclass(frozen=True, eq=False)
+class _Searched:
+    """The analysis that has the largest group, and its sets of units."""
+
+    analysis: Analysis
+    structure: Structure
+    assembler: Assembler
+    found: list[UnitSet]
+    stats: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _searched(graphs: Sequence[fx.GraphModule], splits: Mapping[tuple[str, int, int], np.ndarray]) -> _Searched:
+    """Analyse and search until no split of a parameter's axis has come to nothing."""
+    clock = time.perf_counter()
+    withdrawn, passes = set[tuple[str, int, int]](), 0
+    best: tuple[float, _Searched] | None = None
+    while True:
+        analysis, more = _analysed(graphs, splits, withdrawn)
+        passes += more
+        ruled = time.perf_counter()
+        structure = Structure(analysis.engine.axes)
+        assembler = Assembler(analysis.engine.axes, structure)
+        found = search(structure, assembler.wanted())
+        order = sum(math.lgamma(len(units.table) + 1) for units in found)
+        if best is None or order >= best[0]:  # what takes the place of a split that gave way may come to less
+            best = order, _Searched(analysis, structure, assembler, found)
+        idle = _idle(analysis.engine.in_the_way(), structure, found) - withdrawn
+        if not idle:
+            break
+        withdrawn |= idle
+        splits = {key: classes for key, classes in analysis.engine.requests.items() if key not in withdrawn}
+    stats = {
+        "passes": passes,
+        "rules_seconds": ruled - clock,
+        "search_seconds": time.perf_counter() - ruled,
+        "vertices": int(best[1].analysis.engine.axes.count),
+        "edges": int(best[1].structure.source.size),
+    }
+    return replace(best[1], stats=stats)
 
 
 def _test(made: Generator | None, units: UnitSet, analysis: Analysis, structure: Structure) -> list[str]:

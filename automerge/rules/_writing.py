@@ -166,6 +166,13 @@ def _index_put(context: Context, x: Value, indices: Sequence[Value | None], valu
         base = plain(x.shape) if accumulate else x
         made = scattered(engine, base, expanded(values, shape), axes[0], constant % x.shape[axes[0]])
         return engine.elementwise([x, made]) if accumulate else made
+    return _put_rows(engine, x, nodes, axes, covered, values)
+
+
+def _put_rows(
+    engine: Engine, x: Value, nodes: Sequence[Any], axes: Sequence[int], covered: list[Value], values: Value
+) -> Value:
+    """Rows written at places that data choose: these axes stay, but for those that are walked along or move as the index."""
     masks = [n.meta["val"].dtype in (torch.bool, torch.uint8) for n in nodes]
     first, span = axes[0], len(covered[0].axes) if masks == [True] else len(axes)
     if (any(masks) and masks != [True]) or axes != list(range(first, first + len(axes))):
