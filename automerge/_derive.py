@@ -39,6 +39,13 @@ def infer_graph(*graphs: fx.GraphModule, everywhere: bool = False) -> tuple[Symm
         everywhere: whether what branches show must show in all graphs; else it may be in those that reach most of them.
     """
     symmetry, analysis, assembler = infer_recorded(*graphs)
+    return with_branches(symmetry, analysis, assembler, graphs, everywhere), analysis
+
+
+def with_branches(
+    symmetry: Symmetry, analysis: Analysis, assembler: Assembler, graphs: Sequence[fx.GraphModule], everywhere: bool
+) -> Symmetry:
+    """A symmetry of `infer_recorded`, with what only stacked branches show; the other arguments are those of `infer_graph`."""
     start = time.perf_counter()
     try:
         found = _of_branches(symmetry, analysis, assembler, graphs, everywhere)
@@ -47,8 +54,8 @@ def infer_graph(*graphs: fx.GraphModule, everywhere: bool = False) -> tuple[Symm
             raise
         found = None
     if found is None:
-        return symmetry, analysis
-    return replace(found, stats={**found.stats, "branches_seconds": time.perf_counter() - start}), analysis
+        return symmetry
+    return replace(found, stats={**found.stats, "branches_seconds": time.perf_counter() - start})
 
 
 def _of_branches(

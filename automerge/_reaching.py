@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ class OtherTraces:
         self.on_cpu = all(t.device.type == "cpu" for t in tensors)
         self._bytes = sum(t.numel() * t.element_size() for t in tensors)
 
-    def reaching(self, analysis: Analysis, depends: bool, draws: int) -> Iterator[fx.GraphModule]:
+    def reaching(self, analysis: Analysis, depends: bool, draws: int) -> list[fx.GraphModule]:
         """Those that read parameters of which the example reads nothing, or not all.
 
         (An expert that none of few tokens was sent to; what a recurrence multiplies its first state with.) On longer inputs,
@@ -54,22 +55,27 @@ class OtherTraces:
             draws: how many times longer inputs are drawn, the longer each time; 0 for one length only.
         """
         left = _Left(self.symmetry, analysis, depends)
-        if not left or not self.on_cpu:
-            return
+        if left and self.on_cpu:
+            for graph in self._until(left, depends, draws):
+                left.read_in(graph)
+        return left.needed()
+
+    def _until(self, left: _Left, depends: bool, draws: int) -> Iterator[fx.GraphModule]:
+        """Traces, as long as something is left."""
         only = None if draws else 1  # of one step a recurrence does not show what it multiplies its state with
         for seed in range(draws or 1):
             on_data = False
             for graph in self.longer(seed, only):
                 on_data = on_data or by_data(graph)
-                if left.read_in(graph):
-                    yield graph
+                yield graph
             if not left or not on_data:
                 break
         memory = physical_memory()
         for seed in range(_OTHER_WEIGHTS if depends and draws and (memory is None or 4 * self._bytes < memory) else 0):
             for graph in self._with_other_weights(seed) if left else ():
-                if left.read_in(graph):
-                    yield graph
+                yield graph
+                if not left:
+                    return
 
     def longer(self, seed: int, only: int | None = None) -> Iterator[fx.GraphModule]:
         """Traces on inputs that are the longer, the larger the seed, as far as the model runs on them.
@@ -120,28 +126,60 @@ def _scaled(given: tuple[Any, Any], scale: float) -> tuple[Any, Any]:
     return given if scale == 1.0 else map_tensors(lambda _, t: t * scale if t.is_floating_point() else t, given)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Some of the parameters: by their names, and of others the entries under a mask."""
+
+    whole: frozenset[str]
+    masks: Mapping[str, np.ndarray]
+
+    def __bool__(self) -> bool:
+        return bool(self.whole or self.masks)
+
+    def count(self) -> int:
+        return len(self.whole) + sum(int(mask.sum()) for mask in self.masks.values())
+
+    def both(self, other: _Part) -> _Part:
+        masks = {n: mask & other.masks[n] for n, mask in self.masks.items() if n in other.masks}
+        return _Part(self.whole & other.whole, {n: mask for n, mask in masks.items() if mask.any()})
+
+    def without(self, other: _Part) -> _Part:
+        masks = {n: mask & ~other.masks.get(n, False) for n, mask in self.masks.items()}
+        return _Part(self.whole - other.whole, {n: mask for n, mask in masks.items() if mask.any()})
+
+
 class _Left:
     """What no graph so far reads of the parameters."""
 
     def __init__(self, symmetry: Symmetry, analysis: Analysis, depends: bool) -> None:
-        self.whole = {n for n in symmetry.shapes if n not in analysis.states}
-        self.whole |= {n for n, mask in analysis.unseen.items() if mask.all()}
+        whole = {n for n in symmetry.shapes if n not in analysis.states}
+        whole |= {n for n, mask in analysis.unseen.items() if mask.all()}
         # where the path depends on data, others may read more of what this one reads in part (experts stacked in one tensor)
         parts = analysis.unseen if depends else {}
-        self.parts: Mapping[str, np.ndarray] = {n: mask for n, mask in parts.items() if n not in self.whole}
+        self._wanted = self._left = _Part(frozenset(whole), {n: mask for n, mask in parts.items() if n not in whole})
+        self._reads: list[tuple[fx.GraphModule, _Part]] = []
 
     def __bool__(self) -> bool:
-        return bool(self.whole or self.parts)
+        return bool(self._left)
 
-    def read_in(self, graph: fx.GraphModule) -> bool:
-        """Whether a graph reads some of it, which then is not left."""
+    def read_in(self, graph: fx.GraphModule) -> None:
+        """What a graph reads of it is not left."""
         more = analyse([graph])
-        found = self.whole & {n for n in more.states if n not in more.unseen or not more.unseen[n].all()}
-        left = {n: mask & more.unseen.get(n, False) for n, mask in self.parts.items() if n in more.states}
-        changed = bool(found) or any((mask != self.parts[n]).any() for n, mask in left.items())
-        self.whole -= found
-        self.parts = {n: mask for n, mask in {**self.parts, **left}.items() if mask.any()}
-        return changed
+        whole = frozenset(n for n in more.states if n not in more.unseen or not more.unseen[n].all())
+        masks = {n: ~more.unseen.get(n, np.zeros_like(m)) for n, m in self._wanted.masks.items() if n in more.states}
+        read = self._wanted.both(_Part(whole, masks))
+        if read.both(self._left):
+            self._reads.append((graph, read))
+            self._left = self._left.without(read)
+
+    def needed(self) -> list[fx.GraphModule]:
+        """Few of the graphs that read together what all of them do, those that read most of the rest first."""
+        out, left = [], self._wanted.without(self._left)
+        while left:
+            graph, most = max(self._reads, key=lambda known: left.both(known[1]).count())
+            out.append(graph)
+            left = left.without(most)
+        return out
 
 
 def by_data(graph: fx.GraphModule) -> bool:

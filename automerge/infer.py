@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx, nn
 
 from automerge._auxiliary import with_training
-from automerge._derive import infer_graph, infer_recorded
+from automerge._derive import infer_graph, infer_recorded, with_branches
 from automerge._diagnosis import OtherPathError
 from automerge._dropped import with_dropped
 from automerge._errors import InvarianceError, TraceError, UnknownOperatorError
@@ -70,10 +70,8 @@ def infer(
     graph = trace(model, args, kwargs, values=False, constants=constants)
     recorded, model = _recorded(model, args, kwargs, constants, graph)
     traced = time.perf_counter()
-    symmetry, analysis = _inferred(recorded, verify)
+    symmetry, analysis, assembler = infer_recorded(*recorded)
     _check_rules(symmetry, strict)
-    done = time.perf_counter()
-    stats: dict[str, Any] = {"trace_seconds": traced - start, "infer_seconds": done - traced}
     notes = [of_numbers(*normalise_args(args, kwargs)), of_writes(recorded), _too_large(model) if verify else None]
     verify = verify and notes[-1] is None
     # without verification only where other data take another path: an expert that python skips would stay in place
@@ -83,7 +81,8 @@ def infer(
     if not verify and hides(graph) and others.on_cpu:  # with verification longer inputs are looked at anyway
         graphs += others.longer(0)
     if len(graphs) > len(recorded):
-        symmetry, analysis = _inferred(graphs, verify)
+        symmetry, analysis, assembler = infer_recorded(*graphs)
+    symmetry = with_branches(symmetry, analysis, assembler, graphs, everywhere=not verify)
     again = partial(_inferred, verify=verify)
     found = with_training(model, args, kwargs, constants, graphs, symmetry, analysis, again, verify)
     if found is not None:
@@ -93,6 +92,8 @@ def infer(
     if kept is not None:
         symmetry, graphs = kept.symmetry, kept.graphs
         notes.append(kept.note)
+    done = time.perf_counter()
+    stats: dict[str, Any] = {"trace_seconds": traced - start, "infer_seconds": done - traced}
     if verify:
         symmetry, outcome = _verified(model, args, kwargs, symmetry, graphs)
         notes.append(of_mixed(outcome.mixed))
