@@ -166,8 +166,9 @@ def write(recorder: Any, func: Any, args: Any, kwargs: Any, node_args: Any, node
         nodes = [recorder.emit(functional, node_args, plain_kwargs, values[0])]
         nodes[0].meta["val"] = recorder.example(nodes[0], nodes[0].meta["val"], own=True)
     else:
-        whole = recorder.emit(functional, node_args, plain_kwargs, None)
-        nodes = [recorder.emit(operator.getitem, (whole, i), {}, v) for i, v in enumerate(values)]
+        whole = recorder.emit(functional, node_args, plain_kwargs, tuple(values))
+        whole.meta["val"] = recorder.example(whole, whole.meta["val"], own=True)  # they may be written to again
+        nodes = [recorder.emit(operator.getitem, (whole, i), {}, v) for i, v in enumerate(whole.meta["val"])]
     for target, node in zip(targets, nodes, strict=True):
         assign(recorder, recorder._lookup(target), node, target)
     returned = out if isinstance(out, list | tuple) else [out]
@@ -212,6 +213,22 @@ def _record_new(recorder: Any, func: Any, node_args: Any, node_kwargs: Any, out:
     for i, value in new:
         node = whole if single else recorder.emit(operator.getitem, (whole, i), {}, value.detach())
         recorder._register(value, Tracked(node))
+
+
+def each(func: Any, args: Any, kwargs: Any) -> Any:
+    """An operator on lists of tensors, run on one after the other: ``_foreach_mul_`` as ``mul_``.
+
+    Raises:
+        AttributeError: if there is no operator on single tensors of that name.
+    """
+    one = getattr(aten, func._schema.name.removeprefix("aten::_foreach_"))
+    count = len(args[0])
+
+    def pick(value: Any, i: int) -> Any:
+        return value[i] if isinstance(value, list | tuple) and len(value) == count else value
+
+    out = [one(*(pick(a, i) for a in args), **{k: pick(v, i) for k, v in kwargs.items()}) for i in range(count)]
+    return out if func._schema.returns else None
 
 
 _METADATA = {aten.transpose_, aten.t_, aten.unsqueeze_, aten.squeeze_, aten.swapaxes_, aten.swapdims_, aten.detach_}

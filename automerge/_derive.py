@@ -16,7 +16,7 @@ from torch import fx
 from automerge._assemble import Assembler, halved, within
 from automerge._branches import stacked
 from automerge._composed import without_composed
-from automerge._notes import of_reach, of_tests, of_trace
+from automerge._notes import of_reach, of_reads, of_trace
 from automerge._search import UnitSet, search
 from automerge._stacks import aligned, joined, taken_apart
 from automerge._structure import Structure
@@ -144,12 +144,12 @@ def infer_recorded(
     info: TraceInfo = graph.meta["trace"]
     shapes = _shapes(graph)
     kept: list[tuple[UnitSet, Generator]] = []
-    tests: dict[str, str] = {}
+    reads: dict[str, str] = {}
     for units in searched.found:
         made = assembler.generator(units)
-        test = _test(made, units, analysis, structure)
-        tests |= dict.fromkeys(test, made.name if made else "")
-        if made is not None and not (test or halved(made, analysis.unread) or within(made, apart)):
+        read = _read_only(made, units, analysis, structure)
+        reads |= dict.fromkeys(read, made.name if made else "")
+        if made is not None and not (read or halved(made, analysis.unread) or within(made, apart)):
             kept.append((units, made))
     dropped = len(searched.found) - len(kept)
     kept = [kept[i] for i in without_composed([units for units, _ in kept], assembler.wanted())]
@@ -164,7 +164,7 @@ def infer_recorded(
         aliases={a: n for a, n in info.aliases.items() if n in shapes},
         pins=tuple(assembler.pins(generators, shapes, unused, {**analysis.untold, **apart})),
         unruled=tuple(analysis.unruled),
-        notes=(*of_trace(info), *of_reach(analysis, unused), *of_tests(tests), *analysis.engine.notes),
+        notes=(*of_trace(info), *of_reach(analysis, unused), *of_reads(reads), *analysis.engine.notes),
         flow=_flow(graph),
         axis_graph=analysis.engine.axes.graph,
         stats={**searched.stats, "unrepresentable": dropped},
@@ -213,11 +213,11 @@ def _searched(graphs: Sequence[fx.GraphModule], splits: Mapping[tuple[str, int, 
     return replace(best[1], stats=stats)
 
 
-def _test(made: Generator | None, units: UnitSet, analysis: Analysis, structure: Structure) -> list[str]:
-    """Where python tests values that have these units, if no output depends on what they move: what they are is not known."""
-    if made is None or not analysis.tested or not within(made, analysis.untold):
+def _read_only(made: Generator | None, units: UnitSet, analysis: Analysis, structure: Structure) -> list[str]:
+    """Where python reads values that have these units, if no output depends on what they move: what they are is not known."""
+    if made is None or not analysis.asked or not within(made, analysis.untold):
         return []
-    return [where for labels, where in analysis.tested if np.isin(structure.index[labels], units.table).any()]
+    return [where for labels, where in analysis.asked if np.isin(structure.index[labels], units.table).any()]
 
 
 def _analysed(

@@ -76,7 +76,7 @@ def _shown(graph: fx.GraphModule, apart: Mapping[str, np.ndarray]) -> set[str]:
     """The parameters of which a graph reads more than the output depends on."""
     live, reads = _live(graph)
     mine = {n.meta["name"] for n in live if n.op == "placeholder"} & apart.keys()
-    left = unread(graph, live, constants(graph.graph), reads, mine)
+    left = unread(graph, live, constants(graph.graph), reads, mine)[0]
     return {n for n in mine if n not in left or not left[n][apart[n]].all()}
 
 

@@ -46,12 +46,12 @@ def of_reach(analysis: Analysis, unused: list[str]) -> list[str]:
     return notes
 
 
-def of_tests(tests: Mapping[str, str]) -> list[str]:
-    """What python tests, and no output depends on: the place of each test, and what the values are of."""
+def of_reads(reads: Mapping[str, str]) -> list[str]:
+    """What python reads, and no output depends on: the place of each read, and what the values are of."""
     return [
-        f"python tests what is computed with {name} ({where}), and no output depends on that: it stays as it is while the "
+        f"python reads what is computed with {name} ({where}), and no output depends on that: it stays as it is while the "
         "rest moves, so give inputs for which one does if others do"
-        for where, name in tests.items()
+        for where, name in reads.items()
     ]
 
 

@@ -154,8 +154,9 @@ class _Left:
     def __init__(self, symmetry: Symmetry, analysis: Analysis, depends: bool) -> None:
         whole = {n for n in symmetry.shapes if n not in analysis.states}
         whole |= {n for n, mask in analysis.unseen.items() if mask.all()}
-        # where the path depends on data, others may read more of what this one reads in part (experts stacked in one tensor)
-        parts = analysis.unseen if depends else {}
+        # where the path depends on data, others may read more of what this one reads in part (experts stacked in one tensor);
+        # so may further steps of what this one multiplies its first state with
+        parts = {n: mask for n, mask in analysis.unseen.items() if depends or n in analysis.first}
         self._wanted = self._left = _Part(frozenset(whole), {n: mask for n, mask in parts.items() if n not in whole})
         self._reads: list[tuple[fx.GraphModule, _Part]] = []
 

@@ -17,7 +17,7 @@ from torch.nn.modules import module as _nn_module
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.weak import TensorWeakRef
 
-from automerge._aliases import Tracked, overlaps, read, shadow, write, writes
+from automerge._aliases import Tracked, each, overlaps, read, shadow, write, writes
 from automerge._difference import changed
 from automerge._double import plainly
 from automerge._errors import TraceError
@@ -246,6 +246,9 @@ class Recorder(TorchDispatchMode):
         if isinstance(func, torch._ops.HigherOrderOperator):
             with self:
                 return plainly(func, *args, **kwargs)
+        if func._schema.name.startswith("aten::_foreach_") and hasattr(aten, func._schema.name[15:]):
+            with self:
+                return each(func, args, kwargs)
         if func.namespace == "profiler":  # a named span computes nothing
             return func(*args, **kwargs)
         if any(isinstance(a, torch.ScriptObject) for a in args):

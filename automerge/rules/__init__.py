@@ -97,7 +97,7 @@ def _settle_splits(runs: Sequence[Run], out: Analysis) -> None:
     out.unseen = (
         in_part([run.unread(run.seen) for run in runs], shapes) if any(run.none for run in runs) else out.unread
     )
-    if any(run.tests for run in runs):
+    if any(run.asked for run in runs):
         out.untold = in_part([run.unread(lasting(run.graph, [])[0]) for run in runs], shapes)
     engine.settle_requests(out.unread)
     if out.unread:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
 
 from automerge.rules._axes import Unruled
 from automerge.rules._engine import Engine
+from automerge.rules._nodes import schema_name
 from automerge.rules._points import alike, bare, common_labels, labels_of, tie_axis, ties_noted
 from automerge.rules._registry import Context, pointwise, rule
 from automerge.rules._value import Points, Value, copy_letters, plain
@@ -69,6 +71,18 @@ def _listed(engine: Engine, index: Value, other: Value, dim: int, some: np.ndarr
     return engine.elementwise(
         [bare(index), tie_axis(engine, plain(other.shape), dim - rank + len(other.axes), labels[some])]
     )
+
+
+@rule("lt", "le", "gt", "ge", carries=True)
+def ordered(context: Context, x: Any, other: Any, **kwargs: Any) -> Value:
+    """Positions compared with a bound that all of them keep, or none: whether an index is in range says nothing of it."""
+    number = _number(other)
+    if isinstance(x, Value) and x.points is not None and number is not None:
+        holds = getattr(operator, schema_name(context.node).removeprefix("aten::"))
+        largest = (x.points.size - 1) * x.points.stride
+        if holds(0, number) == holds(largest, number):
+            return plain(x.shape)
+    return pointwise(context, x, other, **kwargs)
 
 
 def _number(value: Any) -> float | None:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import fx
 
+from automerge.rules._known import Known, alike, formed, known_numbers
 from automerge.rules._nodes import aten_names, later_reads, schema_name
 
 _CUTTING = aten_names(
@@ -60,8 +61,10 @@ def unread(
     constant: Collection[fx.Node],
     looked: Collection[fx.Node],
     states: Collection[str],
-) -> dict[str, np.ndarray]:
+) -> tuple[dict[str, np.ndarray], set[str]]:
     """For every parameter that is only read in part: which of its entries are not, a boolean array of its shape.
+
+    And the names of those that meet numbers that are no input's, such as a first state: further steps may read more of them.
 
     What is read is followed back from every cut, through whatever is read in part only.
 
@@ -73,25 +76,50 @@ def unread(
         states: the names of the parameters.
     """
     nodes = [n for n in graph.graph.nodes if n in live]
-    own: set[fx.Node] = set()
-    for node in nodes:
-        if node.op == "placeholder" and node.meta.get("name") in states:
-            own.add(node)
-        elif node.op == "call_function" and not own.isdisjoint(sources := node.all_input_nodes):
-            own.update([node] if all(n in own or n in constant for n in sources) else [])
-    cuts = {n for n in nodes if _cuts(n, constant) or (n in own and _selects(n, constant))}
+    own = _of_parameters(nodes, constant, states, [n for n in nodes if formed(n) is not None])
+    known = known_numbers(nodes, constant, own)
+    fixed = {n: v for n, v in known.items() if not bool(v.isnan().any())}
+    own = _of_parameters(nodes, constant, states, fixed) if fixed else own
+    cuts = {n for n in nodes if _cuts(n, constant) or (n in own and _selects(n, constant | fixed.keys()))}
+    cuts |= {n for n in nodes if any(alike(n, factor, known) is not None for factor in n.all_input_nodes)}
     if not cuts:
-        return {}
-    back = _followed(_Back(cuts, own, constant, live, {}), [n for n in nodes if n not in constant], looked, graph)
+        return {}, set()
+    back = _followed(
+        _Back(cuts, own, constant, live, {}, known), [n for n in nodes if n not in constant], looked, graph
+    )
     tables: set[fx.Node] = set()  # parameters that are cut themselves
     for node in reversed(nodes):
         if any(u in own and (u in cuts or u in tables) for u in node.users):
             tables.add(node)
     out: dict[str, np.ndarray] = {}
     for node, mask in back.needed.items():
-        if node.op == "placeholder" and node in own and (node in tables or bool(mask.any())):
+        if node.op == "placeholder" and node in own:
             out[node.meta["name"]] = ~mask.numpy()
-    return dict(sorted(out.items()))
+    return dict(sorted(out.items())), _behind(back.hidden, own) & out.keys()
+
+
+def _behind(nodes: Collection[fx.Node], own: Collection[fx.Node]) -> set[str]:
+    """The parameters that some nodes are made of."""
+    seen, todo = set[fx.Node](), [n for n in nodes if n in own]
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            todo += [n for n in node.all_input_nodes if n in own]
+    return {n.meta["name"] for n in seen if n.op == "placeholder"}
+
+
+def _of_parameters(
+    nodes: Sequence[fx.Node], constant: Collection[fx.Node], states: Collection[str], fixed: Collection[fx.Node]
+) -> set[fx.Node]:
+    """The nodes that depend on parameters, and on nothing else but what has the same numbers for all inputs."""
+    own: set[fx.Node] = set()
+    for node in nodes:
+        if node.op == "placeholder" and node.meta.get("name") in states:
+            own.add(node)
+        elif node.op == "call_function" and node not in fixed and not own.isdisjoint(sources := node.all_input_nodes):
+            own.update([node] if all(n in own or n in constant or n in fixed for n in sources) else [])
+    return own
 
 
 def _followed(back: _Back, nodes: Sequence[fx.Node], looked: Collection[fx.Node], graph: fx.GraphModule) -> _Back:
@@ -148,6 +176,8 @@ class _Back:
     constant: Collection[fx.Node]
     live: Collection[fx.Node]
     needed: dict[fx.Node, Any]
+    known: Known = field(default_factory=dict)
+    hidden: set[fx.Node] = field(default_factory=set)  # factors of products with known numbers
 
     def visit(self, node: fx.Node) -> None:
         value = node.meta.get("val")
@@ -199,7 +229,12 @@ class _Back:
             if torch.Tag.reduction in getattr(user.target, "tags", ()):
                 return _summed(user, node, needed)
             if user not in self.own and name in _OPERANDS:
-                return _multiplied(user, node, needed)
+                hidden = alike(user, node, self.known)
+                asked = _multiplied(user, node, needed)
+                if hidden is None:
+                    return asked
+                self.hidden.add(node)
+                return ~hidden.expand(node.meta["val"].shape) & asked
             if name == "aten::native_layer_norm":
                 return _normalised(user, node, needed)
             if not _chooses(user) and (user in self.own or node.meta["val"].numel() < _MAX_MIXED):
@@ -208,8 +243,7 @@ class _Back:
             return True
         return True
 
-    @staticmethod
-    def _mixed(user: fx.Node, node: fx.Node, needed: Any) -> torch.Tensor:
+    def _mixed(self, user: fx.Node, node: fx.Node, needed: Any) -> torch.Tensor:
         """What any other operator takes of an operand: where the derivative of what is needed is not zero.
 
         Where it is zero by chance, something that is read stays in place, which is sound.
@@ -221,6 +255,8 @@ class _Back:
             value = n.meta["val"]
             if n is node:
                 return leaf
+            if n in self.known and not bool(self.known[n].isnan().any()):
+                return self.known[n]
             if not value.is_floating_point():
                 return value
             drawn = torch.rand(value.shape, generator=rng, dtype=torch.float64) + 0.5

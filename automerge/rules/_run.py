@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from automerge.rules._asked import asked
 from automerge.rules._axes import Unruled
 from automerge.rules._constants import veils
 from automerge.rules._decompose import decomposition
@@ -40,7 +41,6 @@ from automerge.rules._registry import (
     values_in,
 )
 from automerge.rules._shadows import shadows, single, told_apart_by
-from automerge.rules._tested import tested
 from automerge.rules._twins import twins
 from automerge.rules._value import ConstantValue, Factor, Value, plain
 
@@ -60,9 +60,10 @@ class Analysis:
         united: vertex -> united vertex; filled in by the search, as is ``units``.
         units: for each generator found its united vertices, ``(units, columns)``.
         unread: state-dict name -> which of its entries the traced pass does not read, for those read in part.
-        untold: the same of what no output depends on, where python tests values; empty where it tests none.
-        tested: the labels of values that tests read, and the places of the tests.
+        untold: the same of what no output depends on, where python reads values; empty where it reads none.
+        asked: the labels of the last values before what python reads (see `asked`), and the places of the reads.
         unseen: the same as ``unread`` of what no value with entries was computed from, as where data chose no rows.
+        first: names among ``unread`` of what meets numbers that are no input's, such as a first state.
         sorted: nodes whose rows are in an order that depends on the data: row i is not the same sample in every model.
     """
 
@@ -76,7 +77,8 @@ class Analysis:
     unread: dict[str, np.ndarray] = field(default_factory=dict)
     unseen: dict[str, np.ndarray] = field(default_factory=dict)
     untold: dict[str, np.ndarray] = field(default_factory=dict)
-    tested: list[tuple[np.ndarray, str]] = field(default_factory=list)
+    asked: list[tuple[np.ndarray, str]] = field(default_factory=list)
+    first: set[str] = field(default_factory=set)
     sorted: set[fx.Node] = field(default_factory=set)
 
 
@@ -102,7 +104,7 @@ class Run:
         self.statistics: list[Value] = []
         self.twins = twins(graph.graph)
         self.reads = python_reads(graph)
-        self.tests = tested(self.reads)
+        self.asked = asked(self.reads)
         self.none = choosing_none(graph)
         self.live, self.used = lasting(graph, self.reads, self.none)
         shaped = [(n, counted(node)) for node in graph.graph.nodes if node not in self.live for n in sizing(node)]
@@ -126,9 +128,9 @@ class Run:
             self.engine.axes.where = place(node)
             for value in values_in([self.read(node)]):
                 self.engine.pin_all(value.settle(), "python read its values")
-        for node, test in self.tests.items():
-            for value in values_in([self.read(node)]):
-                self.out.tested += [(f.labels, place(test)) for f in value.settle().factors]
+        for node, end in self.asked.items():
+            for value in values_in([self.values.get(node)]):
+                self.out.asked += [(f.labels, place(end)) for f in value.settle().factors]
         for node in self.counted:
             self.engine.axes.where = place(node)
             for value in values_in([self.read(node)]):
@@ -144,7 +146,9 @@ class Run:
     def unread(self, live: Collection[fx.Node]) -> dict[str, np.ndarray | None]:
         """For every parameter that some nodes read, which of its entries they do not; None if they read all."""
         mine = {n.meta["name"] for n in live if n.op == "placeholder" and n.meta["name"] in self.out.states}
-        return dict.fromkeys(mine) | unread(self.graph, live, self.constant, self.reads + self.counted, self.out.states)
+        part, first = unread(self.graph, live, self.constant, self.reads + self.counted, self.out.states)
+        self.out.first |= first
+        return dict.fromkeys(mine) | part
 
     # ------------------------------------------------------------ leaves
     def visit(self, node: fx.Node) -> None:
@@ -301,7 +305,7 @@ class Sub(Run):
         self.engine, self.out = parent.engine, parent.out
         self.values, self.constant, self.veiled, self.statistics = values, set(), set(), parent.statistics
         self.twins = twins(graph.graph)
-        self.single, self.shadows = set(), {}
+        self.single, self.shadows, self.none = set(), {}, choosing_none(graph)
         self.live, self.used = liveness(graph, [])
         placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
         for inside, source in zip(placeholders, sources, strict=True):

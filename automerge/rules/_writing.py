@@ -160,13 +160,20 @@ def _index_put(context: Context, x: Value, indices: Sequence[Value | None], valu
     alike = None if accumulate else _put_alike(context, x, nodes, axes, covered, values)
     if alike is not None:
         return alike
-    constant = constant_index(covered[0]) if len(axes) == 1 else None
+    constant = _places(covered[0]) if len(axes) == 1 else None
     if constant is not None and constant.ndim == 1 and np.unique(constant).size == constant.size:
         shape = [constant.size if k == axes[0] else m for k, m in enumerate(x.shape)]
         base = plain(x.shape) if accumulate else x
         made = scattered(engine, base, expanded(values, shape), axes[0], constant % x.shape[axes[0]])
         return engine.elementwise([x, made]) if accumulate else made
     return _put_rows(engine, x, nodes, axes, covered, values)
+
+
+def _places(index: Value) -> np.ndarray | None:
+    """The positions that a constant names, or that are under a constant mask of one axis."""
+    if index.data is not None and index.data.dtype is torch.bool and index.data.dim() == 1:
+        return np.flatnonzero(index.data.detach().cpu().numpy())
+    return constant_index(index)
 
 
 def _put_rows(

@@ -479,6 +479,10 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     "eq ne": lambda d: (lambda s: call(Call("argmax", (p(*s), 1)), Call("argmax", (p(*s), 1)), complete=False))(
         d.shape(2, 2)
     ),
+    "lt le gt ge": lambda d: d.pick(  # between bounds of all positions nothing is asked of them
+        lambda: call(p(*d.shape(2, 2)), d.pick(0.0, p(1))),
+        lambda: call(Call("argmax", (p(*d.shape(2, 2)), 1)), d.pick(-1, 9)),
+    )(),
     "remainder": lambda d: call(P(d.shape()), d.pick(0.7, 3)),
     "clamp": lambda d: call(P(d.shape()), *d.pick((-9.0, 9.0), (None, 9.0), (-9.0,))),
     "clamp_min": lambda d: call(P(d.shape()), -9.0),

@@ -75,10 +75,17 @@ def test_a_first_state_of_zeros_beside_the_input_has_units(name):
     found(lambda: Program(forward, parts), sizes, *inputs)
 
 
-def test_a_sequence_of_one_does_not_show_what_the_zeros_are():
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_sequence_of_one_shows_what_the_zeros_are_when_it_goes_on(verify: bool) -> None:
     net = Program(lambda s, x: _recurrent(s, x, False), {"w": lin(11, 7), "out": lin(7, 2)})
-    symmetry = infer(net, STEPS[:, :1], verify=False)
-    assert not any(s.param == "w.weight" and s.axis == 1 for g in symmetry.generators() for s in g.slots)
+    symmetry = infer(net, STEPS[:, :1], verify=verify)
+    (units,) = symmetry.generators()
+    assert {(s.param, s.axis) for s in units.slots} == {
+        ("w.weight", 0),
+        ("w.weight", 1),
+        ("w.bias", 0),
+        ("out.weight", 1),
+    }
 
 
 def test_tokens_filled_up_with_zeros_stay_in_place():

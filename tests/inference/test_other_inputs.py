@@ -418,7 +418,7 @@ def _shifted(s: Any, x: torch.Tensor) -> torch.Tensor:
     return s.out(torch.cat([F.pad(h[..., :3], (0, 0, 1, -1)), h[..., 3:]], -1))
 
 
-add("TokenShift", "3", ONE, LONGER, _shifted, **_waves)  # what is shifted out is not read, and stays
+add("TokenShift", "3x2", ONE, LONGER, _shifted, **_waves)  # longer inputs read what is shifted out
 add(
     "FramesShifted",
     "2x3",

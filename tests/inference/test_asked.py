@@ -1,4 +1,4 @@
-"""Values that python tests, and no output depends on: nothing in the pass tells what they belong to."""
+"""Values that python reads, and no output depends on: nothing in the pass tells what they belong to."""
 
 from __future__ import annotations
 
@@ -50,6 +50,17 @@ def _least(net: Policy, h: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     return mean
 
 
+def _unsure(net: Policy, h: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    classes = net.log_std(net.hidden(h).relu()).softmax(-1)
+    entropy = -(classes * classes.log()).sum(-1)
+    return mean if entropy.max().item() > 0 else classes
+
+
+def _far(net: Policy, h: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    distance = (net.scale * net.log_std(net.hidden(h).relu())).norm(dim=-1) / 3
+    return mean if float(distance.mean()) > 0 else net.log_std(net.hidden(h))
+
+
 def _finite(net: Policy, h: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     if torch.isnan(mean).any() or not torch.isfinite(h.reshape(-1)).all() or (mean @ mean.T).max() > 1e6:
         raise ValueError
@@ -76,6 +87,8 @@ def _moved(symmetry: Symmetry) -> set[str]:
         (_halves, [6, 4], set()),
         (_learned, [6, 4], {"scale[0]"}),
         (_least, [6, 5, 4], {"log_std.weight[0]", "log_std.bias[0]"}),
+        (_unsure, [6, 5, 4], {"log_std.weight[0]", "log_std.bias[0]"}),
+        (_far, [6, 5, 4], {"scale[0]", "log_std.weight[0]", "log_std.bias[0]"}),
     ],
 )
 @pytest.mark.parametrize("verify", [True, False])
