@@ -72,6 +72,7 @@ def _of_branches(
     found += [taken_apart(generator, branches.stacks, other.shapes) for generator in parts]
     apart = _apart(graphs)
     found = [own for own in found if own is not None and not within(own, apart)]
+    found += [own for own in symmetry.sets if within(own, apart)]
     partly = {*analysis.unread, *(n for stack in seen.unread for n in branches.stacks.get(stack, np.array([])).flat)}
     buffers = graphs[0].meta["trace"].buffers
     read = (_read(e, partly, buffers) for e in found if isinstance(e, Exchange))
@@ -148,8 +149,8 @@ def infer_recorded(
     for units in searched.found:
         made = assembler.generator(units)
         read = _read_only(made, units, analysis, structure)
-        reads |= dict.fromkeys(read, made.name if made else "")
-        if made is not None and not (read or halved(made, analysis.unread) or within(made, apart)):
+        reads |= dict.fromkeys(filter(None, read), made.name if made else "")
+        if made is not None and not (read or halved(made, analysis.unread)):
             kept.append((units, made))
     dropped = len(searched.found) - len(kept)
     kept = [kept[i] for i in without_composed([units for units, _ in kept], assembler.wanted())]

@@ -76,7 +76,7 @@ def _shown(graph: fx.GraphModule, apart: Mapping[str, np.ndarray]) -> set[str]:
     """The parameters of which a graph reads more than the output depends on."""
     live, reads = _live(graph)
     mine = {n.meta["name"] for n in live if n.op == "placeholder"} & apart.keys()
-    left = unread(graph, live, constants(graph.graph), reads, mine)[0]
+    left = unread(graph, live, constants(graph.graph), reads, mine).entries
     return {n for n in mine if n not in left or not left[n][apart[n]].all()}
 
 
@@ -103,19 +103,23 @@ def _read(graph: fx.GraphModule, apart: Mapping[str, np.ndarray]) -> fx.GraphMod
             sums.append(total.name)
     other = LazyModule(graph, out)
     info: TraceInfo = graph.meta["trace"]
-    other.meta |= {"trace": replace(info, reads=[*info.reads, *sums]), "apart": apart}
+    other.meta |= {"trace": replace(info, reads=[*info.reads, *sums]), "apart": apart, "dropped": frozenset(sums)}
     return other
 
 
 def _ends(graph: fx.GraphModule, names: Collection[str]) -> set[fx.Node]:
-    """What was computed last, with some of these parameters, on the way to what nothing reads."""
-    nodes, live = list(graph.graph.nodes), _live(graph)[0]
+    """What was computed last, with some of these parameters, on the way to what nothing reads; or is then cut away."""
+    nodes, (live, reads) = list(graph.graph.nodes), _live(graph)
     reached: set[fx.Node] = set()
     for node in nodes:
         own = node.op == "placeholder" and node.meta.get("name") in names
         if own or not reached.isdisjoint(node.all_input_nodes):
             reached.add(node)
-    ends, seen = set(), set[fx.Node]()
+    states = {n.meta["name"] for n in live if n.op == "placeholder" and n.meta["kind"] == "state"}
+    ends = (
+        set() if states.isdisjoint(names) else unread(graph, live, constants(graph.graph), reads, states).cut & reached
+    )
+    seen = set[fx.Node]()
     todo = [n for n in nodes if not n.users]
     while todo:
         node = todo.pop()

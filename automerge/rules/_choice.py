@@ -6,6 +6,7 @@ import operator
 from typing import Any
 
 import numpy as np
+import torch
 
 from automerge.rules._axes import Unruled
 from automerge.rules._engine import Engine
@@ -23,7 +24,8 @@ def compared(context: Context, *args: Any, **kwargs: Any) -> Value:
     for index, other in ((a, b), (b, a)):
         number = _number(other)
         if isinstance(index, Value) and index.points is not None and index.points.stride == 1 and number is not None:
-            return _compared_with(engine, index.points, number, "compared with a number") or bare(index)
+            never = _always(index, schema_name(context.node) == "aten::ne")
+            return _compared_with(engine, index.points, number, "compared with a number") or never
     if isinstance(a, Value) and isinstance(b, Value):
         if alike([a, b]):
             assert a.points is not None
@@ -45,6 +47,13 @@ def _compared_with(engine: Engine, points: Points, number: float, reason: str) -
     if labels is not None:
         engine.axes.pin(labels[[int(number)]], reason)
     return _without_last(engine.take(points.code, len(points.code.axes) - 1, np.array([int(number)])))
+
+
+def _always(index: Value, truth: bool) -> Value:
+    """The answer to what is asked of every entry alike."""
+    out = plain(index.shape)
+    out.data = torch.full(index.shape, truth)
+    return out
 
 
 def _without_last(x: Value) -> Value:
@@ -81,7 +90,7 @@ def ordered(context: Context, x: Any, other: Any, **kwargs: Any) -> Value:
         holds = getattr(operator, schema_name(context.node).removeprefix("aten::"))
         largest = (x.points.size - 1) * x.points.stride
         if holds(0, number) == holds(largest, number):
-            return plain(x.shape)
+            return _always(x, bool(holds(0, number)))
     return pointwise(context, x, other, **kwargs)
 
 
@@ -110,6 +119,8 @@ def either(context: Context, mask: Value, x: Any = None, other: Any = None) -> V
     """Positions from one index tensor or another one, or a certain position in the place of some."""
     if x is None:
         raise Unruled("positions are read from a mask")
+    if isinstance(x, Value) and mask.data is not None and mask.shape == x.shape == context.shape and mask.data.all():
+        return x.with_axes(x.axes).carry(x)
     for index, number in ((x, _number(other)), (other, _number(x))):
         if isinstance(index, Value) and index.points is not None and number is not None:
             return filled(context, index, mask, number)

@@ -7,7 +7,7 @@ another). Quotient and remainder name them apart again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -72,17 +72,12 @@ def _walking(engine: Engine, value: Any) -> Value | None:
     eye = engine.constant(np.eye(row.size))
     axes = tuple(eye.axes[0] if k == long[0] else () for k in range(entries.ndim))
     out = eye.with_axes((*axes, eye.axes[1]))
-    where = engine.axes.where
-
-    def pin() -> None:
-        now, engine.axes.where = engine.axes.where, where
-        engine.pin_letters(out, set(out.letters), "numbers of positions are used")
-        engine.axes.where = now
-
     letters = {c for axis in axes for c in axis}
     own = [f for f in out.factors if set(f.letters) <= letters]
     plain = Value(axes, {c: out.size[c] for c in letters}, own)
-    return _named(plain, Points(out, int(row[1]), walk=entries.ndim - long[0]), [pin])
+    return _named(
+        plain, Points(out, int(row[1]), walk=entries.ndim - long[0]), [_pinning(engine, out, set(out.letters))]
+    )
 
 
 def _sum(engine: Engine, outer: Value, inner: Value) -> Value | None:
@@ -118,4 +113,16 @@ def _digit(engine: Engine, x: Value, number: int, rest: bool) -> Value | None:
     lost = len(shape) - (2 if rest else 1)
     code = engine.reduce(apart, set(apart.axes[lost]))
     code = code.with_axes(axis for k, axis in enumerate(code.axes) if k != lost)
-    return _named(x.with_axes(x.axes), Points(code), x.promises)
+    return _named(x.with_axes(x.axes), Points(code), [_pinning(engine, code, set(code.axes[-1]))])
+
+
+def _pinning(engine: Engine, code: Value, letters: set[int]) -> Callable[[], None]:
+    """What a use of positions for their numbers comes to."""
+    where = engine.axes.where
+
+    def pin() -> None:
+        now, engine.axes.where = engine.axes.where, where
+        engine.pin_letters(code, letters, "numbers of positions are used")
+        engine.axes.where = now
+
+    return pin

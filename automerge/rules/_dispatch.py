@@ -27,6 +27,7 @@ from automerge.rules._nodes import constants, liveness, schema_name
 from automerge.rules._row_order import GROUPED, Dispatch, Trial
 
 aten = torch.ops.aten
+_SORTS = ("aten::sort", "aten::argsort")
 _TRIALS, _FEW = 4, 16  # made-up whole numbers may be equal by chance; the more so where there are few rows
 
 
@@ -54,7 +55,7 @@ def without_dispatch(graph: fx.GraphModule) -> Unsorted:
 
 def _without_dispatch(graph: fx.GraphModule) -> Unsorted:
     sorts: Mapping[str, int] = graph.meta.get("sorts", {})
-    if not sorts and not any(schema_name(node) == GROUPED for node in graph.graph.nodes):
+    if not any(schema_name(node) in _SORTS for node in graph.graph.nodes):
         return Unsorted(graph)
     constant = constants(graph.graph)
     read = [node for node in graph.graph.nodes if node.name in graph.meta["trace"].reads]
@@ -67,8 +68,11 @@ def _without_dispatch(graph: fx.GraphModule) -> Unsorted:
 def _dispatch(
     live: Sequence[fx.Node], read: Collection[fx.Node], sort: fx.Node, constant: set[fx.Node], kinds: int | None = None
 ) -> Dispatch | None:
-    """The dispatch that begins with a node, or None; where masks choose runs of some kinds, no grouped product is needed."""
-    if schema_name(sort) not in ("aten::sort", "aten::argsort") or sort in constant:
+    """The dispatch that begins with a node, or None.
+
+    Runs may be of kinds that masks choose, or have a matrix each, or there may be one that is read for every row.
+    """
+    if schema_name(sort) not in _SORTS or sort in constant:
         return None
     ids: Any = sort.args[0]
     if ids.meta["val"].dim() != 1 or ids.meta["val"].is_floating_point():
@@ -76,10 +80,10 @@ def _dispatch(
     outputs: dict[Any, fx.Node] = {u.args[1]: u for u in sort.users if u.target is operator.getitem}
     order = sort if schema_name(sort) == "aten::argsort" else outputs.get(1)
     numbers = {outputs[0]} if 0 in outputs and order is not sort else set()
-    products: list[Any] = [node for node in live if schema_name(node) == GROUPED]
-    counts: list[int] = [node.args[1].meta["val"].shape[0] for node in products]
+    counts = [node.args[1].meta["val"].shape[0] for node in live if schema_name(node) == GROUPED]
     counts += [] if kinds is None else [kinds]
-    for count in dict.fromkeys(counts) if order is not None else ():
+    counts += [count for node in live for count in _entries(node, len(ids.meta["val"]))]
+    for count in sorted(set(counts), reverse=True) if order is not None else ():
         assert order is not None
         try:
             with torch.no_grad(), double_precision():
@@ -90,9 +94,17 @@ def _dispatch(
                     trial.run()
         except Exception:  # the order is used (`OrderedError`), or an operator cannot be tried
             continue
-        if found.grouped or kinds is not None:
-            return found
+        return found
     return None
+
+
+def _entries(node: fx.Node, rows: int) -> list[int]:
+    """How many entries a table has of which one is read for each of some rows."""
+    if schema_name(node) not in ("aten::index", "aten::_unsafe_index", "aten::index_select", "aten::embedding"):
+        return []
+    table, *where = node.all_input_nodes
+    single = len(where) == 1 and where[0].meta["val"].shape == (rows,)
+    return [table.meta["val"].shape[0]] if single and table.meta["val"].dim() > 1 else []
 
 
 # ---------------------------------------------------------------- the other graph

@@ -12,7 +12,17 @@ from automerge.rules._axes import Unruled, settle_resized
 from automerge.rules._combine import Combine
 from automerge.rules._constants import Pattern, pattern, slice_classes
 from automerge.rules._operands import Join, filled, leads, own_orders
-from automerge.rules._value import Factor, Value, drop_constant, new_letter, plain, split_letter, spread
+from automerge.rules._value import (
+    Factor,
+    Value,
+    drop_constant,
+    new_letter,
+    plain,
+    repetition,
+    split_letter,
+    spread,
+    widened,
+)
 
 MAX_BESIDE = 65_536
 
@@ -90,6 +100,9 @@ class Engine(Combine):
         n = value.shape[axis]
         if n == index.size and np.array_equal(index, np.arange(n)):
             return value
+        times, once, each = repetition(index)
+        if times * each > 1:
+            return widened(self.take(value, axis, once), axis, times, each)
         value, letter = self.merge_axis(value, axis)
         if letter is not None:
             self.note_slice(value, letter, index)

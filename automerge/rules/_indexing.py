@@ -196,10 +196,13 @@ def gather(context: Context, x: Value, dim: int, index: Value, **_: Any) -> Valu
     dim %= max(len(x.axes), 1)
     engine = context.engine
     x.settle()
+    beside = all(n == m for k, (n, m) in enumerate(zip(x.shape, index.shape, strict=True)) if k != dim)
     if index.data is not None:
+        rows = index.data.cpu().movedim(dim, 0).reshape(index.shape[dim], -1) if x.axes else index.data
+        if beside and x.axes and rows.numel() and (rows == rows[:, :1]).all():
+            return engine.take(x, dim, rows[:, 0].numpy())
         where = torch.arange(int(np.prod(x.shape, dtype=np.int64))).reshape(x.shape)
         return gathered(engine, x, torch.gather(where, dim, index.data.cpu()).numpy())
-    beside = all(n == m for k, (n, m) in enumerate(zip(x.shape, index.shape, strict=True)) if k != dim)
     if beside and naming(x, dim, index):
         assert index.points is not None
         apart = x.with_axes((*x.axes[:dim], (), *x.axes[dim + 1 :], x.axes[dim]))
@@ -209,9 +212,13 @@ def gather(context: Context, x: Value, dim: int, index: Value, **_: Any) -> Valu
         x = tie_axis(engine, x, dim, points)
         return engine.elementwise([engine.reduce(x, set(x.axes[dim])), copy_letters(bare(index))])
     index.settle()
-    for k, (n, m) in enumerate(zip(x.shape, index.shape, strict=True)):
-        if k != dim and n != m:
-            x = engine.take(x, k, np.arange(m))
+    others = [k for k in range(len(x.axes)) if k != dim]
+    if beside and not any(varies(index, k) for k in others):
+        for k in others:
+            index = engine.take(index, k, np.zeros(1, np.int64))
+        return looked_up(engine, x, dim, index.with_axes((index.axes[dim],)), "looked up by data")
+    for k in others:
+        x = engine.take(x, k, np.arange(index.shape[k]))
     x = engine.pin_letters(x, set(x.axes[dim]), "looked up by data")
     rest = engine.reduce(x, set(x.axes[dim]))
     return engine.elementwise([rest, copy_letters(index)])

@@ -13,7 +13,7 @@ from automerge.rules._engine import Engine
 from automerge.rules._points import holds
 from automerge.rules._positions import by_index
 from automerge.rules._registry import Context, function_name, rule
-from automerge.rules._value import SELECTED, Factor, Value, new_letter, plain
+from automerge.rules._value import SELECTED, Factor, Value, new_letter, plain, widened
 
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "flatten", "unflatten", "view_copy",
@@ -95,16 +95,11 @@ def expand(context: Context, x: Value, *_: Any, **__: Any) -> Value:
 @rule("repeat", "tile")
 def repeat(context: Context, x: Value, repeats: Sequence[int]) -> Value:
     wide = expanded(x, (1,) * (len(repeats) - len(x.axes)) + x.shape)
-    axes, size = [], dict(wide.size)
-    for letters, n in zip(wide.axes, repeats, strict=True):
-        if n > 1:
-            letter = new_letter()
-            size[letter] = int(n)
-            letters = (letter, *letters)
-        elif n == 0:
-            raise Unruled("empty repeat")
-        axes.append(letters)
-    return Value(tuple(axes), size, list(wide.factors), set(wide.pinned), chosen=wide.chosen)
+    if 0 in repeats:
+        raise Unruled("empty repeat")
+    for axis, n in enumerate(repeats):
+        wide = widened(wide, axis, int(n), 1)
+    return wide
 
 
 @rule("repeat_interleave")
@@ -114,11 +109,7 @@ def repeat_interleave(context: Context, x: Value, repeats: Any = None, dim: int 
         return plain(context.shape, pinned=True)
     if not isinstance(repeats, int) or dim is None:
         raise Unruled("repeat_interleave by a tensor")
-    letter = new_letter()
-    axes = list(x.axes)
-    axes[dim] = (*axes[dim], letter) if repeats > 1 else axes[dim]
-    size = x.size | ({letter: repeats} if repeats > 1 else {})
-    return Value(tuple(axes), size, list(x.factors), set(x.pinned), chosen=x.chosen)
+    return widened(x, dim % len(x.axes), 1, repeats)
 
 
 def without_axis(x: Value, axis: int) -> Value:

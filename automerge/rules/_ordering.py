@@ -53,14 +53,20 @@ def pointing(engine: Engine, x: Value, axis: int, reason: str) -> tuple[Value, V
     Returns:
         The value, and a one-hot coding of one position: the other axes, then that one.
     """
-    x, letter = engine.merge_axis(x, axis)
-    if letter is None or letter in x.pinned or not any(_tells(f, letter) for f in x.touching(letter)):
+    if not any(_named(x, letter) for letter in x.axes[axis]):
+        x, _ = engine.merge_axis(x, axis)
+    if not all(_named(x, letter) or (x.axes[axis][1:] and letter in x.pinned) for letter in x.axes[axis] or (None,)):
         return engine.pin_letters(x, set(x.axes[axis]), reason), None
     code = normalised(engine, x, [axis])
     return x, code.with_axes((*code.axes[:axis], *code.axes[axis + 1 :], code.axes[axis]))
 
 
-def _tells(factor: Factor, letter: int) -> bool:
+def _named(x: Value, letter: int | None) -> bool:
+    """Whether something says which position along a letter is which, though they may move."""
+    return letter not in x.pinned and any(_tells(f, letter) for f in x.factors if letter in f.letters)
+
+
+def _tells(factor: Factor, letter: Any) -> bool:
     """Whether the positions along a letter differ at every place of the others."""
     rows = np.moveaxis(factor.labels, factor.letters.index(letter), -1)
     return all(distinct(row) for row in rows.reshape(-1, rows.shape[-1]))

@@ -12,7 +12,7 @@ import operator
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -55,18 +55,29 @@ def in_part(
     return found
 
 
+class Unread(NamedTuple):
+    """What a pass does not read.
+
+    Attributes:
+        entries: for every parameter that is only read in part which of its entries are not, a boolean array of its shape.
+        first: the names of those that meet numbers that are no input's, such as a first state: further steps may read more.
+        cut: the results of which some entries are cut away, but for those of a parameter that is read in part: of another
+            input there may be more of it.
+    """
+
+    entries: dict[str, np.ndarray]
+    first: set[str]
+    cut: set[fx.Node]
+
+
 def unread(
     graph: fx.GraphModule,
     live: Collection[fx.Node],
     constant: Collection[fx.Node],
     looked: Collection[fx.Node],
     states: Collection[str],
-) -> tuple[dict[str, np.ndarray], set[str]]:
-    """For every parameter that is only read in part: which of its entries are not, a boolean array of its shape.
-
-    And the names of those that meet numbers that are no input's, such as a first state: further steps may read more of them.
-
-    What is read is followed back from every cut, through whatever is read in part only.
+) -> Unread:
+    """Follow what is read back from every cut, through whatever is read in part only.
 
     Args:
         graph: the traced graph.
@@ -83,7 +94,7 @@ def unread(
     cuts = {n for n in nodes if _cuts(n, constant) or (n in own and _selects(n, constant | fixed.keys()))}
     cuts |= {n for n in nodes if any(alike(n, factor, known) is not None for factor in n.all_input_nodes)}
     if not cuts:
-        return {}, set()
+        return Unread({}, set(), set())
     back = _followed(
         _Back(cuts, own, constant, live, {}, known), [n for n in nodes if n not in constant], looked, graph
     )
@@ -95,7 +106,19 @@ def unread(
     for node, mask in back.needed.items():
         if node.op == "placeholder" and node in own:
             out[node.meta["name"]] = ~mask.numpy()
-    return dict(sorted(out.items())), _behind(back.hidden, own) & out.keys()
+    return Unread(dict(sorted(out.items())), _behind(back.hidden, own) & out.keys(), _cut_away(back, out))
+
+
+def _cut_away(back: _Back, unread: Mapping[str, np.ndarray]) -> set[fx.Node]:
+    """The results that lose entries where they are cut, to which only parameters lead that are not read at all."""
+    in_part = {n for n in back.needed if n.op == "placeholder" and not unread.get(n.meta["name"], np.False_).all()}
+    todo = list(in_part)
+    while todo:
+        more = {u for u in todo.pop().users if u in back.needed} - in_part
+        in_part |= more
+        todo += more
+    results = (n for n in back.needed if n.op == "call_function" and n not in back.own and n not in in_part)
+    return {n for n in results if _real(n) and any(u in back.cuts and schema_name(u) in _CUTTING for u in n.users)}
 
 
 def _behind(nodes: Collection[fx.Node], own: Collection[fx.Node]) -> set[str]:

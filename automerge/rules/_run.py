@@ -61,7 +61,8 @@ class Analysis:
         units: for each generator found its united vertices, ``(units, columns)``.
         unread: state-dict name -> which of its entries the traced pass does not read, for those read in part.
         untold: the same of what no output depends on, where python reads values; empty where it reads none.
-        asked: the labels of the last values before what python reads (see `asked`), and the places of the reads.
+        asked: the labels of the last values before what python reads (see `asked`), and the places of the reads; "" for
+            results that are dropped.
         unseen: the same as ``unread`` of what no value with entries was computed from, as where data chose no rows.
         first: names among ``unread`` of what meets numbers that are no input's, such as a first state.
         sorted: nodes whose rows are in an order that depends on the data: row i is not the same sample in every model.
@@ -128,9 +129,11 @@ class Run:
             self.engine.axes.where = place(node)
             for value in values_in([self.read(node)]):
                 self.engine.pin_all(value.settle(), "python read its values")
+        dropped = self.graph.meta.get("dropped", ())
         for node, end in self.asked.items():
+            where = "" if end.name in dropped else place(end)
             for value in values_in([self.values.get(node)]):
-                self.out.asked += [(f.labels, place(end)) for f in value.settle().factors]
+                self.out.asked += [(f.labels, where) for f in value.settle().factors]
         for node in self.counted:
             self.engine.axes.where = place(node)
             for value in values_in([self.read(node)]):
@@ -146,9 +149,9 @@ class Run:
     def unread(self, live: Collection[fx.Node]) -> dict[str, np.ndarray | None]:
         """For every parameter that some nodes read, which of its entries they do not; None if they read all."""
         mine = {n.meta["name"] for n in live if n.op == "placeholder" and n.meta["name"] in self.out.states}
-        part, first = unread(self.graph, live, self.constant, self.reads + self.counted, self.out.states)
-        self.out.first |= first
-        return dict.fromkeys(mine) | part
+        found = unread(self.graph, live, self.constant, self.reads + self.counted, self.out.states)
+        self.out.first |= found.first
+        return dict.fromkeys(mine) | found.entries
 
     # ------------------------------------------------------------ leaves
     def visit(self, node: fx.Node) -> None:
@@ -316,8 +319,6 @@ class Sub(Run):
                     self.single.add(inside)
                     self.shadows[inside] = shadows(source, parent.single, parent.shadows)
             values[inside] = parent.read(source)
-            for value in values_in([values[inside]]):
-                value.settle()
 
     def result(self) -> Any:
         for node in self.graph.graph.nodes:

@@ -315,3 +315,28 @@ def refine_axis(value: Value, axis: int, sizes: Sequence[int]) -> Value:
         if len(parts) > 1:
             value = split_letter(value, letter, parts)
     return value
+
+
+def repetition(index: np.ndarray) -> tuple[int, np.ndarray, int]:
+    """Positions as some that come several times over, each several times in a row.
+
+    >>> repetition(np.array([2, 2, 5, 5, 2, 2, 5, 5]))
+    (2, array([2, 5]), 2)
+    """
+    changes = np.flatnonzero(np.diff(index)) + 1
+    each = math.gcd(index.size, *changes.tolist()) if index.size else 1
+    once = index[::each]
+    n = once.size
+    for period in range(1, n // 2 + 1):
+        if n % period == 0 and once[0] == once[period] and (once.reshape(-1, period) == once[:period]).all():
+            return n // period, once[:period], each
+    return 1, once, each
+
+
+def widened(value: Value, axis: int, times: int, each: int) -> Value:
+    """All positions of an axis several times over, each of them several times in a row."""
+    outer, inner = new_letter(), new_letter()
+    made = {c: n for c, n in ((outer, times), (inner, each)) if n > 1}
+    letters = tuple(c for c in (outer, *value.axes[axis], inner) if c in made or c not in (outer, inner))
+    axes = (*value.axes[:axis], letters, *value.axes[axis + 1 :])
+    return Value(axes, value.size | made, list(value.factors), set(value.pinned), chosen=value.chosen)

@@ -104,13 +104,12 @@ def scatter(context: Context, x: Value, *args: Any, **kwargs: Any) -> Value:
             engine.pin_all(v, "written at given positions")
         return engine.pin_all(x, "written at given positions")
     x = engine.pin_letters(x, set(x.axes[dim]), "written at given positions")
-    sources = []
-    for v in others:
-        if len(v.axes) == len(x.axes):
-            v = copy_letters(v)
-            v = engine.pin_letters(v, set(v.axes[dim]), "written at given positions")
-            sources.append(engine.reduce(v, set(v.axes[dim])))
-    wide = engine.elementwise([x, *sources])
+    count = args[1].shape[dim]
+    parts = [engine.take(copy_letters(v), dim, np.arange(count)) for v in others if len(v.axes) == len(x.axes)]
+    written = engine.elementwise(parts)
+    if name == "scatter":
+        written = engine.pin_letters(written, set(written.axes[dim]), "written at given positions")
+    wide = engine.elementwise([x, engine.reduce(written, set(written.axes[dim]))])
     return engine.pin_letters(wide, set(wide.axes[dim]), "written at given positions")
 
 
@@ -166,6 +165,8 @@ def _index_put(context: Context, x: Value, indices: Sequence[Value | None], valu
         base = plain(x.shape) if accumulate else x
         made = scattered(engine, base, expanded(values, shape), axes[0], constant % x.shape[axes[0]])
         return engine.elementwise([x, made]) if accumulate else made
+    if accumulate and all(n.meta["val"].dtype is torch.int64 for n in nodes) and axes[-1] - axes[0] < len(axes):
+        return _add_rows(engine, x, axes, covered, values)
     return _put_rows(engine, x, nodes, axes, covered, values)
 
 
@@ -174,6 +175,24 @@ def _places(index: Value) -> np.ndarray | None:
     if index.data is not None and index.data.dtype is torch.bool and index.data.dim() == 1:
         return np.flatnonzero(index.data.detach().cpu().numpy())
     return constant_index(index)
+
+
+def _add_rows(engine: Engine, x: Value, axes: Sequence[int], covered: list[Value], values: Value) -> Value:
+    """Rows added at places that data choose: of the rows with their places the order does not count."""
+    kept = whole_axes(x, list(zip(axes, covered, strict=True)))
+    where = []
+    for k, index in zip(axes, covered, strict=True):
+        if k not in kept.values():
+            x, one = read_along(engine, x, k, index, "written at given positions")
+            where.append(one)
+    places, lead, tail = max(len(v.axes) for v in covered), axes[0], len(x.axes) - axes[-1] - 1
+    wide = [copy_letters(v.with_axes((*v.axes, *((),) * tail))) for v in where]
+    rows = engine.elementwise([copy_letters(values), *wide])
+    rows = rows.with_axes(((),) * (lead + places + tail - len(rows.axes)) + rows.axes)
+    rows = engine.reduce(rows, {c for d in range(places) if d not in kept for c in rows.axes[lead + d]})
+    along = {k: rows.axes[lead + d] for d, k in kept.items()}
+    between = (along.get(k, ()) for k in axes)
+    return engine.elementwise([x, rows.with_axes((*rows.axes[:lead], *between, *rows.axes[lead + places :]))])
 
 
 def _put_rows(

@@ -104,7 +104,9 @@ def put(d: Draw) -> Case:
     a, b, k = d.n(3, 4), d.n(2, 3), 2
     every, order = torch.arange(a), torch.tensor(d.perm(a))
     return d.pick(
-        call(p(a, b), [ints(a, k)], p(k, b), tied=(1,)),
+        call(p(a, b), [ints(a, k)], p(k, b), d.flag(), tied=(1,)),
+        call(p(a, b), [every[:, None], ints(b, a, k)], p(a, k), True, tied=(1,), complete=False),
+        call(p(a, b), [None, ints(b, k)], p(a, k), True, tied=(1,)),
         call(p(a, b), [order[:k]], p(k, b), d.flag(), tied=(1,)),
         # along a diagonal: every axis tells where on the other one was written
         call(p(a, a), [every, order], p(a), d.flag(), complete=False),

@@ -77,6 +77,18 @@ BACK: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
+def _grouped(y: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+    return F.grouped_mm(y, weight.transpose(1, 2), offs=ends)
+
+
+def _of_each(y: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+    return torch.einsum("nd,nkd->nk", y, weight[number])
+
+
+def _in_turn(y: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+    return torch.bmm(F.embedding(number, weight.flatten(1)).view(-1, *weight.shape[1:]), y[..., None])[..., 0]
+
+
 class Sorted(nn.Module):
     """A mixture of experts on sorted rows.
 
@@ -85,6 +97,7 @@ class Sorted(nn.Module):
         inside: a function of the rows before the second product, their order, and the sorted numbers.
         bias, norm: whether experts have biases, and their outputs a norm.
         offsets: of the cumulated counts.
+        product: how the rows are multiplied by the matrices of their experts.
     """
 
     def __init__(
@@ -97,6 +110,7 @@ class Sorted(nn.Module):
         bias: bool = False,
         norm: bool = False,
         offsets: Any = None,
+        product: Any = _grouped,
     ) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -106,7 +120,7 @@ class Sorted(nn.Module):
         self.bias = nn.Parameter(torch.randn(COUNT, 2 * HIDDEN)) if bias else None
         self.norm, self.head = nn.LayerNorm(WIDTH) if norm else nn.Identity(), nn.Linear(WIDTH, 2)
         self.sort, self.counts, self.rows, self.back = sort, counts, rows, back
-        self.inside, self.offsets = inside, offsets
+        self.inside, self.offsets, self.product = inside, offsets, product
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.embed(x)
@@ -115,12 +129,12 @@ class Sorted(nn.Module):
         number, order = self.sort(ids)
         ends = self.counts(ids, number).cumsum(0).to(torch.int32)
         ends = ends if self.offsets is None else self.offsets(ends)
-        y = F.grouped_mm(self.rows(h, order), self.up.transpose(1, 2), offs=ends)
+        y = self.product(self.rows(h, order), self.up, ends, number)
         y = y if self.bias is None else y + self.bias[number]
         gate, up = y.chunk(2, -1)
         y = F.silu(gate) * up
         y = y if self.inside is None else self.inside(y, order, number)
-        y = self.norm(F.grouped_mm(y, self.down.transpose(1, 2), offs=ends))
+        y = self.norm(self.product(y, self.down, ends, number))
         return self.head(h + self.back(y * weight[order, None], order))
 
 
@@ -221,6 +235,28 @@ def test_where_the_order_is_used_nothing_changes(name):
     found = without_dispatch(graph)
     assert found.graph is graph
     assert not found.nodes
+    assert COUNT not in sizes(model)
+
+
+OF_RUNS = ["other runs", "runs of the half", "a capacity above the example's rows"]
+READ = {"of each": _of_each, "by words": _in_turn}
+
+
+@pytest.mark.parametrize("product", READ)
+@pytest.mark.parametrize("back", BACK)
+@pytest.mark.parametrize("sort", [*SORTS, "downwards"])
+def test_matrices_may_be_read_for_every_row(product, back, sort):
+    sorts = {**SORTS, "downwards": ORDERED["downwards"]["sort"]}
+    model = Sorted(sorts[sort], back=BACK[back], product=READ[product])
+    assert sizes(model) == FREE
+    assert same_outputs(trace(model, X), model)
+
+
+@pytest.mark.parametrize("name", sorted({*ORDERED} - {*OF_RUNS, "downwards"}))
+def test_where_the_order_is_used_nothing_changes_there_either(name):
+    model = Sorted(**ORDERED[name], product=_of_each)
+    graph = trace(model, X)
+    assert without_dispatch(graph).graph is graph
     assert COUNT not in sizes(model)
 
 
