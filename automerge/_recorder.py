@@ -23,6 +23,7 @@ from automerge._double import plainly
 from automerge._errors import TraceError
 from automerge._lazy_module import LazyModule
 from automerge._readers import read_again, tells, told
+from automerge._spellings import INDEXED, by_mask
 from automerge._trace_info import TraceInfo, source_line
 from automerge._tree_io import map_tensors, tensors_of
 from automerge._unfilled import NeedsValues, followed, looks, unfilled, unwritten
@@ -208,6 +209,9 @@ class Recorder(TorchDispatchMode):
         return node
 
     def emit(self, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
+        plain = by_mask(self.emit, target, args, kwargs, value) if target in INDEXED else None
+        if plain is not None:
+            return plain
         node = self.graph.call_function(target)
         # given to the call they would be searched for symbols, which takes longest of all
         node.args = args

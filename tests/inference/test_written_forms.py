@@ -160,3 +160,85 @@ def test_an_index_compared_with_a_bound_among_its_own_stays() -> None:
         return s.out(h.softmax(-1)) * (h.argmax(-1, keepdim=True) < 2)
 
     found(made(forward, inp=lin(4, 6), out=lin(6, 3)), "", ROWS, OTHERS)
+
+
+# ------------------------------------------------------------ positions of a mask, in the place of the mask
+PUT: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "where": lambda h, m: _put(h, torch.where(m)),
+    "as a tuple": lambda h, m: _put(h, m.nonzero(as_tuple=True)),
+    "columns": lambda h, m: _put(h, tuple(m.nonzero()[:, k] for k in range(m.dim()))),
+    "rows of the other": lambda h, m: _put(h, tuple(m.nonzero().t())),
+    "unbound": lambda h, m: _put(h, m.nonzero().unbind(-1)),
+    "index_put": lambda h, m: h.index_put(torch.where(m), torch.tensor(0.5, dtype=h.dtype)),
+    "added": lambda h, m: h.index_put(torch.where(m), torch.tensor(0.5, dtype=h.dtype), accumulate=True),
+}
+
+
+def _put(h: torch.Tensor, where: Any) -> torch.Tensor:
+    h = h.clone()
+    h[where] = 0.5
+    return h
+
+
+@pytest.mark.parametrize("put", PUT)
+def test_units_written_at_the_positions_of_a_mask_are_free(put: str) -> None:
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        h = s.inp(x)
+        return s.out(PUT[put](h, h < 0))
+
+    found(made(forward, inp=lin(4, 6), out=lin(6, 2)), "6", ROWS, OTHERS)
+
+
+ELSEWHERE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "the other way round": lambda h: _put(h.t(), torch.where(h < 0)[::-1]).t(),
+    "rows alone": lambda h: _put(h, torch.where(h < 0)[0]),
+    "columns as rows": lambda h: _put(h, torch.where(h < 0)[1] % len(h)),
+    "some of them": lambda h: _put(h, tuple(i[:1] for i in torch.where(h < 0))),
+    "of a smaller mask": lambda h: _put(h, torch.where(h[1:] < 0)),
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_other_positions_are_what_they_are(name: str) -> None:
+    """(No more is claimed than holds: where columns and rows change places, that is what the network computes.)"""
+    net = made(lambda s, x: s.out(ELSEWHERE[name](s.inp(x))), inp=lin(4, 6), out=lin(6, 2))()
+    assert_sound(net.double(), ROWS.double())
+
+
+class Sent(nn.Module):
+    """Megatron's dispatch: the rows of an expert have an axis of length one beside."""
+
+    def __init__(self, send: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.send = nn.Linear(4, 3), send
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 4)) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, chosen = self.gate(x).softmax(-1).max(1)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            out = self.send(out, x, (chosen == e).nonzero(), expert)
+        return out * weight[:, None]
+
+
+def _beside(out: torch.Tensor, x: torch.Tensor, rows: torch.Tensor, expert: nn.Module) -> torch.Tensor:
+    out[rows, :] = expert(x[rows, :])
+    return out
+
+
+def _flat(out: torch.Tensor, x: torch.Tensor, rows: torch.Tensor, expert: nn.Module) -> torch.Tensor:
+    out[rows] = expert(x[rows].squeeze(1)).unsqueeze(1)
+    return out
+
+
+def _first_column(out: torch.Tensor, x: torch.Tensor, rows: torch.Tensor, expert: nn.Module) -> torch.Tensor:
+    out[rows[:, 0]] += expert(x[rows[:, 0]])
+    return out
+
+
+@pytest.mark.parametrize("send", [_beside, _flat, _first_column])
+def test_rows_with_an_axis_beside_are_the_rows(send: Any) -> None:
+    symmetry = assert_sound(Sent(send).double(), torch.randn(12, 4, dtype=torch.float64))
+    assert [e.size for e in symmetry.exchanges] == [3]
+    assert sorted(g.size for g in symmetry.generators()) == [5, 5, 5]
