@@ -22,6 +22,7 @@ from automerge._difference import changed
 from automerge._double import plainly
 from automerge._errors import TraceError
 from automerge._lazy_module import LazyModule
+from automerge._masked import by_entry
 from automerge._readers import read_again, tells, told
 from automerge._spellings import INDEXED, by_mask
 from automerge._trace_info import TraceInfo, source_line
@@ -210,6 +211,7 @@ class Recorder(TorchDispatchMode):
 
     def emit(self, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
         plain = by_mask(self.emit, target, args, kwargs, value) if target in INDEXED else None
+        plain = by_entry(self.emit, self.tainted, target, args, kwargs, value) if plain is None else plain
         if plain is not None:
             return plain
         node = self.graph.call_function(target)

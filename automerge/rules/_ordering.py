@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,22 @@ from automerge.rules._unsorted import order_matters
 from automerge.rules._value import Factor, Points, Value, plain
 
 
-@rule("sort", "topk", "argsort", "msort")
+@rule("sort", "topk", "argsort", "msort", carries=True)
 def sort(context: Context, x: Value, *args: Any, **kwargs: Any) -> Any:
-    """Sorted values are symmetric functions of the axis, numbered by rank; the order itself pins it, if anyone reads it."""
+    """Sorted values are symmetric functions of the axis, numbered by rank; the order itself pins it, if anyone reads it.
+
+    An order that is sorted itself gives the rank of every position.
+    """
     name = context.node.target._schema.name.split("::")[1]
     arguments = [a.name for a in context.node.target._schema.arguments]
     given = dict(zip(arguments, (x, *args), strict=False)) | kwargs
     (axis,) = axes_of(x, 0 if name == "msort" else given.get("dim", -1))
     value = context.node.meta["val"]
+    ranks = None if name == "topk" or given.get("descending") else _ranks(context.engine, x, axis)
+    if ranks is not None:
+        alike = plain([1 if k == axis else n for k, n in enumerate(x.shape)])
+        return ranks if name == "argsort" else (_with_letters(alike, axis, plain([x.shape[axis]], pinned=True)), ranks)
+    x = x.settle()
     if name == "topk" and not given.get("sorted", True) and order_matters(context.node, axis):
         x = context.engine.pin_letters(x, set(x.axes[axis]), "chosen in no particular order")
     code = None
@@ -34,9 +43,21 @@ def sort(context: Context, x: Value, *args: Any, **kwargs: Any) -> Any:
     out = _with_letters(out, axis, rank)
     if code is not None:
         code = _with_letters(code.with_axes((*code.axes[:axis], (), *code.axes[axis:])), axis, rank)
-    if isinstance(value, torch.Tensor):
-        return promise(context.engine, out, code, "the order of a sort is used") if name == "argsort" else out
-    return out, promise(context.engine, out, code, "the order of a sort is used")
+    if name == "msort":
+        return out
+    found = promise(context.engine, out, code, "the order of a sort is used")
+    if found.points is not None and length == found.points.size:
+        found.points = replace(found.points, order=len(x.axes) - axis)
+    return found if name == "argsort" else (out, found)
+
+
+def _ranks(engine: Engine, order: Value, axis: int) -> Value | None:
+    """Which place in an order every position has; None for what is no order of all positions along an axis."""
+    points = order.points
+    if points is None or points.order != len(order.axes) - axis:
+        return None
+    found = engine.reduce(points.code, set(points.code.axes[axis]))
+    return found.with_axes((*found.axes[:axis], found.axes[-1], *found.axes[axis + 1 : -1]))
 
 
 def _with_letters(x: Value, axis: int, vector: Value) -> Value:

@@ -62,12 +62,14 @@ class Points:
         stride: the entries are positions times this number.
         walk: for a constant that goes up along one of its axes: which, counted from the last one, that being 1.
         beside: for a sum with such a constant: its ``walk``, and what it was added to.
+        order: for the order of all positions: along which axis they are listed, counted from the last one, that being 1.
     """
 
     code: Value
     stride: int = 1
     walk: int = 0
     beside: tuple[int, Points] | None = None
+    order: int = 0
 
     @property
     def size(self) -> int:
@@ -132,7 +134,7 @@ class Value:
                 other.settle()
                 self.points, self.promises = None, []
             else:
-                self.points = replace(self.points, code=code, walk=0, beside=None)
+                self.points = replace(self.points, code=code, walk=0, beside=None, order=0)
         return self
 
     def moved(self, move: Move) -> Value:

@@ -1095,7 +1095,7 @@ def _entries_in_order(s: Any, tokens: Any, x: Any) -> Any:
     return s.out(h[h.abs() > -1].view_as(h).tanh())
 
 
-def _positive_in_order(s: Any, tokens: Any, x: Any) -> Any:
+def _positive_by_mask(s: Any, tokens: Any, x: Any) -> Any:
     h = s.a(x)
     return s.out(h.masked_scatter(h > 0, h[h > 0].tanh()))
 
@@ -1302,7 +1302,7 @@ for name, forward in {"Rows": _image_rows, "Entries": _image_entries, "Selected"
         out=lin(6, 2),
     )
 add("EntriesInOrder", "", (torch.tensor([0]), x), _entries_in_order, a=lin(4, 6), out=lin(6, 2))
-add("PositiveInOrder", "", (torch.tensor([0]), x), _positive_in_order, a=lin(4, 6), out=lin(6, 2), unruled=True)
+add("PositiveByMask", "6", (torch.tensor([0]), x), _positive_by_mask, a=lin(4, 6), out=lin(6, 2))
 # the write goes to a new tensor behind the dispatcher's back: a running sum, so nothing is free
 add(
     "Repointed",
