@@ -15,12 +15,13 @@ from automerge._copies import copied
 from automerge._errors import TraceError
 from automerge._longer import longer_inputs
 from automerge._machine import physical_memory
-from automerge._tree_io import map_tensors
+from automerge._tree_io import map_tensors, tensors_of
 from automerge.rules import Analysis, analyse
 from automerge.symmetry import Symmetry
 from automerge.trace import normalise_args, trace
 
 _OTHER_WEIGHTS = 3
+_OTHER_SCALES = (-1.0, 4.0, -4.0)  # of the example
 
 
 class OtherTraces:
@@ -47,7 +48,8 @@ class OtherTraces:
         """Those that read parameters of which the example reads nothing, or not all.
 
         (An expert that none of few tokens was sent to; what a recurrence multiplies its first state with.) On longer inputs,
-        and where data decide what is read also with weights in another order: an expert to which no input is sent.
+        and where data decide what is read also on the example at other scales (a block that small gates skip) and with weights
+        in another order: an expert to which no input is sent.
 
         Args:
             analysis: of the example.
@@ -76,6 +78,9 @@ class OtherTraces:
                 yield graph
                 if not left:
                     return
+        numbers = any(t.is_floating_point() for t in tensors_of(self.example))
+        for scale in _OTHER_SCALES if depends and draws and numbers else ():
+            yield from self._traced(self.model, _scaled(self.example, scale)) if left else ()
 
     def longer(self, seed: int, only: int | None = None) -> Iterator[fx.GraphModule]:
         """Traces on inputs that are the longer, the larger the seed, as far as the model runs on them.

@@ -70,3 +70,27 @@ def test_weights_and_inputs_are_left_as_they_were() -> None:
     infer(model, x)
     assert torch.equal(x, given)
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+
+
+class Skipped(nn.Module):
+    """A block that is left out where its gates are small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.gate, self.block, self.out = (nn.Linear(n, m) for n, m in ((3, 8), (3, 8), (8, 8), (8, 2)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h, gate = self.inp(x).tanh(), self.gate(x).sigmoid()
+        if gate.mean().item() > 0.5:
+            h = h + gate * self.block(h).tanh()
+        return self.out(h)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_block_that_the_example_skips_moves_with_the_stream(seed: int) -> None:
+    torch.manual_seed(seed)
+    net = Skipped().double().eval()
+    x = next(x for x in iter(lambda: torch.randn(1, 3).double(), None) if net.gate(x).sigmoid().mean() < 0.5)
+    symmetry = infer(net, (x,), verify=False)
+    assert [g.size for g in symmetry.generators()] == [8]
+    assert set(symmetry.moved) == {n for n, _ in net.named_parameters()} - {"out.bias"}
