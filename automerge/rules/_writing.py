@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from automerge.rules._axes import Unruled
 from automerge.rules._engine import MAX_BESIDE, Engine
 from automerge.rules._indexing import constant_index, read_along, varies, whole_axes
-from automerge.rules._movement import expanded, scattered
+from automerge.rules._movement import expanded, permuted, scattered
 from automerge.rules._points import bare, coded, points_into, tie_axis, ties_noted
 from automerge.rules._positions import gathered
 from automerge.rules._registry import Context, rule, values_in
@@ -152,6 +153,9 @@ def _index_put(context: Context, x: Value, indices: Sequence[Value | None], valu
         mask = covered[0]
         tail = len(x.axes) - axes[0] - len(mask.axes)
         return engine.elementwise([x, mask.with_axes((*mask.axes, *((),) * tail)), values])
+    made = _put_on_diagonal(engine, x, indices, values)
+    if made is not None:
+        return made
     if len(axes) == len(x.axes) and all(v.data is not None for v in covered) and np.prod(x.shape) <= MAX_BESIDE:
         made = _put_exactly(context, x, [v.data.cpu() for v in covered], values, accumulate)
         if made is not None:
@@ -168,6 +172,43 @@ def _index_put(context: Context, x: Value, indices: Sequence[Value | None], valu
     if accumulate and all(n.meta["val"].dtype is torch.int64 for n in nodes) and axes[-1] - axes[0] < len(axes):
         return _add_rows(engine, x, axes, covered, values)
     return _put_rows(engine, x, nodes, axes, covered, values)
+
+
+def _put_on_diagonal(engine: Engine, x: Value, indices: Sequence[Value | None], values: Value) -> Value | None:
+    """What is written over, or added to, one entry of every row and column of a square; None for other places."""
+    if any(v is not None and v.data is None for v in indices):
+        return None
+    where = torch.arange(math.prod(x.shape)).reshape(x.shape)
+    places = where[tuple(slice(None) if v is None else v.data.cpu() for v in indices)]
+    first = next(k for k, v in enumerate(indices) if v is not None)
+    for a, b in itertools.combinations(range(len(x.axes)), 2):
+        n, at = x.shape[a], first if b == a + 1 else 0  # where the places are among the axes of what is written
+        if n != x.shape[b] or n < 2 or places.dim() != len(x.axes) - 1 or places.shape[at] != n:
+            continue
+        written, square = places.movedim(at, -1), where.movedim((a, b), (-2, -1))
+        columns = written.flatten()[:n] // where.stride(b) % n
+        if len(columns.unique()) == n and written.equal(square[..., torch.arange(n), columns]):
+            source = expanded(values, tuple(places.shape))
+            source = permuted(source, [k for k in range(places.dim()) if k != at] + [at])
+            return on_diagonal(engine, x, source, a, b, columns.numpy())
+    return None
+
+
+def on_diagonal(engine: Engine, x: Value, source: Value, a: int, b: int, columns: np.ndarray | None = None) -> Value:
+    """A tensor with another one, whose last axis is along ``a``, on the diagonal of two axes: chosen by the unit matrix.
+
+    Args:
+        engine: the engine.
+        x, source: the tensors.
+        a, b: the axes of the square, the rows first.
+        columns: the column in which the entry of every row is; from left to right without.
+    """
+    n = x.shape[a]
+    unit = np.eye(n) if columns is None else np.eye(n)[columns]
+    chosen = engine.constant(unit.reshape([n if k in (a, b) else 1 for k in range(len(x.axes))]))
+    others = iter(source.axes[:-1])
+    axes = (source.axes[-1] if k == a else () if k == b else next(others) for k in range(len(x.axes)))
+    return engine.elementwise([x, chosen, copy_letters(source.with_axes(axes))])
 
 
 def _places(index: Value) -> np.ndarray | None:
@@ -298,7 +339,15 @@ def masked_scatter(context: Context, x: Value, mask: Value, source: Value) -> Va
     return engine.elementwise([x, copy_letters(rows)])
 
 
-@rule("as_strided_scatter", "diagonal_scatter")
+@rule("diagonal_scatter")
+def diagonal_scatter(context: Context, x: Value, source: Value, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Value:
+    a, b = sorted(d % len(x.axes) for d in (dim1, dim2))
+    if offset or x.shape[a] != x.shape[b] or x.shape[a] < 2:
+        return view_scatter(context, x, source, offset, dim1, dim2)
+    return on_diagonal(context.engine, x, source, a, b)
+
+
+@rule("as_strided_scatter")
 def view_scatter(context: Context, x: Value, source: Value, *args: Any, **kwargs: Any) -> Value:
     """Ask the operator itself where the entries of both operands go."""
     return _pushed(context, x, source, lambda a, b: context.node.target(a, b, *args, **kwargs))

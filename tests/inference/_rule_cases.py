@@ -109,8 +109,10 @@ def put(d: Draw) -> Case:
         call(p(a, b), [None, ints(b, k)], p(a, k), True, tied=(1,)),
         call(p(a, b), [order[:k]], p(k, b), d.flag(), tied=(1,)),
         # along a diagonal: every axis tells where on the other one was written
-        call(p(a, a), [every, order], p(a), d.flag(), complete=False),
-        call(p(a, a, b), [every, order], p(a, b), d.flag(), complete=False),
+        call(p(a, a), [every, order], p(a), d.flag(), tied=(0, 1)),
+        call(p(a, a, b), [every, order], p(a, b), d.flag(), tied=(0, 1, 2)),
+        call(p(b, a, a), [None, every, order], p(b, a), d.flag(), tied=(0, 1, 2)),
+        call(p(a, b, a), [every, None, order], p(a, b), d.flag(), tied=(0, 1, 2)),
         call(p(a, b, a), [every[:, None], torch.arange(b), order[:, None]], p(a, b), complete=False),
     )
 
