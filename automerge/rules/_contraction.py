@@ -157,6 +157,19 @@ def _inverted(engine: Engine, x: Value) -> Value:
     return engine.elementwise([mixed, both])
 
 
+@rule("linalg_pinv")
+def pseudoinverse(context: Context, x: Value, *_: Any, **__: Any) -> Value:
+    return _inverted(context.engine, x)
+
+
+@rule("linalg_lstsq")
+def least_squares(context: Context, a: Value, b: Value, *_: Any, **__: Any) -> tuple[Value | None, ...]:
+    """The shortest solution: the pseudoinverse of A times B."""
+    if not context.used <= {0}:
+        raise Unruled("what is beside a solution")
+    return batched(context.engine, _inverted(context.engine, a), b), None, None, None
+
+
 @rule("_linalg_solve_ex")
 def solve(context: Context, a: Value, b: Value, *, left: bool = True, **_: Any) -> tuple[Value | None, ...]:
     """A^-1 B, or B A^-1."""
