@@ -18,7 +18,8 @@ from automerge._auxiliary import adds
 from automerge._lazy_module import LazyModule
 from automerge.rules import Analysis
 from automerge.rules._nodes import choosing_none, constants, lasting, python_reads, schema_name
-from automerge.rules._reads import MOVING, SAME, unread
+from automerge.rules._reads import MOVING, SAME
+from automerge.rules._unread import unread
 from automerge.symmetry import Symmetry
 from automerge.trace import TraceInfo
 

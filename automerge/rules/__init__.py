@@ -29,9 +29,9 @@ from automerge.rules._dispatch import without_dispatch
 from automerge.rules._engine import Engine
 from automerge.rules._nodes import is_state, lasting
 from automerge.rules._parameters import Splits
-from automerge.rules._reads import in_part
 from automerge.rules._registry import Context, register_rule
 from automerge.rules._run import DEBUG, Analysis, Run
+from automerge.rules._unread import in_part
 from automerge.rules._value import Factor, Value
 
 __all__ = [

@@ -105,6 +105,15 @@ def distances(context: Context, a: Value, b: Value, *_: Any) -> Value:
     return batched(context.engine, a, b)
 
 
+@rule("_pdist_forward")
+def pair_distances(context: Context, x: Value, *_: Any) -> Value:
+    """Distances of every row from the rows behind it: which pair each is of tells the order of the rows."""
+    rows = set(x.axes[0])
+    whole = context.engine.pin_letters(x, rows, "distances of each row from those behind it")
+    rest = context.engine.reduce(whole, {*rows, *x.axes[1]})
+    return context.engine.elementwise([rest.with_axes(((),)), plain(context.shape, pinned=True)])
+
+
 def _matrix(x: Value) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The letters of the rows and of the columns, each of which moves on its own."""
     rows, columns = x.axes[-2], x.axes[-1]

@@ -1,32 +1,25 @@
-"""Which entries of a parameter the traced pass reads at all.
-
-A table of 1024 positions of which short example inputs read five has 1019 rows that nothing constrains. They are no
-freedom: on longer inputs they are read as the five are. So what is not read stays where it is along the axis that is cut,
-and keeps the order of what is read along the others. It is the same with a layer that gives 1024 scores of which five are
-used.
-"""
+"""Which entries of a value are needed, followed backwards from where some of them are cut away."""
 
 from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import fx
 
-from automerge.rules._known import Known, alike, formed, known_numbers
-from automerge.rules._nodes import aten_names, later_reads, schema_name
+from automerge.rules._known import Known, alike
+from automerge.rules._nodes import aten_names, schema_name
 
-_CUTTING = aten_names(
+CUTTING = aten_names(
     *("slice", "select", "index", "index_select", "embedding", "narrow", "split", "split_with_sizes", "unbind"),
     *("slice_copy", "select_copy", "narrow_copy", "split_copy", "split_with_sizes_copy", "unbind_copy"),
     *("gather", "take", "diagonal", "unfold", "as_strided", "constant_pad_nd"),
 )
-MOVING = _CUTTING | aten_names(
+MOVING = CUTTING | aten_names(
     *("view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "repeat"),
     *("flip", "roll", "contiguous", "flatten", "unflatten", "movedim", "diagonal", "cat", "stack", "unfold"),
 )
@@ -36,162 +29,19 @@ _VIEWS = aten_names(
     *("view", "permute", "transpose", "t", "unsqueeze", "squeeze", "alias", "detach"),
 )
 _PIECES = aten_names("split", "split_with_sizes", "unbind", "split_copy", "split_with_sizes_copy", "unbind_copy")
-_PRODUCTS = aten_names("mm", "bmm", "mv", "addmm", "baddbmm", "addmv", "dot", "matmul")
+PRODUCTS = aten_names("mm", "bmm", "mv", "addmm", "baddbmm", "addmv", "dot", "matmul")
 _CHOOSING = re.compile("max|min|sort|top|median|mode|kth|quantile")
 _MAX_MIXED = 4_000_000
 SAME = aten_names("clone", "_to_copy", "to", "lift_fresh_copy", "detach", "alias")
 
 
-def in_part(
-    reads: Sequence[Mapping[str, np.ndarray | None]], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, np.ndarray]:
-    """The entries that no graph reads, of parameters that none of them reads whole."""
-    found: dict[str, np.ndarray] = {}
-    for name, shape in shapes.items():
-        masks = [of[name] for of in reads if name in of]
-        partly = [mask for mask in masks if mask is not None]
-        if len(partly) == len(masks):
-            found[name] = np.logical_and.reduce(partly) if partly else np.ones(shape, bool)
-    return found
-
-
-class Unread(NamedTuple):
-    """What a pass does not read.
-
-    Attributes:
-        entries: for every parameter that is only read in part which of its entries are not, a boolean array of its shape.
-        first: the names of those that meet numbers that are no input's, such as a first state: further steps may read more.
-        cut: the results of which some entries are cut away, but for those of a parameter that is read in part: of another
-            input there may be more of it.
-    """
-
-    entries: dict[str, np.ndarray]
-    first: set[str]
-    cut: set[fx.Node]
-
-
-def unread(
-    graph: fx.GraphModule,
-    live: Collection[fx.Node],
-    constant: Collection[fx.Node],
-    looked: Collection[fx.Node],
-    states: Collection[str],
-) -> Unread:
-    """Follow what is read back from every cut, through whatever is read in part only.
-
-    Args:
-        graph: the traced graph.
-        live: the nodes that the output depends on.
-        constant: the nodes that depend on nothing but constants; their values are there.
-        looked: the nodes whose values python read.
-        states: the names of the parameters.
-    """
-    nodes = [n for n in graph.graph.nodes if n in live]
-    own = _of_parameters(nodes, constant, states, [n for n in nodes if formed(n) is not None])
-    known = known_numbers(nodes, constant, own)
-    fixed = {n: v for n, v in known.items() if not bool(v.isnan().any())}
-    own = _of_parameters(nodes, constant, states, fixed) if fixed else own
-    cuts = {n for n in nodes if _cuts(n, constant) or (n in own and _selects(n, constant | fixed.keys()))}
-    cuts |= {n for n in nodes if any(alike(n, factor, known) is not None for factor in n.all_input_nodes)}
-    if not cuts:
-        return Unread({}, set(), set())
-    back = _followed(
-        _Back(cuts, own, constant, live, {}, known), [n for n in nodes if n not in constant], looked, graph
-    )
-    tables: set[fx.Node] = set()  # parameters that are cut themselves
-    for node in reversed(nodes):
-        if any(u in own and (u in cuts or u in tables) for u in node.users):
-            tables.add(node)
-    out: dict[str, np.ndarray] = {}
-    for node, mask in back.needed.items():
-        if node.op == "placeholder" and node in own:
-            out[node.meta["name"]] = ~mask.numpy()
-    return Unread(dict(sorted(out.items())), _behind(back.hidden, own) & out.keys(), _cut_away(back, out))
-
-
-def _cut_away(back: _Back, unread: Mapping[str, np.ndarray]) -> set[fx.Node]:
-    """The results that lose entries where they are cut, to which only parameters lead that are not read at all."""
-    in_part = {n for n in back.needed if n.op == "placeholder" and not unread.get(n.meta["name"], np.False_).all()}
-    todo = list(in_part)
-    while todo:
-        more = {u for u in todo.pop().users if u in back.needed} - in_part
-        in_part |= more
-        todo += more
-    results = (n for n in back.needed if n.op == "call_function" and n not in back.own and n not in in_part)
-    return {n for n in results if _real(n) and any(u in back.cuts and schema_name(u) in _CUTTING for u in n.users)}
-
-
-def _behind(nodes: Collection[fx.Node], own: Collection[fx.Node]) -> set[str]:
-    """The parameters that some nodes are made of."""
-    seen, todo = set[fx.Node](), [n for n in nodes if n in own]
-    while todo:
-        node = todo.pop()
-        if node not in seen:
-            seen.add(node)
-            todo += [n for n in node.all_input_nodes if n in own]
-    return {n.meta["name"] for n in seen if n.op == "placeholder"}
-
-
-def _of_parameters(
-    nodes: Sequence[fx.Node], constant: Collection[fx.Node], states: Collection[str], fixed: Collection[fx.Node]
-) -> set[fx.Node]:
-    """The nodes that depend on parameters, and on nothing else but what has the same numbers for all inputs."""
-    own: set[fx.Node] = set()
-    for node in nodes:
-        if node.op == "placeholder" and node.meta.get("name") in states:
-            own.add(node)
-        elif node.op == "call_function" and node not in fixed and not own.isdisjoint(sources := node.all_input_nodes):
-            own.update([node] if all(n in own or n in constant or n in fixed for n in sources) else [])
-    return own
-
-
-def _followed(back: _Back, nodes: Sequence[fx.Node], looked: Collection[fx.Node], graph: fx.GraphModule) -> _Back:
-    """What is needed of every node, over this pass and later ones.
-
-    A later pass reads what this one leaves in a parameter where this one reads the parameter: at no entry at first, and
-    at those that were found until there are no more.
-    """
-    changes = {total.all_input_nodes[0]: own for total, own in later_reads(graph, back.live).items()}
-    needed = {change: torch.zeros(own.meta["val"].shape, dtype=torch.bool) for change, own in changes.items()}
-    while True:
-        back.needed.clear()
-        back.needed.update(needed)
-        for node in reversed(nodes):
-            if node not in looked and node not in changes:
-                back.visit(node)
-        found = {change: back.all_of(own) for change, own in changes.items()}
-        if all(torch.equal(found[change], needed[change]) for change in changes):
-            return back
-        needed = found
-
-
-def _cuts(node: fx.Node, constant: Collection[fx.Node]) -> bool:
-    """Whether an operator takes part of its operand, at places that do not depend on data."""
-    return schema_name(node) in _CUTTING and all(n in constant for n in node.all_input_nodes[1:])
-
-
-def _selects(node: fx.Node, constant: Collection[fx.Node]) -> bool:
-    """Whether an operator that is not known to cut may leave out something of its operand.
-
-    A product with a constant does where its coefficients are zero (one-hot rows); others, where less comes out than went in.
-    """
-    value, tags = node.meta["val"], getattr(node.target, "tags", ())
-    if node.op == "placeholder" or not isinstance(value, torch.Tensor):
-        return False
-    if torch.Tag.reduction in tags or torch.Tag.pointwise in tags or schema_name(node) in MOVING or _chooses(node):
-        return False
-    sources = [n.meta["val"] for n in node.all_input_nodes if n not in constant]
-    smaller = any(isinstance(v, torch.Tensor) and v.numel() > value.numel() for v in sources)
-    return smaller or (schema_name(node) in _PRODUCTS and any(n in constant for n in node.all_input_nodes))
-
-
-def _chooses(node: fx.Node) -> bool:
+def chooses(node: fx.Node) -> bool:
     """Whether an operator picks some of the entries by their values: with other values it picks others."""
     return _CHOOSING.search(schema_name(node)) is not None
 
 
 @dataclass(frozen=True)
-class _Back:
+class Back:
     """Which entries of a value are needed, where not all are; for several outputs, a list."""
 
     cuts: Collection[fx.Node]
@@ -245,7 +95,7 @@ class _Back:
                 return needed.float().sum_to_size(tuple(node.meta["val"].shape)) > 0
             if name in _VIEWS:
                 return _seen(user, node, needed)
-            if any(not _real(n) and n not in self.constant for n in user.all_input_nodes):
+            if any(not is_real(n) and n not in self.constant for n in user.all_input_nodes):
                 return True  # places that depend on data
             if name in MOVING:
                 return self._moved(user, node, needed)
@@ -260,7 +110,7 @@ class _Back:
                 return ~hidden.expand(node.meta["val"].shape) & asked
             if name == "aten::native_layer_norm":
                 return _normalised(user, node, needed)
-            if not _chooses(user) and (user in self.own or node.meta["val"].numel() < _MAX_MIXED):
+            if not chooses(user) and (user in self.own or node.meta["val"].numel() < _MAX_MIXED):
                 return self._mixed(user, node, needed)
         except Exception:  # an operator that refuses integers, a shape that is not known
             return True
@@ -315,7 +165,7 @@ class _Back:
         return out.reshape(shape)
 
 
-def _real(node: fx.Node) -> bool:
+def is_real(node: fx.Node) -> bool:
     value = node.meta["val"]
     return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
@@ -339,9 +189,9 @@ def partly_read(node: fx.Node, live: Collection[fx.Node]) -> tuple[torch.Tensor,
             return None
         dim, rank = given[0][0], given[0][1].meta["val"].dim()
     users = {u for u in source.users if u in live}
-    if not all(schema_name(u) in _CUTTING and u.args[0] is source for u in users):
+    if not all(schema_name(u) in CUTTING and u.args[0] is source for u in users):
         return None
-    back = _Back(users, (), {n for u in users for n in u.all_input_nodes}, live, {})
+    back = Back(users, (), {n for u in users for n in u.all_input_nodes}, live, {})
     mask = torch.zeros(table.shape, dtype=torch.bool)
     for user in users:
         mask |= back.asked(user, source)

@@ -31,7 +31,6 @@ from automerge.rules._nodes import (
     viewed,
 )
 from automerge.rules._parameters import Splits, parameter, share
-from automerge.rules._reads import unread
 from automerge.rules._registry import (
     Context,
     carries,
@@ -42,6 +41,7 @@ from automerge.rules._registry import (
 )
 from automerge.rules._shadows import shadows, single, told_apart_by
 from automerge.rules._twins import twins
+from automerge.rules._unread import unread
 from automerge.rules._value import ConstantValue, Factor, Value, plain
 
 DEBUG = bool(os.environ.get("AUTOMERGEDEBUG"))

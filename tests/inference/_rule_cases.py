@@ -420,6 +420,7 @@ TABLE: dict[str, Callable[[Draw], Case]] = {
     ),
     "_linalg_det": lambda d: (lambda n: call(p(*d.pick((), (2,)), n, n), outs=[0], complete=False))(d.n()),
     "linalg_inv_ex": lambda d: (lambda n: call(p(*d.pick((), (2,)), n, n), outs=[0]))(d.n()),
+    "_pdist_forward": lambda d: call(p(3, d.n()), d.pick(1.0, 2.0), complete=False),
     "linalg_pinv": lambda d: call(p(*d.pick((), (2,)), d.n(), d.n())),
     "linalg_lstsq": lambda d: (lambda m, n, lead: call(p(*lead, m, n), p(*lead, m, d.n()), outs=[0]))(
         d.n(3, 4), d.n(2, 3), d.pick((), (2,))
