@@ -100,6 +100,8 @@ class Engine(Combine):
         n = value.shape[axis]
         if n == index.size and np.array_equal(index, np.arange(n)):
             return value
+        if not index.size:
+            raise Unruled("no position of an axis is taken")
         times, once, each = repetition(index)
         if times * each > 1:
             return widened(self.take(value, axis, once), axis, times, each)
