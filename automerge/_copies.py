@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from automerge._aliases import memory_of, overlaps
 from automerge._errors import CheckpointError
+from automerge._gradients import as_original
 from automerge._offload import Store
 from automerge._uncopyable import uncopyable
 from automerge.io import tied_names
@@ -59,6 +60,7 @@ def duplicate(network: nn.Module, memo: dict[Any, Any]) -> nn.Module:
     closures = _Closures(memo)
     for module in own.modules():
         closures.within(vars(module))
+    as_original(own, network)
     return own
 
 

@@ -15,11 +15,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset, IterableDataset
 
 from automerge._errors import AutomergeError, CheckpointError
+from automerge._gradients import as_needed, needs_gradients, passed
 from automerge._loading import as_loaded, check_tied, check_values, checked_state
 from automerge._machine import physical_memory
 from automerge._numbers import is_whole
 from automerge._random import drawing, forked, gpus
 from automerge._restoring import lent, restored
+from automerge._tree_io import map_tensors
 from automerge.io import tied_names
 
 _LABEL_KEYS = ("labels", "label", "targets", "target")
@@ -294,13 +296,18 @@ def run_batch(
     Raises:
         AutomergeError: if the model does not run on it, with the model's own error as the cause.
     """
-    try:
-        with drawing(batch.number, gpus(batch.tensors())), restored(model):
+
+    def run() -> Any:
+        with drawing(batch.number, gpus(batch.tensors())), restored(model), as_needed(model):
             if state_dict is None:
                 return model(*batch.args, **batch.kwargs)
             copies = {id(state_dict[name]): state_dict[name].clone() for name in written}
             tensors = lent(model, {name: copies.get(id(value), value) for name, value in state_dict.items()})
             return torch.func.functional_call(model, tensors, batch.args, dict(batch.kwargs), tie_weights=False)
+
+    try:
+        out = passed(model, run)
+        return map_tensors(lambda _, t: t.detach(), out) if needs_gradients(model) else out
     except AutomergeError:
         raise
     except Exception as error:

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from automerge._copies import copied
+from automerge._gradients import as_needed
 from automerge._random import forked
 from automerge._tree_io import map_tensors
 from automerge.trace import normalise_args, prepared
@@ -29,7 +30,7 @@ def settled(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None, graph
         if not any(own[name].is_floating_point() or own[name].is_complex() for name in rewritten if name in own):
             return None
         out = copied(model)
-        with prepared(out), forked():
+        with prepared(out), forked(), as_needed(out):
             out(*positional, **keywords)
             left = {name: t.detach().clone() for name, t in _state(out).items()}
         for name, tensor in _state(out).items():

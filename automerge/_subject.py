@@ -13,6 +13,7 @@ from torch import nn
 from automerge._copies import copied
 from automerge._double import Calibrate, Double, double_precision, widen
 from automerge._errors import TraceError
+from automerge._gradients import as_needed, passed
 from automerge._random import forked
 from automerge._restoring import kept_tensors
 from automerge._tree_io import map_tensors, tensors_of
@@ -263,8 +264,12 @@ class Subject:
         return any(a.dtype == b.dtype and a.shape == b.shape and not torch.equal(a, b) for a, b in pairs)
 
     def _pass(self, args: Any, kwargs: Any) -> list[torch.Tensor]:
-        result = self.model(*map_tensors(_own, args), **map_tensors(_own, kwargs))
-        return [t.detach().clone() for t in tensors_of(result)]
+        def run() -> list[torch.Tensor]:
+            with as_needed(self.model):
+                result = self.model(*map_tensors(_own, args), **map_tensors(_own, kwargs))
+            return [t.detach().clone() for t in tensors_of(result)]
+
+        return passed(self.model, run)
 
 
 def _held(model: nn.Module) -> list[tuple[torch.Tensor, int]]:

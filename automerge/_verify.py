@@ -19,6 +19,7 @@ from automerge._data import preserving
 from automerge._diagnosis import OtherPathError, Setting, failure
 from automerge._difference import finite, relative_difference
 from automerge._errors import AutomergeError, InvarianceError, SymmetryError, TraceError
+from automerge._gradients import as_needed
 from automerge._loading import check_values
 from automerge._longer import other_sizes
 from automerge._numbers import is_whole
@@ -341,7 +342,8 @@ def check_replay(model: nn.Module, args: Any, kwargs: Any, graph: fx.GraphModule
 
     def run(args: Any, kwargs: Any) -> Any:
         own = map_tensors(lambda _, t: t.clone(), (args, kwargs))  # a model may write to them
-        return model(*own[0], **own[1])
+        with as_needed(model):
+            return model(*own[0], **own[1])
 
     try:
         with torch.no_grad(), prepared(model), preserving(model), forked():
@@ -351,7 +353,9 @@ def check_replay(model: nn.Module, args: Any, kwargs: Any, graph: fx.GraphModule
             replayed = graph(*(tensors[n].detach().clone() for n in info.names.values()), *fed)
             expected = tensors_of(run(*given) if found is None else found)
         same = (
-            relative_difference(*([t if t.is_complex() else t.double() for t in o] for o in (expected, replayed)))
+            relative_difference(
+                *([t.detach() if t.is_complex() else t.detach().double() for t in o] for o in (expected, replayed))
+            )
             < 1e-2
         )
     except Exception as error:

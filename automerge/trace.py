@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from automerge._caches import forget
 from automerge._errors import TraceError
+from automerge._gradients import as_needed, passed
 from automerge._machine import releasing
 from automerge._opaque import opaque_modules
 from automerge._passes import add_further, end_first
@@ -97,7 +98,7 @@ def trace(
             graph = _recorded(model, positional, keywords, quick)
             if not quick.gave_up:
                 return graph
-    return _recorded(model, positional, keywords, Recorder(model, values, constants))
+    return passed(model, lambda: _recorded(model, positional, keywords, Recorder(model, values, constants)))
 
 
 def _recorded(model: nn.Module, positional: Any, keywords: Any, recorder: Recorder) -> fx.GraphModule:
@@ -106,7 +107,7 @@ def _recorded(model: nn.Module, positional: Any, keywords: Any, recorder: Record
     # what the model draws is not the caller's
     with prepared(model) as before, recorder.watch_modules(), releasing(_LARGE), forked():
         try:
-            with torch.no_grad(), opaque_modules(recorder, model):
+            with torch.no_grad(), as_needed(model), opaque_modules(recorder, model):
                 with recorder, Readers(recorder):
                     result = model(*positional, **keywords)
                 if end_first(recorder, model, result):

@@ -19,6 +19,7 @@ from torch import nn
 
 from automerge._double import double_precision
 from automerge._errors import AutomergeError
+from automerge._gradients import as_needed, passed
 from automerge._random import forked
 from automerge._subject import Change, doubled, fresh_inputs, randomised, runnable
 from automerge._tree_io import tensors_of
@@ -227,8 +228,12 @@ class _Subject:
                     done.add(id(tensor))
                     tensor.copy_(state[name])
         positional, keywords = self.wide(given)
-        with prepared(self.model), double_precision(), forked(seed=0):
-            return [t.detach().clone() for t in tensors_of(self.model(*positional, **keywords))]
+
+        def once() -> list[torch.Tensor]:
+            with prepared(self.model), double_precision(), forked(seed=0), as_needed(self.model):
+                return [t.detach().clone() for t in tensors_of(self.model(*positional, **keywords))]
+
+        return passed(self.model, once)
 
     @staticmethod
     def wide(given: Given) -> Given:
