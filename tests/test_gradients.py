@@ -35,7 +35,7 @@ class Residual(nn.Module):
 
 
 class Forces(nn.Module):
-    """Energy and forces, differentiated where gradients are switched on."""
+    """Forces and energy, differentiated where gradients are switched on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Forces(nn.Module):
         x = x.detach().clone().requires_grad_(True)
         far = (x[:, None] - x[None]).pow(2).sum(-1, keepdim=True)
         energy = self.u(far).sum(1)
-        return energy, -torch.autograd.grad(energy.sum(), x)[0]
+        return -torch.autograd.grad(energy.sum(), x)[0], energy
 
 
 class Backward(Residual):
