@@ -27,6 +27,8 @@ from automerge.io import tied_names
 _LABEL_KEYS = ("labels", "label", "targets", "target")
 _SMALLEST = 64  # bytes that a batch takes at least
 
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -119,7 +121,7 @@ class Batches:
             tensors = batch.tensors()
             if tensors and all(t.ndim and not t.shape[0] for t in tensors):
                 continue
-            if any((t.is_floating_point() or t.is_complex()) and bool(torch.isnan(t).any()) for t in tensors):
+            if any((t.is_floating_point() or t.is_complex()) and bool(torch.isnan(_entries(t)).any()) for t in tensors):
                 raise AutomergeError(
                     f"batch {number} of the data holds NaN among its inputs; fill or drop those samples"
                 )
@@ -236,6 +238,13 @@ def _noted(data: Iterable[Any]) -> Iterator[Any]:
             error.add_note(f"while batch {number} of the data was read")
             raise
         yield item
+
+
+def _entries(tensor: torch.Tensor) -> torch.Tensor:
+    """The numbers that a tensor holds; of a sparse one those that are stored."""
+    if tensor.layout is torch.sparse_coo:
+        return tensor._values()
+    return tensor.values() if tensor.layout in _COMPRESSED else tensor
 
 
 def device_of(model: nn.Module) -> torch.device | None:

@@ -30,10 +30,12 @@ from automerge._readers import Readers
 from automerge._recorder import NO_NESTED, Recorder
 from automerge._restoring import Before, replaced, restored
 from automerge._trace_info import TraceInfo as TraceInfo  # public here
-from automerge._tree_io import tensors_of
+from automerge._tree_io import map_tensors, tensors_of
 from automerge._unfilled import NeedsValues
 
 _LARGE = 8 << 20  # bytes; a smaller tensor's memory stays in the heap, which the notes taken meanwhile break up
+
+_SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 Args = torch.Tensor | Sequence[Any]
 
@@ -41,7 +43,8 @@ Args = torch.Tensor | Sequence[Any]
 def normalise_args(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The positional and keyword arguments of a call, from a tensor, a tuple or list of inputs, and a dict.
 
-    A tuple with names (a packed sequence, a batch) is one input.
+    A tuple with names (a packed sequence, a batch) is one input. A sparse tensor (the adjacency of a graph) is made dense:
+    what a product with it computes is the same.
     """
     if not isinstance(args, list | tuple) or hasattr(args, "_fields"):
         positional: tuple[Any, ...] = (args,) if args is not None else ()
@@ -49,7 +52,12 @@ def normalise_args(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[A
         positional = tuple(args)
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise TraceError(f"kwargs must be a dict of keyword arguments, got {type(kwargs).__name__}")
-    return positional, dict(kwargs or {})
+    given = positional, dict(kwargs or {})
+    return map_tensors(_dense, given) if any(t.layout in _SPARSE for t in tensors_of(given)) else given
+
+
+def _dense(_: str, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_dense() if tensor.layout in _SPARSE else tensor
 
 
 def trace(
@@ -164,7 +172,10 @@ def _check_traceable(model: nn.Module, inputs: Any) -> None:
                 f"{name} is a {type(tensor).__name__}; infer on the model with plain tensors, before it is sharded or quantised"
             )
         if tensor.layout is not torch.strided:
-            raise TraceError(f"{name} is a sparse tensor ({tensor.layout}); pass a dense one (tensor.to_dense())")
+            raise TraceError(
+                f"{name} is a sparse tensor ({tensor.layout}), which no group can move; register it as a dense one, or keep "
+                "it as a plain attribute"
+            )
 
 
 def record(

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributions import Normal
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from automerge import infer, trace
+from automerge import TraceError, infer, merge, trace
 from automerge.testing import assert_sound
 from tests.inference.networks_hostile import Program
 from tests.inference.test_networks import parse, worst_change
@@ -292,6 +292,39 @@ def test_products_with_a_sparse_graph_that_the_forward_pass_turns():
 
     symmetry = infer(Program(forward, {"a": lin(4, 6), "out": lin(6, 2)}), STEPS[0])
     assert [g.size for g in symmetry.generators()] == [6]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.strided])
+def test_a_graph_that_is_an_input(layout: torch.layout):
+    """The adjacency of a graph may be sparse; the inputs and the data of a merge are used as they are."""
+    graph = (torch.rand(5, 5, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+
+    def forward(s: Any, x: torch.Tensor, adjacency: torch.Tensor) -> torch.Tensor:
+        h = torch.relu(torch.spmm(adjacency, x @ s.w) + s.b)
+        return s.out(torch.sparse.mm(adjacency, h))
+
+    parts = {"w": lambda: nn.Parameter(torch.randn(4, 6)), "b": lambda: nn.Parameter(torch.randn(6)), "out": lin(6, 2)}
+    torch.manual_seed(0)
+    model, inputs = (
+        Program(forward, parts).eval(),
+        (STEPS[0], graph if layout is torch.strided else graph.to_sparse(layout=layout)),
+    )
+    symmetry = infer(model, inputs)
+    assert [g.size for g in symmetry.generators()] == [6]
+    assert_sound(model, inputs, symmetry)
+    assert inputs[1].layout is layout
+    other = Program(forward, parts).eval()
+    other.load_state_dict(symmetry.apply(model.state_dict(), symmetry.random_element(0)))
+    merged = merge([model, other], inputs, data=[inputs], coordinates=0)
+    torch.testing.assert_close(merged.state_dict["w"], model.state_dict()["w"])
+
+
+def test_a_sparse_buffer_is_refused():
+    net = Program(lambda s, x: s.out(x), {"out": lin(3, 2)})
+    net.register_buffer("graph", torch.eye(3).to_sparse())
+    with pytest.raises(TraceError, match=r"graph is a sparse tensor .* keep it as a plain attribute"):
+        infer(net, STEPS[0])
 
 
 # ------------------------------------------------------------ experts of recommenders
