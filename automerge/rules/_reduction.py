@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -194,6 +195,14 @@ def pooling(context: Context, x: Value, *args: Any, **kwargs: Any) -> Any:
         one = same and _window(args, spatial, at) == 1 and _stride(args, spatial, at) == 1
         if k in alike or (one and not placed):
             continue  # a window of one position
+        if (
+            not placed
+            and _tiled(name, args, spatial, at, x.shape[k], out.shape[k])
+            and not x.pinned.issuperset(x.axes[k])
+        ):
+            with contextlib.suppress(Unruled):  # no product of windows and what is within
+                x = _of_tiles(engine, x, k, out.shape[k])
+                continue
         whole = out.shape[k] == 1 and ("adaptive" in name or _window(args, spatial, k - len(x.axes)) == x.shape[k])
         if not whole or placed:
             x = engine.pin_letters(x, set(x.axes[k]), "spatial axis of a window operator")
@@ -270,6 +279,25 @@ def _stride(args: Sequence[Any], spatial: int, axis: int) -> int:
     """The window's stride along an axis; by default the window's extent."""
     stride = args[1] if len(args) > 1 and args[1] else args[0]
     return int(stride[axis]) if len(stride) == spatial else int(stride[0])
+
+
+def _tiled(name: str, args: Sequence[Any], spatial: int, axis: int, whole: int, windows: int) -> bool:
+    """Whether the windows of a pooling lie side by side, none of them cut."""
+    if "pool" not in name or windows < 2 or whole % windows or whole == windows:
+        return False
+    given = args[3] if "max" in name and len(args) > 3 and isinstance(args[3], list | tuple) else [1]
+    apart = given[axis if len(given) == spatial else 0] > 1
+    size = whole // windows
+    return "adaptive" in name or (
+        not apart and _window(args, spatial, axis) == size and _stride(args, spatial, axis) == size
+    )
+
+
+def _of_tiles(engine: Engine, x: Value, axis: int, windows: int) -> Value:
+    """A symmetric function of every window (maxout over groups of units)."""
+    x = engine.reshape(x, [*x.shape[:axis], windows, x.shape[axis] // windows, *x.shape[axis + 1 :]])
+    x = engine.reduce(x, set(x.axes[axis + 1]))
+    return x.with_axes((*x.axes[: axis + 1], *x.axes[axis + 2 :]))
 
 
 def _window(args: Sequence[Any], spatial: int, axis: int) -> int:

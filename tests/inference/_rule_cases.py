@@ -148,13 +148,20 @@ def convolved(d: Draw, *rest: Any) -> Case:
 
 
 def pooled(d: Draw, dims: int, *, outs: Sequence[int] = (0,)) -> Case:
-    """Overlapping windows, or one window over everything."""
+    """Overlapping windows, one window over everything, or windows side by side."""
     space = SPACE[:dims]
+    if d.flag():
+        window = d.pick([2, *(1,) * (dims - 1)], [3, *(2,) * (dims - 1)])
+        wide = [2 * w for w in window]
+        return call(p(2, d.n(2, 3), *wide), window, window, keep=range(2, 2 + dims), outs=outs)
     kernel = list(space) if d.flag() else [2, *(1,) * (dims - 1)]
     return call(p(2, d.n(), *space), kernel, [1] * dims, keep=range(2, 2 + dims), outs=outs)
 
 
 def adaptive(d: Draw, dims: int) -> Case:
+    if d.flag():
+        size = [2, *(1,) * (dims - 1)]
+        return call(p(2, 2, 6, *SPACE[1:dims]), size, keep=range(2, 2 + dims), outs=d.pick((0,), (0, 1)))
     size = d.pick([2, *SPACE[1:dims]], [1] * dims, [2, *(1,) * (dims - 1)])
     return call(p(2, d.n(), *SPACE[:dims]), size, keep=range(2, 2 + dims), outs=d.pick((0,), (0, 1)))
 

@@ -327,6 +327,23 @@ def test_a_sparse_buffer_is_refused():
         infer(net, STEPS[0])
 
 
+@pytest.mark.parametrize(
+    ("pool", "sizes"),
+    [
+        (lambda h: F.max_pool1d(h[:, None], 3)[:, 0], "2 3 3 5"),
+        (lambda h: F.avg_pool2d(h[:, None, None], (1, 3))[:, 0, 0], "2 3 3 5"),
+        (lambda h: F.adaptive_max_pool1d(h[:, None], 2)[:, 0], "2 3 3 5"),
+        (lambda h: F.max_pool1d(h[:, None], 3, stride=3, padding=1)[:, 0], "5"),
+        (lambda h: F.max_pool1d(h[:, None], 2, stride=4)[:, 0], "5"),
+        (lambda h: F.max_pool1d(h[:, None], 3, stride=1, dilation=2)[:, 0], "5"),
+    ],
+)
+def test_maxout_by_pooling(pool: Callable[[torch.Tensor], torch.Tensor], sizes: str):
+    """Windows of units side by side are groups of units; those that overlap, or leave units out, tell them apart."""
+    make = {"inp": lin(4, 5), "a": lin(5, 6), "out": lin(2, 2)}
+    found(lambda: Program(lambda s, x: s.out(pool(s.a(s.inp(x)))), make), sizes, STEPS[0], MORE[0])
+
+
 # ------------------------------------------------------------ experts of recommenders
 def _expert() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 4))
