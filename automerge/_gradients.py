@@ -48,6 +48,16 @@ def as_original(copy: nn.Module, model: nn.Module) -> None:
         _note(copy)
 
 
+def copy_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of an input, of which a gradient can be taken where it can of the input itself."""
+    return asking(tensor.detach().clone(), tensor)
+
+
+def asking(new: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """An input in the place of another one, of which gradients are asked if they were of that one."""
+    return new.requires_grad_() if like.requires_grad and new.is_leaf else new
+
+
 def passed(model: nn.Module, run: Callable[[], T]) -> T:
     """What a function gives that runs a model `as_needed`: called again where that shows that the model needs gradients."""
     known = needs_gradients(model)

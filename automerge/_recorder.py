@@ -21,6 +21,7 @@ from automerge._aliases import Tracked, each, overlaps, read, shadow, write, wri
 from automerge._difference import changed
 from automerge._double import plainly
 from automerge._errors import TraceError
+from automerge._gradients import copy_of
 from automerge._lazy_module import LazyModule
 from automerge._masked import by_entry
 from automerge._readers import read_again, tells, told
@@ -127,7 +128,7 @@ class Recorder(TorchDispatchMode):
         """Make a placeholder for every input tensor; returns inputs with fresh tensors, so that none is changed."""
 
         def visit(path: str, tensor: torch.Tensor) -> torch.Tensor:
-            copy = tensor.detach().clone()
+            copy = copy_of(tensor)
             node = self._placeholder(path or "input", copy, "input")
             self.info.inputs[node.name] = path
             return copy

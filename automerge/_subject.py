@@ -13,7 +13,7 @@ from torch import nn
 from automerge._copies import copied
 from automerge._double import Calibrate, Double, double_precision, widen
 from automerge._errors import TraceError
-from automerge._gradients import as_needed, passed
+from automerge._gradients import as_needed, asking, passed
 from automerge._random import forked
 from automerge._restoring import kept_tensors
 from automerge._tree_io import map_tensors, tensors_of
@@ -99,7 +99,10 @@ def fresh_inputs(args: Any, kwargs: Any, seed: int, how: Fresh = _CHOICES[0]) ->
             return x.flip(x.dim() - 1 if how.integers == "reversed" else 0)
         return x
 
-    return map_tensors(change, args), map_tensors(change, kwargs)
+    def changed(name: str, x: torch.Tensor) -> torch.Tensor:
+        return asking(change(name, x.detach()), x) if x.requires_grad else change(name, x)
+
+    return map_tensors(changed, args), map_tensors(changed, kwargs)
 
 
 def _other_floats(x: torch.Tensor, rng: torch.Generator, how: Fresh) -> torch.Tensor:
@@ -187,8 +190,9 @@ def unchanged(name: str, value: torch.Tensor) -> torch.Tensor:
 
 def _own(name: str, value: torch.Tensor) -> torch.Tensor:
     """An input in double precision that a model may write to."""
-    wide = widen(name, value)
-    return wide.clone() if wide is value else wide
+    plain = value.detach()
+    wide = widen(name, plain)
+    return asking(wide.clone() if wide is plain else wide, value)
 
 
 def doubled(model: nn.Module) -> nn.Module:

@@ -19,7 +19,7 @@ from automerge._data import preserving
 from automerge._diagnosis import OtherPathError, Setting, failure
 from automerge._difference import finite, relative_difference
 from automerge._errors import AutomergeError, InvarianceError, SymmetryError, TraceError
-from automerge._gradients import as_needed
+from automerge._gradients import as_needed, copy_of
 from automerge._loading import check_values
 from automerge._longer import other_sizes
 from automerge._numbers import is_whole
@@ -341,7 +341,7 @@ def check_replay(model: nn.Module, args: Any, kwargs: Any, graph: fx.GraphModule
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
     def run(args: Any, kwargs: Any) -> Any:
-        own = map_tensors(lambda _, t: t.clone(), (args, kwargs))  # a model may write to them
+        own = map_tensors(lambda _, t: copy_of(t), (args, kwargs))  # a model may write to them
         with as_needed(model):
             return model(*own[0], **own[1])
 

@@ -11,7 +11,10 @@ import torch
 from torch import nn
 
 import automerge
+from automerge.rules._decompose import attention_backward
 from automerge.testing import assert_sound
+
+aten = torch.ops.aten
 
 
 def layers(*widths: int) -> nn.Sequential:
@@ -112,3 +115,61 @@ def test_a_model_whose_loss_has_no_gradient_says_so() -> None:
 
     with pytest.raises(automerge.TraceError, match="does not require grad"):
         automerge.infer(Detached().eval(), X)
+
+
+def test_an_input_of_which_gradients_are_asked() -> None:
+    """The caller may have switched them on for the input."""
+
+    class Asked(Residual):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.autograd.grad(self.u(x).sum(), x, create_graph=True)[0]
+
+    torch.manual_seed(0)
+    model, x = Asked().eval(), X.clone().requires_grad_()
+    assert sorted(g.size for g in automerge.infer(model, x).generators()) == [7, 8]
+    assert x.grad is None
+
+
+class Attending(nn.Module):
+    """The gradient of what attention gives."""
+
+    def __init__(self, **how: bool) -> None:
+        super().__init__()
+        self.inp, self.out, self.how = nn.Linear(2, 24), nn.Linear(8, 1), how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.requires_grad_()
+        q, k, v = self.inp(x).view(1, 5, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, **self.how)
+        return torch.autograd.grad(self.out(y.transpose(1, 2).flatten(2)).sum(), x)[0]
+
+
+@pytest.mark.parametrize("how", [{}, {"is_causal": True}])
+def test_attention_keeps_its_heads(how: dict[str, bool]) -> None:
+    torch.manual_seed(0)
+    model = Attending(**how).eval()
+    symmetry = automerge.infer(model, X)
+    assert sorted(g.size for g in symmetry.generators()) == [2, 4, 4, 4, 4]
+    assert not symmetry.unruled
+    assert_sound(model, X, symmetry)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mask", [None, torch.randn(5, 5).double(), torch.rand(5, 5) > 0.3])
+def test_the_pieces_of_the_backward_pass_of_attention(causal: bool, mask: torch.Tensor | None) -> None:
+    if causal and mask is not None:
+        pytest.skip("the operator takes one of the two")
+    if mask is not None and mask.dtype is torch.bool:
+        mask = mask | torch.eye(5, dtype=torch.bool)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 5, 4, dtype=torch.float64) for _ in range(3))
+    added = (
+        torch.zeros(5, 5).double().masked_fill(~mask, -torch.inf)
+        if mask is not None and mask.dtype is torch.bool
+        else mask
+    )
+    out, normaliser = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=added, scale=0.7)
+    given = torch.randn_like(out), q, k, v, out, normaliser, 0.0, causal
+    expected = aten._scaled_dot_product_flash_attention_for_cpu_backward(*given, attn_mask=added, scale=0.7)
+    for name, piece, whole in zip("qkv", attention_backward(*given, attn_mask=mask, scale=0.7), expected, strict=True):
+        torch.testing.assert_close(piece, whole, msg=name)

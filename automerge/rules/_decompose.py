@@ -10,12 +10,44 @@ from torch import fx
 
 from automerge._errors import TraceError
 
+aten = torch.ops.aten
+
 
 @functools.cache
 def _table() -> dict[Any, Any]:
     from torch._decomp import decomposition_table
 
-    return dict(decomposition_table)
+    return {
+        **decomposition_table,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward.default: attention_backward,
+    }
+
+
+def attention_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    normaliser: torch.Tensor,
+    dropout: float,
+    causal: bool,
+    *,
+    attn_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of softmax(q k^T scale + mask) v, with the weights computed anew."""
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = q @ k.mT * factor
+    if attn_mask is not None:
+        hidden = attn_mask.dtype is torch.bool
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if hidden else scores + attn_mask
+    if causal:
+        ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(ahead, -torch.inf)
+    weights = scores.softmax(-1)
+    moved = weights * (grad @ v.mT - (grad * out).sum(-1, keepdim=True)) * factor
+    return moved @ k, moved.mT @ q, weights.mT @ grad
 
 
 def decomposition(node: fx.Node) -> fx.GraphModule | None:
