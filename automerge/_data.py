@@ -21,13 +21,11 @@ from automerge._machine import physical_memory
 from automerge._numbers import is_whole
 from automerge._random import drawing, forked, gpus
 from automerge._restoring import lent, restored
-from automerge._tree_io import map_tensors
+from automerge._tree_io import map_tensors, stored
 from automerge.io import tied_names
 
 _LABEL_KEYS = ("labels", "label", "targets", "target")
 _SMALLEST = 64  # bytes that a batch takes at least
-
-_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ class Batches:
             tensors = batch.tensors()
             if tensors and all(t.ndim and not t.shape[0] for t in tensors):
                 continue
-            if any((t.is_floating_point() or t.is_complex()) and bool(torch.isnan(_entries(t)).any()) for t in tensors):
+            if any((t.is_floating_point() or t.is_complex()) and bool(torch.isnan(stored(t)).any()) for t in tensors):
                 raise AutomergeError(
                     f"batch {number} of the data holds NaN among its inputs; fill or drop those samples"
                 )
@@ -238,13 +236,6 @@ def _noted(data: Iterable[Any]) -> Iterator[Any]:
             error.add_note(f"while batch {number} of the data was read")
             raise
         yield item
-
-
-def _entries(tensor: torch.Tensor) -> torch.Tensor:
-    """The numbers that a tensor holds; of a sparse one those that are stored."""
-    if tensor.layout is torch.sparse_coo:
-        return tensor._values()
-    return tensor.values() if tensor.layout in _COMPRESSED else tensor
 
 
 def device_of(model: nn.Module) -> torch.device | None:

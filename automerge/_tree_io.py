@@ -13,6 +13,16 @@ from torch.utils import _pytree as pytree
 _LEAVES = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout})
 
 
+SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
+
+def stored(tensor: torch.Tensor) -> torch.Tensor:
+    """The numbers that a tensor holds; of a sparse one those that are not left out."""
+    if tensor.layout is torch.sparse_coo:
+        return tensor._values()
+    return tensor.values() if tensor.layout in SPARSE else tensor
+
+
 def map_tensors(fn: Callable[[str, torch.Tensor], Any], tree: Any, path: str = "") -> Any:
     """Rebuild ``tree`` with ``fn(path, tensor)`` in place of every tensor; other leaves stay.
 

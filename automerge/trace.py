@@ -30,12 +30,10 @@ from automerge._readers import Readers
 from automerge._recorder import NO_NESTED, Recorder
 from automerge._restoring import Before, replaced, restored
 from automerge._trace_info import TraceInfo as TraceInfo  # public here
-from automerge._tree_io import map_tensors, tensors_of
+from automerge._tree_io import SPARSE, map_tensors, tensors_of
 from automerge._unfilled import NeedsValues
 
 _LARGE = 8 << 20  # bytes; a smaller tensor's memory stays in the heap, which the notes taken meanwhile break up
-
-_SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 Args = torch.Tensor | Sequence[Any]
 
@@ -53,11 +51,11 @@ def normalise_args(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[A
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise TraceError(f"kwargs must be a dict of keyword arguments, got {type(kwargs).__name__}")
     given = positional, dict(kwargs or {})
-    return map_tensors(_dense, given) if any(t.layout in _SPARSE for t in tensors_of(given)) else given
+    return map_tensors(_dense, given) if any(t.layout in SPARSE for t in tensors_of(given)) else given
 
 
 def _dense(_: str, tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_dense() if tensor.layout in _SPARSE else tensor
+    return tensor.to_dense() if tensor.layout in SPARSE else tensor
 
 
 def trace(
