@@ -33,13 +33,14 @@ def drifts(
         batches: the data.
 
     Returns:
-        Per candidate the root mean square of the difference, relative to the mean outputs' own standard deviation. None where
-        the model has no real outputs of one shape, the endpoints' mean is the same everywhere, or a candidate's output is
-        not finite where that mean is.
+        Per candidate the root mean square of the difference, relative to the mean outputs' own standard deviation over the
+        samples, every output about its own mean: a network that gives the best constant is at one. None where the model has no
+        real outputs of one shape, the endpoints' mean is the same for all samples, or a candidate's output is not finite where
+        that mean is.
     """
     nets = [bind(network, state) for state in (*candidates, *endpoints)]
     squares = [0.0] * len(candidates)
-    count, total, square = 0, 0.0, 0.0
+    spread = _Spread()
     for batch in _first(batches):
         outputs = [_output(network, bound, batch) for bound in nets]
         real = [o for o in outputs if o is not None]
@@ -49,17 +50,44 @@ def drifts(
         mean = torch.stack([w * x for w, x in zip(share, ends, strict=True) if w]).sum(0)
         known = mean.isfinite()
         centre = mean[known]
-        count, total, square = (
-            count + centre.numel(),
-            total + float(centre.sum()),
-            square + float(centre.square().sum()),
-        )
+        spread.add(mean, known)
         for k, own in enumerate(real[: len(candidates)]):
             squares[k] += float((own[known] - centre).square().sum())
-    spread = square - total**2 / max(count, 1)
-    if not spread > 1e-12 * square or not all(map(math.isfinite, squares)):
+    about = spread.about_means()
+    if about is None or not all(map(math.isfinite, squares)):
         return None
-    return [math.sqrt(s / spread) for s in squares]
+    return [math.sqrt(s / about) for s in squares]
+
+
+class _Spread:
+    """How far outputs are from their means over the samples, which are along the first axis.
+
+    Where samples differ in shape (sequences of several lengths), what the last axis tells apart has one mean each.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[torch.Size, torch.Tensor] = {}  # of the numbers, their squares, and how many there are
+        self._square = 0.0
+
+    def add(self, values: torch.Tensor, known: torch.Tensor) -> None:
+        rows = values.where(known, 0.0).reshape(values.shape[0] if values.dim() else 1, *values.shape[1:])
+        sums = torch.stack([rows.sum(0), rows.square().sum(0), known.reshape(rows.shape).sum(0).double()])
+        before = self._sums.get(sums.shape)
+        self._sums[sums.shape] = sums if before is None else before + sums
+        self._square += float(sums[1].sum())
+
+    def about_means(self) -> float | None:
+        """The sum of squares about the means; None if nothing differs from sample to sample."""
+        sums = list(self._sums.values())
+        if len(sums) > 1:
+            alike = len({s.shape[-1] for s in sums}) == 1 and all(s.dim() > 1 for s in sums)
+            wide = [s.reshape(3, -1, s.shape[-1] if alike else 1) for s in sums]
+            sums = [torch.stack([w.sum(1) for w in wide]).sum(0)]
+        total, square, count = (
+            torch.cat([s[i].reshape(-1) for s in sums]) if sums else torch.zeros(0) for i in range(3)
+        )
+        about = float((square - total.square() / count.clamp(min=1)).sum())
+        return about if about > 1e-12 * self._square else None
 
 
 def _first(batches: Batches) -> list[Batch]:

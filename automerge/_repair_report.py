@@ -47,9 +47,9 @@ class RepairReport:
         reset: the BatchNorms whose statistics were measured again.
         skipped: layer -> why it was left alone.
         drift: how far the merged network's outputs are from the weighted mean of the models' own, before and after the repair:
-            the root mean square of the difference, in standard deviations of that mean, on the first 512 samples of the
-            data. 0: as the models' mean; 1: no nearer than a constant. None if `merge` did not measure it, or the outputs
-            are no finite real numbers of one shape.
+            the root mean square of the difference, in standard deviations of that mean over the samples (every output about
+            its own mean), on the first 512 samples of the data. 0: as the models' mean; 1: no nearer than a constant. None
+            if `merge` did not measure it, or the outputs are no finite real numbers of one shape.
     """
 
     mode: str = "none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -22,7 +23,7 @@ def _nets(count: int = 3) -> list[nn.Module]:
 def _by_hand(net: nn.Module, nets: list[nn.Module], weights: list[float], x: torch.Tensor) -> float:
     mean = sum(w * m(x).double() for w, m in zip(weights, nets, strict=True))
     assert isinstance(mean, torch.Tensor)
-    return float(((net(x).double() - mean).square().mean() / mean.var(correction=0)).sqrt().detach())
+    return float(((net(x).double() - mean).square().mean() / mean.var(0, correction=0).mean()).sqrt().detach())
 
 
 def test_the_report_says_how_far_the_outputs_are_from_the_models_mean() -> None:
@@ -104,3 +105,34 @@ def test_random_draws_are_the_same_for_every_network() -> None:
     before = torch.get_rng_state()
     assert drifts(net, [state], [state], [1.0], Batches([x], 1, None, CPU)) == [0.0]
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("lengths", [(7,), (7, 5), (7, 5, 1)])
+@pytest.mark.parametrize("tokens", [False, True])
+def test_a_network_that_gives_the_best_constant_is_at_one(lengths: tuple[int, ...], tokens: bool) -> None:
+    """Outputs whose means differ (a rare class, targets of several sizes) do not make the spread larger."""
+
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.tensor([5.0, 0.0, -50.0]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, self.weight, self.bias)
+
+    torch.manual_seed(0)
+    net = Head()
+    batches = [torch.randn(6, n, 4) if tokens else torch.randn(n, 4) for n in lengths]
+    inputs = torch.cat([b.reshape(-1, 4) for b in batches]) if len(lengths) > 1 or not tokens else batches[0]
+    state = {k: v.detach() for k, v in net.state_dict().items()}
+    with torch.no_grad():
+        means = net(inputs).mean(0)
+    if means.dim() == 1:
+        constant = {"weight": torch.zeros(3, 4), "bias": means}
+        found = drifts(net, [constant, state], [state], [1.0], Batches(batches, 1, None, CPU))
+        assert found == pytest.approx([1.0, 0.0], abs=1e-5)
+    else:  # a constant of its own for every position: the spread is smaller
+        spread = (net(inputs) - means).square().sum().sqrt()
+        shifted = {"weight": state["weight"], "bias": state["bias"] + 1}
+        found = drifts(net, [shifted], [state], [1.0], Batches(batches, 1, None, CPU))
+        assert found == pytest.approx([float(inputs.shape[0] * 7 * 3) ** 0.5 / float(spread.detach())], rel=1e-5)
