@@ -28,6 +28,7 @@ from automerge._data import Batches, check_pair, listed
 from automerge._errors import AutomergeError
 from automerge._random import forked
 from automerge._shards import is_shard, listed_shards, present_shards
+from automerge._tree_io import stored
 
 _DTYPES = {
     "float": torch.float32,
@@ -240,7 +241,7 @@ class _Source:
             except Exception as error:
                 raise UsageError(f"{self.text} failed while giving batch {number} ({_brief(error)})") from error
             tensors = [t for t in tree_leaves(item) if isinstance(t, torch.Tensor) and not t.is_meta]
-            if any(bool(torch.isnan(t).any()) for t in tensors):
+            if any(bool(torch.isnan(stored(t)).any()) for t in tensors):
                 raise UsageError(f"{self.text}: batch {number} has values that are NaN")
             yield item
 
@@ -248,9 +249,11 @@ class _Source:
 def load_batches(text: str, option: str = "--data") -> Iterable[Any]:
     """The batches that the factory of an option gives; an iterator is listed, so that they can be read more than once.
 
+    Of batches that are there already, all are looked at before anything else is done.
+
     Raises:
-        UsageError: if it does not import, cannot be called, or gives no iterable; on iteration, if it fails or a batch
-            holds a NaN.
+        UsageError: if it does not import, cannot be called, or gives no iterable; if it fails or a batch holds a NaN, here or
+            on iteration.
     """
     source, name = _call(text, option), f"{option} {text!r}"
     if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
@@ -265,7 +268,7 @@ def load_batches(text: str, option: str = "--data") -> Iterable[Any]:
     except AutomergeError as error:
         raise UsageError(f"{name}: {error}") from error
     batches = _Source(name, source)
-    return listed(batches) if isinstance(source, Iterator) else batches
+    return listed(batches) if isinstance(source, Iterator | list | tuple) else batches
 
 
 def example_of(data: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:

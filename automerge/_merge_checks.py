@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -279,9 +279,43 @@ def check_data(network: nn.Module, data: Any, args: Any, kwargs: Mapping[str, An
     return batches
 
 
+def of_inputs(hashes: Sequence[str], states: Sequence[Mapping[str, torch.Tensor]], symmetry: Symmetry) -> Iterator[str]:
+    """What a reader must know of the models that were merged: equal ones, counters that differ, nothing that may move."""
+    for kept, numbers in _equal(hashes).items():
+        if len(numbers) > 1:
+            which = " and ".join(map(str, numbers))
+            yield f"models {which} are the same (sha256 {kept[:16]}); they count as often as they were given"
+    differ = [name for name in states[0] if _is_counter(states[0][name]) and not _alike([s[name] for s in states])]
+    named = [name for name in differ if not name.endswith("num_batches_tracked")]
+    if named:
+        yield f"the integers {', '.join(named[:3])} differ between the models; the largest of each is taken, as of a counter"
+    if not (symmetry.sets or symmetry.exchanges):
+        yield (
+            "nothing of this architecture can be permuted (print(automerge.infer(model, args)) says what pins it), so this is "
+            "the plain average"
+        )
+
+
+def _equal(hashes: Sequence[str]) -> dict[str, list[int]]:
+    out: dict[str, list[int]] = {}
+    for number, value in enumerate(hashes):
+        out.setdefault(value, []).append(number)
+    return out
+
+
+def _alike(values: Sequence[torch.Tensor]) -> bool:
+    return all(torch.equal(v.cpu(), values[0].cpu()) for v in values[1:])
+
+
+def _is_counter(value: torch.Tensor) -> bool:
+    """Whether a buffer is one whole number, as ``num_batches_tracked`` is."""
+    whole = not (value.is_floating_point() or value.is_complex() or value.dtype is torch.bool)
+    return whole and value.numel() == 1
+
+
 def merge_integers(name: str, values: Sequence[torch.Tensor]) -> torch.Tensor:
     """The common value of an integer or boolean buffer; the largest for a counter (``num_batches_tracked``, any scalar)."""
-    if values[0].numel() == 1 and values[0].dtype is not torch.bool:
+    if _is_counter(values[0]):
         return torch.stack(list(values)).amax(0)
     for number, value in enumerate(values):
         if not torch.equal(value, values[0]):

@@ -6,6 +6,7 @@ import errno
 import json
 import pickle
 import warnings
+import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from automerge._errors import CheckpointError
 
+_SLACK = 64 << 20  # bytes
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
 TIED = "automerge.tied"
@@ -61,8 +63,27 @@ def _ties(text: str, file: Path) -> dict[str, str]:
     return ties
 
 
+def _check_size(file: Path) -> None:
+    """``torch.save`` packs nothing: an archive that would take far more memory than its file takes is none of its own.
+
+    Raises:
+        CheckpointError: if it does.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return  # of an older format, or damaged, which is said when it is read
+    size = file.stat().st_size
+    if unpacked > 16 * size + _SLACK:
+        raise CheckpointError(
+            f"{file} is refused: its {size:,} bytes unpack to {unpacked:,}, and torch.save packs nothing; {_RESAVE}"
+        )
+
+
 def read_torch(file: Path) -> object:
     """What a file of ``torch.save`` holds, if that is tensors and plain containers."""
+    _check_size(file)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols that it then refuses

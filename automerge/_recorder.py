@@ -55,6 +55,7 @@ class Recorder(TorchDispatchMode):
         self.layouts: dict[tuple[Any, ...], tuple[StorageWeakRef, Tracked]] = {}
         self.alive: list[torch.Tensor] = []
         self.tainted: set[fx.Node] = set()
+        self.given: set[int] = set()  # what was declared to be constant
         self.varying: set[fx.Node] = set()
         self.states: list[tuple[torch.Tensor, fx.Node]] = []
         self.outputs: tuple[fx.Node, ...] | None = None  # of the first of several passes
@@ -72,6 +73,7 @@ class Recorder(TorchDispatchMode):
         tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         first: dict[tuple[Any, ...], str] = {}
         fixed = {id(tensor) for name, tensor in tensors if name in constants}  # under all names of a tied one
+        self.given |= fixed
         for name, tensor in tensors:
             if name not in persistent or not isinstance(tensor, torch.Tensor):
                 continue
@@ -197,7 +199,7 @@ class Recorder(TorchDispatchMode):
         value = tensor.detach().clone()
         node = self.fixed(value)
         self.info.unknown.append(f"{node.target}{self.where()}")
-        if isinstance(tensor, nn.Parameter):
+        if isinstance(tensor, nn.Parameter) and id(tensor) not in self.given:
             self.info.unregistered.append(node.meta["source"])
         self.keep(self.buffers.get(id(tensor), f"a tensor of its own{self.where()}"), tensor, value)
         return node

@@ -13,13 +13,15 @@ from torch import nn
 from automerge._copies import copied
 from automerge._double import Calibrate, Double, double_precision, widen
 from automerge._errors import TraceError
-from automerge._gradients import as_needed, asking, passed
+from automerge._gradients import as_needed, asking, copy_of, passed
 from automerge._random import forked
 from automerge._restoring import kept_tensors
 from automerge._tree_io import map_tensors, tensors_of
 from automerge.groups import Element
 from automerge.symmetry import Symmetry
-from automerge.trace import prepared
+from automerge.trace import normalise_args, prepared
+
+_NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def randomised(state: Mapping[str, torch.Tensor], statistics: frozenset[str], seed: int) -> dict[str, torch.Tensor]:
@@ -283,6 +285,29 @@ def _held(model: nn.Module) -> list[tuple[torch.Tensor, int]]:
 
 def _numbers(held: list[tuple[torch.Tensor, int]]) -> list[tuple[int, int]]:
     return [(id(t), version) for t, version in held]
+
+
+def check_inputs(model: nn.Module, args: Any, kwargs: Any) -> None:
+    """Inputs with NaN, unless the model knows what to do with them (values that are missing).
+
+    Raises:
+        TraceError: if all that comes out is NaN, too, by which nothing can be checked.
+    """
+    given = normalise_args(args, kwargs)
+    if not any(t.dtype in _NUMBERS and not t.is_meta and bool(t.isnan().any()) for t in tensors_of(given)):
+        return
+
+    def run() -> list[torch.Tensor]:
+        with torch.no_grad(), prepared(model), forked(), as_needed(model):
+            own = map_tensors(lambda _, t: copy_of(t), given)
+            return tensors_of(model(*own[0], **own[1]))
+
+    try:
+        outputs = passed(model, run)
+    except Exception:  # said where it is recorded
+        return
+    if all(t.dtype in _NUMBERS and bool(t.isnan().all()) for t in outputs):
+        raise TraceError("the example inputs hold NaN, and so does all that the model makes of them; give others")
 
 
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ from automerge._machine import physical_memory, readable
 from automerge._notes import of_mixed, of_numbers, of_writes
 from automerge._reaching import OtherTraces, by_data
 from automerge._settled import settled
+from automerge._subject import check_inputs
 from automerge._verify import Verification, check_replay
 from automerge._verify import verify as check_symmetry
 from automerge.rules import Analysis
@@ -55,7 +56,8 @@ def infer(
         The `Symmetry`; ``print`` it for a report.
 
     Raises:
-        TraceError: if the model does not run on the inputs, or has no tensor of such a name.
+        TraceError: if the model does not run on the inputs, or makes nothing but NaN of inputs with NaN, or has no tensor of
+            such a name.
         UnknownOperatorError: with ``strict``, at the first operator without a rule.
         InvarianceError: if verification finds that a group is no symmetry (a defect of a rule; please report it).
 
@@ -67,6 +69,7 @@ def infer(
     """
     start = time.perf_counter()
     _check_constants(model, constants)
+    check_inputs(model, args, kwargs)
     graph = trace(model, args, kwargs, values=False, constants=constants)
     recorded, model = _recorded(model, args, kwargs, constants, graph)
     traced = time.perf_counter()

@@ -29,6 +29,7 @@ from automerge._merge_checks import (
     check_weights,
     choose_repair,
     merge_integers,
+    of_inputs,
 )
 from automerge._merge_task import Clock, Task, provenance
 from automerge._offload import MEMORY, Store
@@ -152,8 +153,8 @@ def merge(
     means and running variances are averaged like weights: the plain weighted mean of the variances, which is what naive
     averaging does too; it is not the merged network's own variance, so give ``data`` to measure that. Spectral norms are
     measured again on the merged weights. Integer and
-    boolean entries must be equal, except ``num_batches_tracked``, of which the largest is taken. Tied tensors stay
-    tied.
+    boolean entries must be equal, except single integers (counters, as ``num_batches_tracked``), of which the largest is
+    taken; a note names others than that. Tied tensors stay tied.
 
     Args:
         models: modules of one architecture, or, with ``architecture``, state dicts of it. None of them is changed.
@@ -238,7 +239,11 @@ def merge(
     chosen = mode if isinstance(mode, str) else repr(mode)
     options = {"weights": share, "coordinates": coordinates, "repair": chosen, "verify": verify}
     made = provenance(task.network, task.states, options, matching.matcher)
-    notes = (*task.notes, *symmetry.notes)
+    notes = (
+        *of_inputs([item["sha256"] for item in made["inputs"]], task.states, symmetry),
+        *task.notes,
+        *symmetry.notes,
+    )
     return MergeResult(merged, matching, symmetry, made, clock.seconds(), report, notes)
 
 

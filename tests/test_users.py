@@ -649,7 +649,7 @@ def test_compiled_modules() -> None:
 def test_weights_that_fit_modules_of_another_type_are_named() -> None:
     other = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     assert any("model 1: 1 is a Tanh, in the architecture a ReLU" in note for note in merge([_NET, other], _X).notes)
-    assert not merge([_NET, _NET], _X).notes
+    assert not any("is a" in note for note in merge([_NET, _NET], _X).notes)
 
 
 def test_a_repair_that_saw_nothing_says_so() -> None:

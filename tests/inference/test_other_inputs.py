@@ -355,9 +355,9 @@ add(
     d=par(6),
     out=lin(6, 2),
 )
-add(  # over the bound of what is followed entry by entry, or with an axis left over: pinned, but sound
+add(
     "DiagonalOfRows",
-    "3",
+    "3 6",
     ROWS,
     MORE_ROWS,
     lambda s, x: s.out(
