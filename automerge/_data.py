@@ -251,14 +251,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
     So is the state of the random generators (torch's, numpy's, Python's): a model that draws numbers takes none of the
     caller's, and from one seed all passes of a batch draw the same (`run_batch`). The fused fast path of multi-head attention
-    is off inside, so that its parts are visible to observers and every pass computes the same numbers.
+    is off inside, so that its parts are visible to observers and every pass computes the same numbers; nothing is compiled.
     """
     flags = [(module, module.training) for module in model.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         model.eval()
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad(), forked(devices=gpus((*model.parameters(), *model.buffers()))):
+        drawn = forked(devices=gpus((*model.parameters(), *model.buffers())))
+        with torch.no_grad(), drawn, torch.compiler.set_stance("force_eager"):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

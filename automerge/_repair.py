@@ -31,7 +31,7 @@ def watching(model: nn.Module) -> Iterator[None]:
     """`evaluating` for an `Observer`: what a compiler makes of a model shows no operators, and in inference mode tensors do
     not tell whether they were written to.
     """
-    with torch.inference_mode(False), evaluating(model), torch.compiler.set_stance("force_eager"):
+    with torch.inference_mode(False), evaluating(model):
         yield
 
 

@@ -671,3 +671,22 @@ def test_batches_of_one_kind_are_no_pair() -> None:
     for data in (x.split(2), [x, x[:2]], itertools.repeat(x, 2)):
         assert merge([_NET, _NET], x, data=data).repair.mode == "repair"
     match([_NET, _NET], merge([_NET, _NET], x).symmetry, ActivationMatching(FrankWolfe()), data=[x, x[:, :2]])
+
+
+def test_compiled_models_are_run_as_they_are_written() -> None:
+    """Nothing is compiled for the few passes that a merge takes."""
+    compiled: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    nets = [
+        torch.compile(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), backend=backend) for _ in range(2)
+    ]
+    result = merge(nets, _X, data=[_X])
+    assert agreement(nets[0], nets[1], [_X]).samples == len(_X)
+    assert result.repair.layers
+    assert not compiled
+    nets[0](_X)
+    assert compiled, "the caller's own pass compiles"
