@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from automerge._copies import copied
 from automerge._double import Calibrate, Double, double_precision, widen
@@ -21,6 +22,8 @@ from automerge.groups import Element
 from automerge.symmetry import Symmetry
 from automerge.trace import normalise_args, prepared
 
+_OF_MODULES = frozenset(vars(nn.Module()))
+_LOW = (torch.float32, torch.float16, torch.bfloat16, torch.complex64)
 _NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -198,8 +201,25 @@ def _own(name: str, value: torch.Tensor) -> torch.Tensor:
 
 
 def doubled(model: nn.Module) -> nn.Module:
-    """A copy of a model in double precision and in eval mode; `nn.Module.double` leaves complex tensors as they are."""
-    return copied(model).double()._apply(lambda t: widen("", t)).eval()
+    """A copy of a model in double precision and in eval mode; `nn.Module.double` leaves complex tensors as they are.
+
+    So are the tensors that modules hold as plain attributes: what a pass writes to them is read again.
+    """
+    out = copied(model).double()._apply(lambda t: widen("", t)).eval()
+    wide: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # with the tensors, lest another one gets their identity
+
+    def widened(held: Any) -> Any:
+        if type(held) is torch.Tensor and held.layout is torch.strided:
+            return wide.setdefault(id(held), (held, widen("", held)))[1]
+        if type(held) in (list, tuple):
+            return type(held)(widened(v) for v in held)
+        return {k: widened(v) for k, v in held.items()} if type(held) is dict else held
+
+    for module in out.modules():
+        for name, held in list(vars(module).items()):
+            if name not in _OF_MODULES and any(type(t) is torch.Tensor and t.dtype in _LOW for t in tree_leaves(held)):
+                vars(module)[name] = widened(held)
+    return out
 
 
 class Subject:

@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import fx
 
 from automerge.rules._axes import distinct
 from automerge.rules._engine import Engine
+from automerge.rules._nodes import aten_names, schema_name
+from automerge.rules._reads import MOVING, SAME
 from automerge.rules._reduction import axes_of, fits, normalised
 from automerge.rules._registry import Context, rule
-from automerge.rules._unsorted import order_matters
+from automerge.rules._unsorted import order_matters, zeros_matter
 from automerge.rules._value import Factor, Points, Value, plain
 
 
@@ -32,6 +35,8 @@ def sort(context: Context, x: Value, *args: Any, **kwargs: Any) -> Any:
         alike = plain([1 if k == axis else n for k, n in enumerate(x.shape)])
         return ranks if name == "argsort" else (_with_letters(alike, axis, plain([x.shape[axis]], pinned=True)), ranks)
     x = x.settle()
+    if (name == "argsort" or 1 in context.used) and tied(context.node, axis):
+        x = context.engine.pin_letters(x, set(x.axes[axis]), _TIED)
     if name == "topk" and not given.get("sorted", True) and order_matters(context.node, axis):
         x = context.engine.pin_letters(x, set(x.axes[axis]), "chosen in no particular order")
     code = None
@@ -58,6 +63,69 @@ def _ranks(engine: Engine, order: Value, axis: int) -> Value | None:
         return None
     found = engine.reduce(points.code, set(points.code.axes[axis]))
     return found.with_axes((*found.axes[:axis], found.axes[-1], *found.axes[axis + 1 : -1]))
+
+
+_TIED = "the first of scores that are equal by the way they are made"
+_STEPS = aten_names(
+    *(
+        "eq",
+        "ne",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+        "sign",
+        "sgn",
+        "round",
+        "floor",
+        "ceil",
+        "trunc",
+        "fix",
+        "heaviside",
+        "isnan",
+    ),
+    *(
+        "logical_and",
+        "logical_or",
+        "logical_not",
+        "logical_xor",
+        "bitwise_and",
+        "bitwise_or",
+        "bitwise_not",
+        "isfinite",
+    ),
+)
+_RECTIFIED = aten_names("relu", "clamp", "clamp_min", "hardtanh", "hardsigmoid", "threshold")
+_PRODUCTS = aten_names("mm", "bmm", "mv", "matmul", "mul", "dot")
+
+
+def tied(node: Any, axis: int) -> bool:
+    """Whether scores are equal for more than an accident: steps of others (comparisons, roundings), products with zeros, or
+    rectified ones where those that are zero count, too.
+
+    The first of them is chosen, which another order of the axis changes.
+
+    Args:
+        node: the choice.
+        axis: along which it chooses.
+    """
+    scores, rectified = node.args[0], False
+    while isinstance(scores, fx.Node) and scores.op == "call_function":
+        sources = scores.all_input_nodes
+        if schema_name(scores) in _STEPS or (schema_name(scores) in _PRODUCTS and any(map(_is_zero, sources))):
+            return True
+        rectified = rectified or schema_name(scores) in _RECTIFIED
+        pointwise = torch.Tag.pointwise in getattr(scores.target, "tags", ())
+        if len(sources) != 1 or not (pointwise or schema_name(scores) in MOVING | SAME):
+            break
+        scores = sources[0]
+    return rectified and zeros_matter(node, axis)
+
+
+def _is_zero(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    known = isinstance(value, torch.Tensor) and value.is_floating_point() and not value.is_meta and value.numel() > 0
+    return known and node.op == "call_function" and not bool(value.any())
 
 
 def _with_letters(x: Value, axis: int, vector: Value) -> Value:
@@ -121,6 +189,8 @@ def extremum(context: Context, x: Value, *args: Any, **kwargs: Any) -> Any:
     axes = axes_of(x, -1 if dim is None else dim)
     code = None
     if 1 in context.used and len(axes) == 1:
+        if tied(context.node, axes[0]):
+            x = context.engine.pin_letters(x, set(x.axes[axes[0]]), _TIED)
         x, code = pointing(context.engine, x, axes[0], "the position of an extremum is used")
     value = fits(context.engine, x, axes, tuple(context.out(0).shape))
     return value, promise(context.engine, value, _shaped(context, code, value), "the position of an extremum is used")
@@ -132,6 +202,8 @@ def argument(context: Context, x: Value, dim: int | None = None, keepdim: bool =
     reason = "the position of an extremum is used"
     if len(axes) != 1 or dim is None:
         return fits(context.engine, context.engine.pin_all(x, reason), axes, context.shape)
+    if tied(context.node, axes[0]):
+        x = context.engine.pin_letters(x, set(x.axes[axes[0]]), _TIED)
     x, code = pointing(context.engine, x, axes[0], reason)
     value = fits(context.engine, x, axes, context.shape)
     return promise(context.engine, value, _shaped(context, code, value), reason)

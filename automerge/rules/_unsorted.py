@@ -18,6 +18,7 @@ from torch import fx
 
 from automerge._double import double_precision
 from automerge._made_up import Draw, signed, small
+from automerge.rules._known import formed
 from automerge.rules._nodes import constants, liveness, schema_name
 from automerge.rules._reads import MOVING, SAME
 
@@ -53,6 +54,30 @@ def order_matters(node: Any, dim: int) -> bool:
         ):
             return True
     return False
+
+
+def zeros_matter(node: fx.Node, dim: int) -> bool:
+    """Whether it is seen to matter which of some scores are chosen along an axis, where all of them are zero.
+
+    What is weighted by a score of zero is none. (A softmax over the chosen scores gives them weights.)
+    """
+    module, scores = node.graph.owning_module, node.all_input_nodes[0]
+    shape = scores.meta["val"].shape
+    if module is None or scores.meta["val"].numel() > _MAX_ENTRIES or shape[dim] < 2:
+        return False
+    value = node.meta["val"]
+    pair = not isinstance(value, torch.Tensor)
+    index = value[1] if pair else value
+    ends = (torch.zeros(index.shape, dtype=torch.int64), torch.full(index.shape, shape[dim] - 1))
+    if index.dim() == len(shape):
+        ahead = torch.arange(index.shape[dim]).reshape([-1 if k == dim else 1 for k in range(index.dim())])
+        ends = (ends[0] + ahead, ends[1] - ahead)
+    nothing = torch.zeros(index.shape, dtype=torch.float64)
+    held: Held = {node: [(nothing, e) for e in ends] if pair else list(ends)}
+    read = [n for n in node.graph.nodes if n.name in module.meta["trace"].reads]
+    known = {n: n.meta["val"] for n in constants(node.graph)} | {scores: torch.zeros(shape, dtype=torch.float64)}
+    trial = _Trial(partial(signed, scale=1.0), torch.Generator().manual_seed(0), set(), known, held)
+    return _seen(trial, node, liveness(module, read)[0], read, False)
 
 
 def _seen(trial: _Trial, node: fx.Node, live: Collection[fx.Node], read: Collection[fx.Node], otherwise: bool) -> bool:
@@ -108,6 +133,10 @@ class _Trial:
         """
         value = node.meta["val"]
         if node in self.made:
+            return
+        plain = formed(node) if node.op == "call_function" else None
+        if plain is not None:
+            self.made[node] = plain.clone()
             return
         whole = all(map(_is_whole, (node, *node.all_input_nodes)))
         if node.op == "call_function" and (whole or node in self.computed or _entry_by_entry(node)):

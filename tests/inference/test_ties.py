@@ -1,0 +1,127 @@
+"""Scores that are equal by the way they are made: the first of them is chosen, so their axis keeps its order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from automerge import Generator, Slot, Symmetry, infer
+from automerge.testing import assert_sound
+from tests.inference.networks_hostile import Program
+from tests.inference.test_found_networks import lin
+from tests.inference.test_networks import parse
+
+
+def _largest(h: torch.Tensor) -> torch.Tensor:
+    values, index = h.topk(3)
+    return torch.zeros_like(h).scatter(1, index, values)
+
+
+X = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+
+
+def sizes(net: nn.Module, expected: str) -> None:
+    for verify in (False, True):
+        symmetry = infer(net, X, verify=verify)
+        assert sorted(g.size for g in symmetry.generators()) == parse(expected), str(symmetry)
+    assert_sound(net, X, symmetry)
+
+
+def router(act: Callable[[torch.Tensor], torch.Tensor], soft: bool) -> nn.Module:
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        v, i = act(s.gate(x)).topk(2, -1)
+        w = torch.zeros(len(x), 4, dtype=x.dtype).scatter(1, i, v.softmax(-1) if soft else v)
+        return torch.einsum("be,eij,bi->bj", w, s.experts, x)
+
+    torch.manual_seed(0)
+    return Program(forward, {"gate": lin(5, 4), "experts": lambda: nn.Parameter(torch.randn(4, 5, 3))}).eval()
+
+
+@pytest.mark.parametrize(
+    ("act", "soft", "expected"),
+    [
+        (F.relu, True, ""),  # a row with one positive score: which other expert counts?
+        (F.relu6, True, ""),
+        (lambda z: z.clamp(min=0) * 2, True, ""),
+        (F.relu, False, "4"),  # a weight of zero takes no expert
+        (lambda z: (z * 4).round() / 4, False, ""),
+        (torch.sign, True, ""),
+        (lambda z: z.softmax(-1), True, "4"),
+        (torch.sigmoid, False, "4"),
+    ],
+)
+def test_routers(act: Callable[[torch.Tensor], torch.Tensor], soft: bool, expected: str) -> None:
+    sizes(router(act, soft), expected)
+
+
+@pytest.mark.parametrize(
+    ("read", "expected"),
+    [
+        (lambda h: h.gather(1, (h > 0).float().argmax(1, keepdim=True)), ""),
+        (lambda h: h.gather(1, (h > 0).long().max(1, keepdim=True).indices), ""),
+        (lambda h: torch.zeros_like(h).scatter(1, h.floor().argsort(1)[:, :2], 1.0), ""),
+        (lambda h: _largest(h.relu()), "8"),  # units that are off stay off, whichever are listed
+        (lambda h: (h > 0).float().max(1, keepdim=True).values, "8"),  # the value alone does not tell
+        (lambda h: h.gather(1, h.argmax(1, keepdim=True)), "8"),
+    ],
+)
+def test_units(read: Callable[[torch.Tensor], torch.Tensor], expected: str) -> None:
+    torch.manual_seed(0)
+    net = Program(lambda s, x: (lambda h: s.out(h + read(h)))(s.inp(x)), {"inp": lin(5, 8), "out": lin(8, 3)})
+    sizes(net.eval(), expected)
+
+
+def test_scores_of_a_first_state_of_zeros() -> None:
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        h = torch.zeros(len(x), 8, dtype=x.dtype)
+        for _ in range(2):
+            score = h @ s.keys.t()
+            w = torch.zeros_like(score).scatter(1, score.topk(2, 1).indices, 1.0)
+            h = torch.tanh(torch.einsum("be,eij,bi->bj", w, s.experts, x))
+        return s.out(h)
+
+    torch.manual_seed(0)
+    parts = {
+        "keys": lambda: nn.Parameter(torch.randn(6, 8)),
+        "experts": lambda: nn.Parameter(torch.randn(6, 5, 8)),
+        "out": lin(8, 2),
+    }
+    sizes(Program(forward, parts).eval(), "8")
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("held", ["attribute", "list", "buffer"])
+def test_what_passes_through_a_tensor_of_the_module_is_verified(held: str, skip: bool) -> None:
+    """A cache that is no part of the state is computed in double precision, too."""
+
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inp, self.key, self.out = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+            room = torch.zeros(8, 6)
+            if held == "buffer":
+                self.register_buffer("cache", room, persistent=False)
+            else:
+                self.cache = room if held == "attribute" else [room]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            room = self.cache[0] if held == "list" else self.cache
+            room[: len(x)] = self.key(self.inp(x).relu())
+            return self.out(room[: len(x)].relu()) + (self.inp(x).sum(-1, keepdim=True) if skip else 0)
+
+    torch.manual_seed(0)
+    model = Cached().eval()
+    symmetry = infer(model, X)
+    assert [g.size for g in symmetry.generators()] == [6, 6]
+    assert symmetry.stats["verified"] < 1e-9
+    units = np.arange(6)[:, None]
+    wrong = Symmetry(symmetry.shapes, (Generator(6, (Slot("key.weight", 0, units), Slot("key.bias", 0, units))),))
+    with pytest.raises(AssertionError, match="changes the output"):
+        assert_sound(model, X, wrong)
+    assert (model.cache[0] if held == "list" else model.cache).dtype is torch.float32
