@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 aten = torch.ops.aten
+CHOICES = (aten.index.Tensor, aten.masked_select.default)
 _WRITES = (aten.index_put.default, aten.masked_scatter.default)
 _SAME = ("aten::clone", "aten::_to_copy", "aten::alias", "aten::detach", "aten::lift_fresh")
 # what an entry that is left out counts as
@@ -157,7 +158,7 @@ def same(a: Any, b: Any) -> bool:
 
 def _is_choice(node: Any) -> bool:
     """Whether a node lists the entries that one mask chooses along the last axes of a tensor."""
-    if node.op != "call_function" or node.target not in (aten.index.Tensor, aten.masked_select.default):
+    if node.op != "call_function" or node.target not in CHOICES:
         return False
     mask = _indices(node)[-1]
     return mask is not None and mask.meta["val"].dtype is torch.bool

@@ -23,7 +23,7 @@ from automerge._double import plainly
 from automerge._errors import TraceError
 from automerge._gradients import copy_of
 from automerge._lazy_module import LazyModule
-from automerge._masked import by_entry
+from automerge._masked import CHOICES, by_entry
 from automerge._readers import read_again, tells, told
 from automerge._spellings import INDEXED, by_mask
 from automerge._trace_info import TraceInfo, source_line
@@ -55,6 +55,7 @@ class Recorder(TorchDispatchMode):
         self.layouts: dict[tuple[Any, ...], tuple[StorageWeakRef, Tracked]] = {}
         self.alive: list[torch.Tensor] = []
         self.tainted: set[fx.Node] = set()
+        self.lists = False  # whether anything was chosen of a tensor
         self.given: set[int] = set()  # what was declared to be constant
         self.varying: set[fx.Node] = set()
         self.states: list[tuple[torch.Tensor, fx.Node]] = []
@@ -214,7 +215,9 @@ class Recorder(TorchDispatchMode):
 
     def emit(self, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
         plain = by_mask(self.emit, target, args, kwargs, value) if target in INDEXED else None
-        plain = by_entry(self.emit, self.tainted, target, args, kwargs, value) if plain is None else plain
+        self.lists = self.lists or target in CHOICES
+        if plain is None and self.lists:  # only then is it worth a look back
+            plain = by_entry(self.emit, self.tainted, target, args, kwargs, value)
         if plain is not None:
             return plain
         node = self.graph.call_function(target)

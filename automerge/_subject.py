@@ -24,6 +24,12 @@ from automerge.trace import normalise_args, prepared
 
 _OF_MODULES = frozenset(vars(nn.Module()))
 _LOW = (torch.float32, torch.float16, torch.bfloat16, torch.complex64)
+_WIDE: dict[type, Callable[[Any, Callable[[Any], Any]], Any]] = {
+    torch.Tensor: lambda held, _: widen("", held) if held.layout is torch.strided else held,
+    list: lambda held, inner: [inner(v) for v in held],
+    tuple: lambda held, inner: tuple(inner(v) for v in held),
+    dict: lambda held, inner: {k: inner(v) for k, v in held.items()},
+}
 _NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -206,14 +212,14 @@ def doubled(model: nn.Module) -> nn.Module:
     So are the tensors that modules hold as plain attributes: what a pass writes to them is read again.
     """
     out = copied(model).double()._apply(lambda t: widen("", t)).eval()
-    wide: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # with the tensors, lest another one gets their identity
+    wide: dict[
+        int, tuple[Any, Any]
+    ] = {}  # what several modules hold stays one; with the old, lest its identity be given anew
 
     def widened(held: Any) -> Any:
-        if type(held) is torch.Tensor and held.layout is torch.strided:
-            return wide.setdefault(id(held), (held, widen("", held)))[1]
-        if type(held) in (list, tuple):
-            return type(held)(widened(v) for v in held)
-        return {k: widened(v) for k, v in held.items()} if type(held) is dict else held
+        if id(held) not in wide:
+            wide[id(held)] = held, held if type(held) not in _WIDE else _WIDE[type(held)](held, widened)
+        return wide[id(held)][1]
 
     for module in out.modules():
         for name, held in list(vars(module).items()):

@@ -11,6 +11,7 @@ from torch import fx
 
 from automerge.rules._axes import distinct
 from automerge.rules._engine import Engine
+from automerge.rules._known import formed
 from automerge.rules._nodes import aten_names, schema_name
 from automerge.rules._reads import MOVING, SAME
 from automerge.rules._reduction import axes_of, fits, normalised
@@ -123,7 +124,11 @@ def tied(node: Any, axis: int) -> bool:
 
 
 def _is_zero(node: fx.Node) -> bool:
-    value = node.meta.get("val")
+    """Whether a node holds zeros for all inputs: a constant, or zeros in the form of something."""
+    while schema_name(node) in MOVING | SAME and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    shaped = formed(node) if node.op == "call_function" else None
+    value = node.meta.get("val") if shaped is None else shaped
     known = isinstance(value, torch.Tensor) and value.is_floating_point() and not value.is_meta and value.numel() > 0
     return known and node.op == "call_function" and not bool(value.any())
 

@@ -57,14 +57,15 @@ def order_matters(node: Any, dim: int) -> bool:
 
 
 def zeros_matter(node: fx.Node, dim: int) -> bool:
-    """Whether it is seen to matter which of some scores are chosen along an axis, where all of them are zero.
+    """Whether it may matter which of some scores are chosen along an axis, where all of them are zero.
 
-    What is weighted by a score of zero is none. (A softmax over the chosen scores gives them weights.)
+    What is weighted by a score of zero is none. (A softmax over the chosen scores gives them weights.) What cannot be
+    tried may.
     """
     module, scores = node.graph.owning_module, node.all_input_nodes[0]
     shape = scores.meta["val"].shape
-    if module is None or scores.meta["val"].numel() > _MAX_ENTRIES or shape[dim] < 2:
-        return False
+    if module is None or scores.meta["val"].numel() > _MAX_ENTRIES:
+        return True
     value = node.meta["val"]
     pair = not isinstance(value, torch.Tensor)
     index = value[1] if pair else value
@@ -77,7 +78,7 @@ def zeros_matter(node: fx.Node, dim: int) -> bool:
     read = [n for n in node.graph.nodes if n.name in module.meta["trace"].reads]
     known = {n: n.meta["val"] for n in constants(node.graph)} | {scores: torch.zeros(shape, dtype=torch.float64)}
     trial = _Trial(partial(signed, scale=1.0), torch.Generator().manual_seed(0), set(), known, held)
-    return _seen(trial, node, liveness(module, read)[0], read, False)
+    return _seen(trial, node, liveness(module, read)[0], read, True)
 
 
 def _seen(trial: _Trial, node: fx.Node, live: Collection[fx.Node], read: Collection[fx.Node], otherwise: bool) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -176,22 +175,23 @@ def _index_put(context: Context, x: Value, indices: Sequence[Value | None], valu
 
 def _put_on_diagonal(engine: Engine, x: Value, indices: Sequence[Value | None], values: Value) -> Value | None:
     """What is written over, or added to, one entry of every row and column of a square; None for other places."""
-    if any(v is not None and v.data is None for v in indices):
+    given = [(k, v.data.cpu()) for k, v in enumerate(indices) if v is not None and v.data is not None]
+    if len(given) == 1 and given[0][1].dtype is torch.bool and given[0][1].dim() == 2:
+        given = [(given[0][0] + k, column) for k, column in enumerate(given[0][1].nonzero().unbind(1))]
+    if len(given) != 2 or sum(v is not None for v in indices) > 2:
         return None
-    where = torch.arange(math.prod(x.shape)).reshape(x.shape)
-    places = where[tuple(slice(None) if v is None else v.data.cpu() for v in indices)]
-    first = next(k for k, v in enumerate(indices) if v is not None)
-    for a, b in itertools.combinations(range(len(x.axes)), 2):
-        n, at = x.shape[a], first if b == a + 1 else 0  # where the places are among the axes of what is written
-        if n != x.shape[b] or n < 2 or places.dim() != len(x.axes) - 1 or places.shape[at] != n:
-            continue
-        written, square = places.movedim(at, -1), where.movedim((a, b), (-2, -1))
-        columns = written.flatten()[:n] // where.stride(b) % n
-        if len(columns.unique()) == n and written.equal(square[..., torch.arange(n), columns]):
-            source = expanded(values, tuple(places.shape))
-            source = permuted(source, [k for k in range(places.dim()) if k != at] + [at])
-            return on_diagonal(engine, x, source, a, b, columns.numpy())
-    return None
+    (a, rows), (b, columns) = given
+    n = x.shape[a]
+    if x.shape[b] != n or n < 2 or any(i.dtype is not torch.int64 or i.shape != (n,) for i in (rows, columns)):
+        return None
+    columns = columns % n
+    if not (rows % n).equal(torch.arange(n)) or len(columns.unique()) < n:
+        return None
+    at = a if b == a + 1 else 0  # where the places are among the axes of what is written
+    shape = [m for k, m in enumerate(x.shape) if k not in (a, b)]
+    source = expanded(values, (*shape[:at], n, *shape[at:]))
+    source = permuted(source, [k for k in range(len(shape) + 1) if k != at] + [at])
+    return on_diagonal(engine, x, source, a, b, columns.numpy())
 
 
 def on_diagonal(engine: Engine, x: Value, source: Value, a: int, b: int, columns: np.ndarray | None = None) -> Value:

@@ -77,9 +77,18 @@ def test_units(read: Callable[[torch.Tensor], torch.Tensor], expected: str) -> N
     sizes(net.eval(), expected)
 
 
-def test_scores_of_a_first_state_of_zeros() -> None:
+@pytest.mark.parametrize(
+    "first",
+    [
+        lambda x: torch.zeros(len(x), 8, dtype=x.dtype),
+        lambda x: x.new_zeros(len(x), 8),
+        lambda x: torch.zeros_like(x[:, :4]).repeat(1, 2),
+        lambda x: x.new_zeros(8, len(x)).t().clone(),
+    ],
+)
+def test_scores_of_a_first_state_of_zeros(first: Callable[[torch.Tensor], torch.Tensor]) -> None:
     def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
-        h = torch.zeros(len(x), 8, dtype=x.dtype)
+        h = first(x)
         for _ in range(2):
             score = h @ s.keys.t()
             w = torch.zeros_like(score).scatter(1, score.topk(2, 1).indices, 1.0)
@@ -96,7 +105,7 @@ def test_scores_of_a_first_state_of_zeros() -> None:
 
 
 @pytest.mark.parametrize("skip", [False, True])
-@pytest.mark.parametrize("held", ["attribute", "list", "buffer"])
+@pytest.mark.parametrize("held", ["attribute", "list", "shared", "buffer"])
 def test_what_passes_through_a_tensor_of_the_module_is_verified(held: str, skip: bool) -> None:
     """A cache that is no part of the state is computed in double precision, too."""
 
@@ -109,10 +118,13 @@ def test_what_passes_through_a_tensor_of_the_module_is_verified(held: str, skip:
                 self.register_buffer("cache", room, persistent=False)
             else:
                 self.cache = room if held == "attribute" else [room]
+            self.inp.shared = self.cache  # one memory, of two modules
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            room = self.cache[0] if held == "list" else self.cache
+            room = self.cache[0] if held in ("list", "shared") else self.cache
             room[: len(x)] = self.key(self.inp(x).relu())
+            if held == "shared":
+                room = self.inp.shared[0]
             return self.out(room[: len(x)].relu()) + (self.inp(x).sum(-1, keepdim=True) if skip else 0)
 
     torch.manual_seed(0)
@@ -124,4 +136,4 @@ def test_what_passes_through_a_tensor_of_the_module_is_verified(held: str, skip:
     wrong = Symmetry(symmetry.shapes, (Generator(6, (Slot("key.weight", 0, units), Slot("key.bias", 0, units))),))
     with pytest.raises(AssertionError, match="changes the output"):
         assert_sound(model, X, wrong)
-    assert (model.cache[0] if held == "list" else model.cache).dtype is torch.float32
+    assert (model.cache[0] if held in ("list", "shared") else model.cache).dtype is torch.float32
