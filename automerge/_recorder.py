@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils.weak import TensorWeakRef
 
 from automerge._aliases import Tracked, each, overlaps, read, shadow, write, writes
+from automerge._at_once import at_once
 from automerge._difference import changed
 from automerge._double import plainly
 from automerge._errors import TraceError
@@ -387,6 +388,7 @@ class Recorder(TorchDispatchMode):
             for node, after in self.after:
                 read_again(self, node, after)
         self.graph.output(nodes)
+        at_once(self.graph, self.info.reads)
         self.info.outputs = len(nodes)
         module = (fx.GraphModule if self.values and self.compute else LazyModule)(self.root, self.graph)
         module.meta["trace"] = self.info
