@@ -85,7 +85,8 @@ def _reduction(node: fx.Node, read: Collection[str]) -> _Reduction | None:
         return None
     if call.target not in _BY_DIMS or call.kwargs:
         return None
-    source, rest = call.args[0], list(call.args[1:])
+    given: Any = call.args
+    source, rest = given[0], list(given[1:])
     rank = source.meta["val"].dim()
     order = (rest.pop(0) if rest else 2,) if call.target is aten.linalg_vector_norm.default else ()
     if len(rest) > 2 or not rank:
