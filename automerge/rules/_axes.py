@@ -8,6 +8,7 @@ unrelated are united (one class); everything else is an edge.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -252,6 +253,30 @@ class Axes:
                 if inside[mine].all():
                     whole[mine] = True
         return bool(whole[numbers].all())
+
+    def multiplies(self, moving: np.ndarray, numbers: np.ndarray) -> bool:
+        """Whether positions are those of a table, one for every pair of a row and a column, which both are units of parameters.
+
+        (What several heads read of one memory: a head is units of a parameter, a word those of another.)
+        """
+        own = np.unique(numbers)
+        sides = []
+        for source, target in self.edges:
+            here = moving[source]
+            if here.size == own.size and np.array_equal(np.sort(here), own) and self._counts(moving, moving[target]):
+                sides.append(np.unique(moving[target[np.argsort(here)]], return_inverse=True)[1])
+        for rows, columns in itertools.combinations(sides, 2):
+            pairs = rows * own.size + columns
+            if (rows.max() + 1) * (columns.max() + 1) == own.size and distinct(pairs):
+                return True
+        return False
+
+    def _counts(self, moving: np.ndarray, numbers: np.ndarray) -> bool:
+        """Whether positions are on one axis of a parameter, or hold such positions."""
+        own = np.unique(numbers)
+        held = (np.unique(moving[s]) for s, t in self.edges if np.array_equal(np.unique(moving[t]), own))
+        axes = [moving[f.start : f.start + f.size] for f in self.families if f.param is not None]
+        return any(np.isin(some, axis).all() for some in (own, *held) for axis in axes)
 
     @staticmethod
     def injective(labels: np.ndarray) -> bool:

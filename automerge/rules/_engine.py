@@ -235,7 +235,8 @@ class Engine(Combine):
         for start in self.fillings:
             numbers = moving[start.labels]
             later = (j for j in self.joins if j.place == start.place and np.array_equal(moving[j.labels], numbers))
-            if any(leads(start.node, j.operand) for j in later) and self.axes.encloses(moving, numbers):
+            given = self.axes.encloses(moving, numbers) or self.axes.multiplies(moving, numbers)
+            if given and any(leads(start.node, j.operand) for j in later):
                 states.update(numbers.tolist())
         found = [np.isin(moving[start.labels], list(states)).all() for start in self.fillings]
         self.refused = not all(found)

@@ -61,10 +61,34 @@ def _images(s: Any, x: torch.Tensor) -> torch.Tensor:
     return s.out(h.mean((2, 3)))
 
 
+def _read(s: Any, x: torch.Tensor, packed: bool) -> torch.Tensor:
+    """Two heads read one memory of words of three numbers; what they read is beside the next input."""
+    memory, words = torch.zeros(x.shape[0], 4, 3), torch.zeros(x.shape[0], 6)
+    for t in range(x.shape[1]):
+        h = s.w(torch.cat((x[:, t], words), 1)).tanh()
+        keys, new = s.keys(h).split([6, 3], 1) if packed else (s.keys(h), s.new(h))
+        memory = memory * 0.9 + torch.arange(4.0)[:, None] * new[:, None]
+        words = ((keys.view(-1, 2, 3) @ memory.mT).softmax(-1) @ memory).flatten(1)
+    return s.out(torch.cat((h, words), 1))
+
+
+READERS = {"w": lin(10, 5), "out": lin(11, 2)}
 RECURRENCES: dict[str, tuple[str, Any, Callable[..., Any], dict[str, Callable[[], Any]]]] = {
     "state behind": ("7", (STEPS, MORE), lambda s, x: _recurrent(s, x, False), {"w": lin(11, 7), "out": lin(7, 2)}),
     "state in front": ("7", (STEPS, MORE), lambda s, x: _recurrent(s, x, True), {"w": lin(11, 7), "out": lin(7, 2)}),
     "gates": ("6", (STEPS, MORE), _gated, {"w": lin(10, 24), "out": lin(6, 2)}),
+    "heads of one memory": (
+        "5 2 3",
+        (STEPS, MORE),
+        lambda s, x: _read(s, x, False),
+        {**READERS, "keys": lin(5, 6), "new": lin(5, 3)},
+    ),
+    "heads and memory of one layer": (
+        "5 2 3",
+        (STEPS, MORE),
+        lambda s, x: _read(s, x, True),
+        {**READERS, "keys": lin(5, 9)},
+    ),
     "images": ("5", (IMAGE, OTHER), _images, {"w": lambda: nn.Conv2d(8, 5, 3, padding=1), "out": lin(5, 2)}),
 }
 
