@@ -8,6 +8,7 @@ from automerge._comparison import Comparison
 from automerge._errors import (
     AutomergeError,
     CheckpointError,
+    CheckpointWarning,
     InvarianceError,
     MatchingError,
     OutputError,
@@ -58,6 +59,7 @@ __all__ = [
     "AutomergeError",
     "Barrier",
     "CheckpointError",
+    "CheckpointWarning",
     "Comparison",
     "CycleError",
     "Element",

@@ -30,6 +30,10 @@ class CheckpointError(AutomergeError):
     """A checkpoint cannot be read, or does not belong to the model (keys, shapes, NaN, dtype)."""
 
 
+class CheckpointWarning(UserWarning):
+    """A file of weights holds more than is read of it, such as averaged ones (EMA) beside those of the last step."""
+
+
 class MatchingError(AutomergeError):
     """A matching was asked of unsuitable inputs (one model, wrong weights, an unknown model index)."""
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from automerge._errors import CheckpointError
+from automerge._reading import without_prefix
 from automerge.io import StateDict, buffer_names, check_state_dict, load_state_dict, with_ties
 
 
@@ -26,6 +27,8 @@ def as_loaded(state_dict: Mapping[str, torch.Tensor], model: nn.Module) -> State
         model: the architecture; it stays as it is.
     """
     expected = model.state_dict()
+    if state_dict and expected and all(isinstance(name, str) for name in state_dict):
+        state_dict = without_prefix(state_dict, expected)  # of a model that was wrapped when it gave this
     out = with_ties(state_dict, expected)
     if out.keys() != expected.keys():
         out = _translated(out, expected, model)

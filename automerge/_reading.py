@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from automerge._errors import CheckpointError
+from automerge._errors import CheckpointError, CheckpointWarning
 
 _SLACK = 64 << 20  # bytes
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
@@ -114,6 +114,7 @@ def cleaned(raw: object, label: str, names: Collection[str] | None) -> dict[str,
     if isinstance(raw, Mapping):
         for wrapper in _WRAPPERS:
             if isinstance(raw.get(wrapper), Mapping):
+                _warn_of_others(raw, wrapper, label)
                 raw = raw[wrapper]
                 break
     if not isinstance(raw, Mapping):
@@ -130,8 +131,41 @@ def cleaned(raw: object, label: str, names: Collection[str] | None) -> dict[str,
     if "n_averaged" in raw and len(raw) > 1 and "n_averaged" not in (names or ()):
         rest = {name: value for name, value in raw.items() if name != "n_averaged"}
         raw = rest if all(name.startswith("module.") for name in rest) else raw  # of an AveragedModel
-    cut = _prefix_length(raw, names)
-    return {name[cut:]: value.detach() if value.requires_grad else value for name, value in raw.items()}
+    bare = without_prefix(raw, names)
+    return {name: value.detach() if value.requires_grad else value for name, value in bare.items()}
+
+
+def without_prefix(state_dict: Mapping[str, torch.Tensor], names: Collection[str] | None) -> Mapping[str, torch.Tensor]:
+    """A state dict without the prefixes of wrappers; the same one if there are none.
+
+    Args:
+        state_dict: of at least one name.
+        names: the architecture's, if known, in which the prefixes may be.
+    """
+    cut = _prefix_length(state_dict, names)
+    return {name[cut:]: value for name, value in state_dict.items()} if cut else state_dict
+
+
+def _warn_of_others(raw: Mapping[object, object], read: str, label: str) -> None:
+    """Warn of weights beside those that are read, under the same names (an exponential moving average of them)."""
+    names = _bare(raw[read])
+    for key, value in raw.items():
+        if key != read and names and isinstance(value, Mapping) and names <= _bare(value):
+            warnings.warn(
+                f"{label} holds weights under {read!r} and under {key!r}, and those under {read!r} are read; to merge the "
+                "others, save them alone",
+                CheckpointWarning,
+                stacklevel=4,
+            )
+
+
+def _bare(state_dict: object) -> set[str]:
+    """The names of tensors without wrappers' prefixes."""
+    assert isinstance(state_dict, Mapping)
+    tensors = (n for n, v in state_dict.items() if isinstance(n, str) and isinstance(v, torch.Tensor))
+    names = [n for n in tensors if n != "n_averaged"]  # of an AveragedModel
+    cut = _prefix_length(names, None) if names else 0
+    return {n[cut:] for n in names}
 
 
 def _prefix_length(keys: Collection[str], names: Collection[str] | None) -> int:

@@ -13,15 +13,16 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from automerge import _commands
 from automerge._compare_command import add_compare, run_compare
 from automerge._console import drop_output
-from automerge._errors import AutomergeError
+from automerge._errors import AutomergeError, CheckpointWarning
 from automerge._factory import parse_seed
 from automerge._version import __version__
 from automerge.matchers import MATCHERS
@@ -230,6 +231,22 @@ def _ended_by(asked: list[int]) -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+@contextmanager
+def _warning(name: str) -> Iterator[None]:
+    """What is to be said of checkpoints is said in one line."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
+            if issubclass(category, CheckpointWarning):
+                print(f"{name}: {message}", file=sys.stderr)
+            else:
+                usual(message, category, *rest, **more)
+
+        warnings.showwarning = show
+        yield
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -243,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = f"automerge {options.command}"
     asked: list[int] = []
     try:
-        with _ended_by(asked):
+        with _ended_by(asked), _warning(name):
             options.run(options)
     except AutomergeError as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)

@@ -50,6 +50,9 @@ def load_state_dict(path: str | os.PathLike[str], names: Collection[str] | None 
     Returns:
         Name -> tensor, in the file's order for ``.pt`` and in name order for safetensors.
 
+    Warns:
+        CheckpointWarning: if the file holds other weights under the same names, such as averaged ones (``state_dict_ema``).
+
     Raises:
         CheckpointError: for a missing file, a directory, an unknown suffix, an empty, truncated or corrupt file, a
             pickle that holds anything but tensors, or something that is no mapping of names to tensors.

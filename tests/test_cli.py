@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -352,6 +353,18 @@ def test_checkpoints_as_people_save_them(wrap: str, checkpoints: Sequence[Path],
     for second, out in zip((checkpoints[1], tmp_path / "b.pt"), outs, strict=True):
         assert run("merge", F + "mlp", checkpoints[0], second, "-o", out, *SHAPE) == 0
     assert hash_state_dict(load_file(outs[0])) == hash_state_dict(load_file(outs[1]))
+
+
+def test_averaged_weights_beside_a_checkpoint_are_named(
+    checkpoints: Sequence[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = load_file(checkpoints[1])
+    torch.save({"model": plain, "model_ema": {n: v + 1 for n, v in plain.items()}}, tmp_path / "b.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert run("merge", F + "mlp", checkpoints[0], tmp_path / "b.pt", "-o", tmp_path / "m.safetensors", *SHAPE) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "model_ema" in line]
+    assert line.startswith(f"automerge merge: {tmp_path / 'b.pt'} holds weights under 'model' and under 'model_ema'")
 
 
 BAD_CHECKPOINTS = {

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from automerge import io
-from automerge._errors import CheckpointError, OutputError
+from automerge._errors import CheckpointError, CheckpointWarning, OutputError
 from automerge._files import check_writable, write_text
 from automerge.io import check_state_dict, hash_state_dict, load_state_dict, save_state_dict, tied_names
 
@@ -87,6 +87,25 @@ def test_torch_files_with_wrapper_and_prefix(tmp_path: Path, wrapper: str | None
     back = load_state_dict(tmp_path / f"m{suffix}")
     assert set(back) == {"a.weight", "b"}
     assert torch.equal(back["a.weight"], state[prefix + "a.weight"])
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("of_the_average", [{}, {"n_averaged": torch.tensor(3)}])
+def test_averaged_weights_beside_those_that_are_read(tmp_path: Path, prefix: str, of_the_average: Any) -> None:
+    state = {"a.weight": torch.randn(2, 3), "b": torch.arange(3)}
+    average = {**of_the_average, **{prefix + n: v + 1 for n, v in state.items()}}
+    torch.save({"state_dict": state, "state_dict_ema": average, "epoch": 3}, tmp_path / "m.pt")
+    with pytest.warns(CheckpointWarning, match=r"m\.pt .*'state_dict' and under 'state_dict_ema'") as said:
+        back = load_state_dict(tmp_path / "m.pt")
+    assert torch.equal(back["a.weight"], state["a.weight"])
+    assert said[0].filename == __file__
+
+
+def test_what_is_no_other_set_of_weights_is_not_named(tmp_path: Path) -> None:
+    state = {"a.weight": torch.randn(2, 3), "b": torch.arange(3)}
+    beside = {"optimizer": {"state": {0: state}, "param_groups": []}, "best": {"b": torch.ones(3)}, "args": {}}
+    torch.save({"model": state, **beside, "scaler": {"n_averaged": torch.ones(1)}}, tmp_path / "m.pt")
+    assert set(load_state_dict(tmp_path / "m.pt")) == set(state)
 
 
 def test_prefix_stays_if_not_on_every_key(tmp_path: Path) -> None:

@@ -646,6 +646,16 @@ def test_compiled_modules() -> None:
     assert all(torch.equal(found[f"_orig_mod.{n}"], v) for n, v in plain.items())
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "net."])
+def test_state_dicts_of_a_wrapped_module(prefix: str) -> None:
+    states = [nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).state_dict() for _ in range(2)]
+    wrapped = [{prefix + n: v for n, v in s.items()} for s in states]
+    plain = merge(states, _X, architecture=_NET).state_dict
+    found = merge(wrapped, _X, architecture=_NET).state_dict
+    assert found.keys() == plain.keys()
+    assert all(torch.equal(found[n], v) for n, v in plain.items())
+
+
 def test_weights_that_fit_modules_of_another_type_are_named() -> None:
     other = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     assert any("model 1: 1 is a Tanh, in the architecture a ReLU" in note for note in merge([_NET, other], _X).notes)
