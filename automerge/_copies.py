@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from automerge._aliases import memory_of, overlaps
 from automerge._errors import CheckpointError
 from automerge._gradients import as_original
+from automerge._objects import held_objects
 from automerge._offload import Store
 from automerge._uncopyable import uncopyable
 from automerge.io import tied_names
@@ -130,7 +131,8 @@ def of_passes(network: nn.Module) -> dict[Any, Any]:
 
     The weight of an older weight norm; what a pass with gradients left in a cache.
     """
-    kept = (v for m in network.modules() for v in tree_leaves(vars(m)) if isinstance(v, torch.Tensor) and not v.is_leaf)
+    owners = (*network.modules(), *(held for _, held in held_objects(network)))
+    kept = (v for one in owners for v in tree_leaves(vars(one)) if isinstance(v, torch.Tensor) and not v.is_leaf)
     return {id(t): t.detach().clone() for t in kept}
 
 

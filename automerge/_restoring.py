@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils._pytree import tree_leaves
 
+from automerge._objects import held_objects
+
 _CONTAINERS = (list, dict, set)
 _PLAIN = (list, dict, set, OrderedDict)
 _BARE = frozenset(vars(nn.Module())) - {"_buffers"}
@@ -21,12 +23,12 @@ _UNTOUCHED = (torch.jit.ScriptModule, LazyModuleMixin)
 
 
 class _Kept:
-    """What a module holds: its attributes, and copies of those that are containers; one level deep, tensors are not copied."""
+    """What a module or an object holds: its attributes, and copies of containers; one level deep, tensors are not copied."""
 
-    def __init__(self, path: str, module: nn.Module) -> None:
+    def __init__(self, path: str, owner: Any) -> None:
         self.path = path
-        self.module = module
-        self.attributes = vars(module).copy()
+        self.owner = owner
+        self.attributes = vars(owner).copy()
         containers = {k: v for k, v in self.attributes.items() if isinstance(v, _CONTAINERS)}
         self.copies = {k: v.copy() if type(v) in _PLAIN else copy.copy(v) for k, v in containers.items() if v}
         self.empty: list[Any] = [v for v in containers.values() if not v]
@@ -39,9 +41,10 @@ Before = Sequence[_Kept]
 def restored(model: nn.Module) -> Iterator[Before]:
     """What is bound to the modules inside is undone: counters, caches, states, hooks, buffers and parameters by their names.
 
-    Tensors that are written to keep what was written. A lazy module that gets its parameters keeps them.
+    So is what is bound to objects that they hold. Tensors that are written to keep what was written. A lazy module that gets its parameters keeps them.
     """
     before = [_Kept(path, module) for path, module in model.named_modules() if not isinstance(module, _UNTOUCHED)]
+    before += [_Kept(path, held) for path, held in held_objects(model)]
     try:
         yield before
     finally:
@@ -52,7 +55,7 @@ def restored(model: nn.Module) -> Iterator[Before]:
 def replaced(before: Before) -> Iterator[tuple[str, Any]]:
     """Attributes and buffers that are others now, by path, with what they held; of dicts, the entries that are others."""
     for kept in before:
-        now, path = vars(kept.module), kept.path
+        now, path = vars(kept.owner), kept.path
         changed = {} if _same(now, kept.attributes) else kept.attributes
         for name, value in changed.items():
             if name not in kept.copies and now.get(name) is not value:
@@ -69,11 +72,9 @@ def replaced(before: Before) -> Iterator[tuple[str, Any]]:
 
 
 def kept_tensors(model: nn.Module) -> list[torch.Tensor]:
-    """The buffers of all modules inside, and the tensors that a program binds to them, in containers too; no parameters.
-
-    Objects are not searched: they may lead anywhere (a module of python).
-    """
-    leaves = tree_leaves([v for m in model.modules() for k, v in vars(m).items() if k not in _BARE])
+    """The buffers of all modules inside, and the tensors that a program binds to them or to objects; no parameters."""
+    bound = [v for m in model.modules() for k, v in vars(m).items() if k not in _BARE]
+    leaves = tree_leaves(bound + [list(vars(held).values()) for _, held in held_objects(model)])
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
@@ -107,7 +108,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _put_back(kept: _Kept) -> None:
-    now = vars(kept.module)
+    now = vars(kept.owner)
     if not _same(now, kept.attributes):
         for name in set(now) - set(kept.attributes):
             del now[name]

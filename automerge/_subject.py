@@ -15,6 +15,7 @@ from automerge._copies import copied
 from automerge._double import Calibrate, Double, double_precision, widen
 from automerge._errors import TraceError
 from automerge._gradients import as_needed, asking, copy_of, passed
+from automerge._objects import held_objects
 from automerge._random import forked
 from automerge._restoring import kept_tensors
 from automerge._tree_io import map_tensors, tensors_of
@@ -209,22 +210,23 @@ def _own(name: str, value: torch.Tensor) -> torch.Tensor:
 def doubled(model: nn.Module) -> nn.Module:
     """A copy of a model in double precision and in eval mode; `nn.Module.double` leaves complex tensors as they are.
 
-    So are the tensors that modules hold as plain attributes: what a pass writes to them is read again.
+    So are the tensors that modules and objects hold as plain attributes: what a pass writes to them is read again.
     """
     out = copied(model).double()._apply(lambda t: widen("", t)).eval()
-    wide: dict[
-        int, tuple[Any, Any]
-    ] = {}  # what several modules hold stays one; with the old, lest its identity be given anew
+    # what several hold stays one; with the old, lest its identity be given anew
+    wide: dict[int, tuple[Any, Any]] = {}
 
     def widened(held: Any) -> Any:
         if id(held) not in wide:
             wide[id(held)] = held, held if type(held) not in _WIDE else _WIDE[type(held)](held, widened)
         return wide[id(held)][1]
 
-    for module in out.modules():
-        for name, held in list(vars(module).items()):
+    shared = {id(held) for _, held in held_objects(model)}  # what cannot be copied
+    owners = [*out.modules(), *(held for _, held in held_objects(out) if id(held) not in shared)]
+    for owner in owners:
+        for name, held in list(vars(owner).items()):
             if name not in _OF_MODULES and any(type(t) is torch.Tensor and t.dtype in _LOW for t in tree_leaves(held)):
-                vars(module)[name] = widened(held)
+                vars(owner)[name] = widened(held)
     return out
 
 

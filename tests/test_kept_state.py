@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,6 +69,33 @@ class Carrying(nn.Module):
         return self.out(y[-1])
 
 
+@dataclass
+class Memory:
+    """A state and what was seen, outside of any module."""
+
+    state: Any = None
+    steps: int = 0
+    seen: list[torch.Tensor] = field(default_factory=list)
+    inner: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(last=None))
+
+
+class Remembering(nn.Module):
+    """A hidden state on an object, from pass to pass, and one within another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out, self.memory = nn.LSTM(4, 6), nn.Linear(6, 2), {"one": Memory()}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        memory = self.memory["one"]
+        y, memory.state = self.inner(x, memory.state)
+        memory.steps += 1
+        memory.seen.append(y)
+        y = y if memory.inner.last is None else y + memory.inner.last
+        memory.inner.last = y
+        return self.out(y[-1])
+
+
 def _models(make: Callable[[], nn.Module]) -> list[nn.Module]:
     torch.manual_seed(0)
     return [make().eval() for _ in range(2)]
@@ -86,7 +115,7 @@ USES: dict[str, Callable[[list[Any]], object]] = {
 }
 
 
-@pytest.mark.parametrize("make", [WeightDrop, Computed, Carrying])
+@pytest.mark.parametrize("make", [WeightDrop, Computed, Carrying, Remembering])
 @pytest.mark.parametrize("use", USES)
 def test_every_use_leaves_a_model_s_attributes(make: Callable[[], nn.Module], use: str) -> None:
     models = _models(make)
@@ -100,14 +129,16 @@ def test_every_use_leaves_a_model_s_attributes(make: Callable[[], nn.Module], us
             assert vars(module).keys() == kept[path].keys()
             assert all(value is kept[path][name] for name, value in vars(module).items())
     assert not any(getattr(m, "seen", None) for m in models)
+    memories = [m.memory["one"] for m in models if isinstance(m, Remembering)]
+    assert all(m == Memory() for m in memories)
 
 
-@pytest.mark.parametrize("make", [WeightDrop, Computed, Carrying])
+@pytest.mark.parametrize("make", [WeightDrop, Computed, Carrying, Remembering])
 @pytest.mark.parametrize("ran", [False, True])
 def test_passes_do_not_know_of_each_other(make: Callable[[], nn.Module], ran: bool) -> None:
     """Own weights, lent weights, own weights again, in any order; also after a pass of the caller's."""
     one, other = _models(make)
-    if ran and make is not Carrying:
+    if ran and make in (WeightDrop, Computed):
         with torch.no_grad():
             one(X), other(X)
     assert evaluate(one, LABELLED) == evaluate(one, LABELLED[::-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from automerge import Generator, Slot, Symmetry, infer
+from automerge._restoring import kept_tensors
 from automerge.testing import assert_sound
 from tests.inference.networks_hostile import Program
 from tests.inference.test_found_networks import lin
@@ -105,7 +107,7 @@ def test_scores_of_a_first_state_of_zeros(first: Callable[[torch.Tensor], torch.
 
 
 @pytest.mark.parametrize("skip", [False, True])
-@pytest.mark.parametrize("held", ["attribute", "list", "shared", "buffer"])
+@pytest.mark.parametrize("held", ["attribute", "list", "shared", "buffer", "object"])
 def test_what_passes_through_a_tensor_of_the_module_is_verified(held: str, skip: bool) -> None:
     """A cache that is no part of the state is computed in double precision, too."""
 
@@ -118,10 +120,12 @@ def test_what_passes_through_a_tensor_of_the_module_is_verified(held: str, skip:
                 self.register_buffer("cache", room, persistent=False)
             else:
                 self.cache = room if held == "attribute" else [room]
+                self.rooms = SimpleNamespace(room=room)
             self.inp.shared = self.cache  # one memory, of two modules
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             room = self.cache[0] if held in ("list", "shared") else self.cache
+            room = self.rooms.room if held == "object" else room
             room[: len(x)] = self.key(self.inp(x).relu())
             if held == "shared":
                 room = self.inp.shared[0]
@@ -136,4 +140,4 @@ def test_what_passes_through_a_tensor_of_the_module_is_verified(held: str, skip:
     wrong = Symmetry(symmetry.shapes, (Generator(6, (Slot("key.weight", 0, units), Slot("key.bias", 0, units))),))
     with pytest.raises(AssertionError, match="changes the output"):
         assert_sound(model, X, wrong)
-    assert (model.cache[0] if held in ("list", "shared") else model.cache).dtype is torch.float32
+    assert all(t.dtype is torch.float32 for t in kept_tensors(model))
