@@ -25,6 +25,7 @@ from automerge._errors import TraceError
 from automerge._gradients import copy_of
 from automerge._lazy_module import LazyModule
 from automerge._masked import CHOICES, by_entry
+from automerge._objects import held_objects
 from automerge._readers import read_again, tells, told
 from automerge._spellings import INDEXED, by_mask
 from automerge._trace_info import TraceInfo, source_line
@@ -65,8 +66,9 @@ class Recorder(TorchDispatchMode):
         self.replaced: list[str] = []
         self.kept: list[tuple[str, torch.Tensor, torch.Tensor, int]] = []
         self.buffers = {id(t): name for name, t in model.named_buffers()}
-        attributes = (t for m in model.modules() for t in vars(m).values() if isinstance(t, torch.Tensor))
-        self.present = {*self.buffers, *map(id, attributes)}
+        owners = [*model.named_modules(), *held_objects(model)]
+        held = [(f"{path}.{n}" if path else n, t) for path, one in owners for n, t in vars(one).items()]
+        self.held = {id(t): name for name, t in reversed(held) if isinstance(t, torch.Tensor)} | self.buffers
         self._add_state(model, constants)
 
     # ------------------------------------------------------------ placeholders
@@ -196,14 +198,14 @@ class Recorder(TorchDispatchMode):
         return known is not None and known[0]() is tensor
 
     def _constant(self, tensor: torch.Tensor) -> fx.Node:
-        if self.blank and id(tensor) not in self.present:
+        if self.blank and id(tensor) not in self.held:
             self.give_up()  # it may have come from numbers that were not computed, below the dispatcher
         value = tensor.detach().clone()
         node = self.fixed(value)
         self.info.unknown.append(f"{node.target}{self.where()}")
         if isinstance(tensor, nn.Parameter) and id(tensor) not in self.given:
             self.info.unregistered.append(node.meta["source"])
-        self.keep(self.buffers.get(id(tensor), f"a tensor of its own{self.where()}"), tensor, value)
+        self.keep(self.held.get(id(tensor), f"a tensor of its own{self.where()}"), tensor, value)
         return node
 
     def fixed(self, value: torch.Tensor) -> fx.Node:

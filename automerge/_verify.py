@@ -335,7 +335,8 @@ def check_replay(model: nn.Module, args: Any, kwargs: Any, graph: fx.GraphModule
     positional, keywords = normalise_args(args, kwargs)
     info = graph.meta["trace"]
     if info.rewritten:
-        return f"the forward pass writes to {', '.join(info.rewritten[:3])}; the trace holds for their present values"
+        names = list(dict.fromkeys(info.rewritten))[:3]
+        return f"the forward pass writes to {', '.join(names)}; the trace holds for their present values"
     if any(word in str(n.target) for n in graph.graph.nodes for word in ("rand", "bernoulli", "normal")):
         return "the forward pass draws random numbers; the groups hold for any fixed draw"
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
