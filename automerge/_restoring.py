@@ -41,7 +41,8 @@ Before = Sequence[_Kept]
 def restored(model: nn.Module) -> Iterator[Before]:
     """What is bound to the modules inside is undone: counters, caches, states, hooks, buffers and parameters by their names.
 
-    So is what is bound to objects that they hold. Tensors that are written to keep what was written. A lazy module that gets its parameters keeps them.
+    So is what is bound to objects that they hold. Tensors that are written to keep what was written. A lazy module that
+    gets its parameters keeps them.
     """
     before = [_Kept(path, module) for path, module in model.named_modules() if not isinstance(module, _UNTOUCHED)]
     before += [_Kept(path, held) for path, held in held_objects(model)]
