@@ -17,6 +17,7 @@ from automerge._subject import Fresh, fresh_inputs
 from automerge._tree_io import map_tensors, tensors_of
 
 _ENTRIES, _FEW = 16_384, 1024
+_FAR = 256
 Inputs = tuple[Any, Any]
 
 
@@ -92,6 +93,29 @@ def other_sizes(
             yield [partial(_cut, args, kwargs, n, axes, n // 2) for axes in where]
         if n > 3 and single:
             yield [partial(_cut, args, kwargs, n, axes, 1) for axes in where]
+
+
+def far_inputs(args: Any, kwargs: Any, seed: int) -> Iterator[Iterator[Callable[[], Inputs]]]:
+    """For every length and every place of it, inputs of few rows: as they are, then twice as long there, four times, ...
+
+    Windows, numbers of neighbours and sizes of pools that are larger than the example are all the same on it, and on what is
+    twice as long. Up to `_FAR` positions; the caller takes the last that it waits for.
+    """
+    rows = _of_rows(args, kwargs, 2)
+    for n in sorted({n for t in tensors_of((args, kwargs)) for n in t.shape}):
+        given = (args, kwargs) if rows is None or n <= 2 else rows
+        shapes = [tuple(t.shape) for t in tensors_of(given)]
+        ranks = sorted({k for shape in shapes for k, m in enumerate(shape) if m == n})
+        for axes in [ranks, *([k] for k in ranks if len(ranks) > 1)] if n and ranks else ():
+            yield _farther(*given, n, axes, seed)
+
+
+def _farther(args: Any, kwargs: Any, n: int, axes: Sequence[int], seed: int) -> Iterator[Callable[[], Inputs]]:
+    times, shapes = 2, [tuple(t.shape) for t in tensors_of((args, kwargs))]
+    yield lambda: (args, kwargs)
+    while n * times <= _FAR and sum(_entries(shape, n, axes, times) for shape in shapes) <= 4 * _ENTRIES:
+        yield partial(_lengthened, args, kwargs, n, axes, times, seed)
+        times *= 2
 
 
 def _cut(args: Any, kwargs: Any, n: int, axes: Sequence[int], size: int) -> Inputs:

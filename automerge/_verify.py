@@ -21,7 +21,7 @@ from automerge._difference import finite, relative_difference
 from automerge._errors import AutomergeError, InvarianceError, SymmetryError, TraceError
 from automerge._gradients import as_needed, copy_of
 from automerge._loading import check_values
-from automerge._longer import other_sizes
+from automerge._longer import far_inputs, other_sizes
 from automerge._numbers import is_whole
 from automerge._random import forked
 from automerge._subject import Change, Move, Subject, fresh_inputs, named_tensors, randomised, runnable
@@ -30,6 +30,7 @@ from automerge.groups import Element
 from automerge.symmetry import Exchange, Generator, Symmetry
 from automerge.trace import normalise_args, prepared
 
+_QUICK = 0.1  # seconds
 _PLAIN = 1e-3  # a change that changes of the last digits do not come to where errors of 1e-9 are told from them
 
 
@@ -196,33 +197,70 @@ def _check_longer(
         return
     sizes = {n for shape in symmetry.shapes.values() for n in shape}
     example = setting.inputs[0]
+
+    def tried(given: tuple[Any, Any], before: list[torch.Tensor]) -> tuple[float, Setting] | None:
+        other = Setting(subject, setting.base, [given], [before], True, other_sizes=True)
+        try:
+            return _tried(model, symmetry, other, 2, seed, tolerance)[0], other
+        except OtherPathError as error:
+            shapes = " and ".join(str(tuple(t.shape)) for t in tensors_of(given))
+            if mixes_rows(lambda inputs: subject.outputs(setting.base, *inputs), example, given, before):
+                mixed.append(shapes)
+                return None
+            text = f"the groups hold on the example, but not on inputs of the shapes {shapes}: {error}"
+            raise OtherPathError(text, error.graph) from error
+        except AutomergeError:
+            raise
+        except Exception:
+            return None  # an input that the model takes with some weights only
+
     for group in other_sizes(*example, seed, sizes, single=bool(symmetry.exchanges)):
         for i, make in enumerate(group):
-            given = make()
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    before = subject.outputs(setting.base, *given)
-            except Exception:
-                continue  # no inputs for this model
-            if not finite(before):
-                continue
-            other = Setting(subject, setting.base, [given], [before], True, other_sizes=True)
-            try:
-                yield _tried(model, symmetry, other, 2, seed, tolerance)[0], other
-            except OtherPathError as error:
-                shapes = " and ".join(str(tuple(t.shape)) for t in tensors_of(given))
-                if mixes_rows(lambda inputs: subject.outputs(setting.base, *inputs), example, given, before):
-                    mixed.append(shapes)
-                    continue
-                text = f"the groups hold on the example, but not on inputs of the shapes {shapes}: {error}"
-                raise OtherPathError(text, error.graph) from error
-            except AutomergeError:
-                raise
-            except Exception:
-                continue  # an input that the model takes with some weights only
-            if i == 0:
-                break
+            found = _outputs(setting, make)
+            result = tried(*found) if found is not None else None
+            if result is not None:
+                yield result
+                if i == 0:
+                    break
+    for further in far_inputs(*example, seed):
+        last = _last_quick(setting, further)
+        result = tried(*last) if last is not None else None
+        if result is not None:
+            yield result
+
+
+def _outputs(
+    setting: Setting, make: Callable[[], tuple[Any, Any]]
+) -> tuple[tuple[Any, Any], list[torch.Tensor]] | None:
+    """Inputs and what the model makes of them; None if they are no inputs for it."""
+    given = make()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            before = setting.subject.outputs(setting.base, *given)
+    except Exception:
+        return None
+    return (given, before) if finite(before) else None
+
+
+def _last_quick(
+    setting: Setting, further: Iterator[Callable[[], tuple[Any, Any]]]
+) -> tuple[tuple[Any, Any], list[torch.Tensor]] | None:
+    """The longest inputs that the model takes before a pass over twice as many might take longer than `_QUICK`.
+
+    None if these are no longer than what was tried before: twice as long as the example.
+    """
+    last, took = None, 0.0
+    for turn, make in enumerate(further):
+        start = time.perf_counter()
+        found = _outputs(setting, make)
+        if found is None:
+            break
+        last = found if turn > 1 else None
+        before, took = took, time.perf_counter() - start
+        if 2 * took * max(1.0, took / (before or took)) > _QUICK:
+            break
+    return last
 
 
 def within_rounding(

@@ -150,7 +150,7 @@ def _verified(
     that of longer inputs, or of other weights. What only branches show must not end inference where it does not hold.
     """
     notes: list[str] = []
-    recorded, plain = list(graphs), False
+    recorded, plain, everywhere = list(graphs), False, False
     before: Any = None
     while True:
         try:
@@ -162,6 +162,8 @@ def _verified(
             if isinstance(error, OtherPathError) and len(graphs) <= _MAX_PATHS and not settled:
                 graphs.append(error.graph)
                 notes.append(f"{str(error).partition(': ')[0]}; they were inferred again to hold on both")
+            elif isinstance(error, OtherPathError) and settled and not everywhere:
+                everywhere = True  # branches that only some of these paths show to be alike are not
             elif not plain and "branches_seconds" in symmetry.stats:
                 graphs, plain = recorded, True
                 notes = [
@@ -172,7 +174,7 @@ def _verified(
                     f"{error}. This is a defect of the rule for that operator or one before it: please report it, and pin "
                     "the operator with automerge.register_rule meanwhile"
                 ) from error
-        symmetry = infer_recorded(*graphs)[0] if plain else infer_graph(*graphs)[0]
+        symmetry = infer_recorded(*graphs)[0] if plain else infer_graph(*graphs, everywhere=everywhere)[0]
         object.__setattr__(symmetry, "notes", (*symmetry.notes, *dict.fromkeys(notes)))
 
 
