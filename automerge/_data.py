@@ -15,13 +15,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset, IterableDataset
 
 from automerge._errors import AutomergeError, CheckpointError
-from automerge._gradients import as_needed, needs_gradients, passed
+from automerge._gradients import as_needed, copy_of, needs_gradients, passed
 from automerge._loading import as_loaded, check_tied, check_values, checked_state
 from automerge._machine import physical_memory
 from automerge._numbers import is_whole
 from automerge._random import drawing, forked, gpus
 from automerge._restoring import lent, restored
 from automerge._tree_io import map_tensors, stored
+from automerge._writes import unwritten
 from automerge.io import tied_names
 
 _LABEL_KEYS = ("labels", "label", "targets", "target")
@@ -291,20 +292,24 @@ def run_batch(
     """The model's output on a batch, with its own weights or with those of a state dict.
 
     What the pass binds to the modules (a hidden state, a weight computed anew) is gone after it. Random numbers are those of
-    the batch: other weights, other networks and later passes draw the same on it. Of tensors whose names are in ``written`` it
-    gets copies: what it writes there is gone, too.
+    the batch: other weights, other networks and later passes draw the same on it. It gets copies of the inputs, and of tensors
+    whose names are in ``written``; parameters that it writes to are put back.
 
     Raises:
         AutomergeError: if the model does not run on it, with the model's own error as the cause.
     """
+    held = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    own = dict(itertools.chain(*held)) if state_dict is None else state_dict
+    weights = {name: tensor for name, tensor in own.items() if name not in written}
 
     def run() -> Any:
-        with drawing(batch.number, gpus(batch.tensors())), restored(model), as_needed(model):
+        with drawing(batch.number, gpus(batch.tensors())), restored(model), as_needed(model), unwritten(model, weights):
+            args, kwargs = map_tensors(lambda _, t: copy_of(t), (batch.args, batch.kwargs))
             if state_dict is None:
-                return model(*batch.args, **batch.kwargs)
+                return model(*args, **kwargs)
             copies = {id(state_dict[name]): state_dict[name].clone() for name in written}
             tensors = lent(model, {name: copies.get(id(value), value) for name, value in state_dict.items()})
-            return torch.func.functional_call(model, tensors, batch.args, dict(batch.kwargs), tie_weights=False)
+            return torch.func.functional_call(model, tensors, args, dict(kwargs), tie_weights=False)
 
     try:
         out = passed(model, run)

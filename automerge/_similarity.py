@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from automerge._data import Batches, device_of, reals
-from automerge._errors import AutomergeError, CheckpointError
+from automerge._between import numbers
+from automerge._data import Batches, device_of
+from automerge._errors import AutomergeError
 from automerge._loading import check_values, checked_state
 from automerge._measures import Similarity
 from automerge._statistics import collect
@@ -53,13 +54,10 @@ def similarity(
     if (model is None) != (data is None):
         raise AutomergeError("the similarity of activations needs both model= and data=")
     dots, first, second, per = 0.0, 0.0, 0.0, {}
-    for name, a in checked_state(sd_a).items():
-        if (x := reals(a)) is None:
+    for name in checked_state(sd_a):
+        if (values := numbers((sd_a, sd_b), name)) is None:
             continue
-        y = reals(sd_b[name].to(a.device)) if name in checked_state(sd_b) else None
-        if y is None or x.shape != y.shape:
-            raise CheckpointError(f"the two state dicts differ in {name!r}; they must be of one architecture")
-        x, y = x.flatten(), y.flatten()
+        x, y = (v.flatten() for v in values)
         dot, xx, yy = float(x @ y), float(x @ x), float(y @ y)
         per[name] = _cosine(dot, xx, yy)
         dots, first, second = dots + dot, first + xx, second + yy

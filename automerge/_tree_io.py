@@ -96,7 +96,15 @@ def _collect(tree: Any, found: list[torch.Tensor], seen: set[int]) -> None:
         children = [getattr(tree, f.name, None) for f in dataclasses.fields(tree)]
     else:
         leaves = pytree.tree_leaves(tree)
-        attributes = getattr(tree, "__dict__", {}) if not isinstance(tree, torch.nn.Module | type) else {}
-        children = list(attributes.values()) if len(leaves) == 1 and leaves[0] is tree else leaves
+        children = _attributes(tree) if len(leaves) == 1 and leaves[0] is tree else leaves
     for child in children:
         _collect(child, found, seen)
+
+
+def _attributes(held: Any) -> list[Any]:
+    """What an object holds, in ``__slots__`` too; nothing of modules and classes."""
+    if isinstance(held, torch.nn.Module | type):
+        return []
+    slots = (getattr(one, "__slots__", ()) for one in type(held).__mro__)
+    names = [name for own in slots for name in ([own] if isinstance(own, str) else own)]
+    return [*getattr(held, "__dict__", {}).values(), *(getattr(held, name, None) for name in names)]

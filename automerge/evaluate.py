@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from automerge._between import combination
 from automerge._copies import copied
 from automerge._data import Batch, Batches, bind, device_of, evaluating, logits_of, preserving, run_batch
-from automerge._errors import AutomergeError, CheckpointError, MatchingError
-from automerge._loading import checked_state
+from automerge._errors import AutomergeError, MatchingError
 from automerge._measures import Agreement, Barrier, CycleError, Evaluation, Similarity
 from automerge._numbers import is_number, is_whole
 from automerge._repair_report import Renormaliser
@@ -298,23 +298,15 @@ def interpolate(
 ) -> dict[str, torch.Tensor]:
     """``(1 - t) a + t b`` for every float (or complex) tensor, in float64 and cast back; anything else is taken from ``a``.
 
+    Entries that are the same infinite number in both stay.
+
     Examples:
         >>> interpolate({"w": torch.zeros(2)}, {"w": torch.ones(2)}, 0.25)["w"]
         tensor([0.2500, 0.2500])
     """
     if not is_number(position) or not abs(position) < float("inf"):
         raise AutomergeError(f"position is the place on the line, a number from 0 to 1, got {position!r}")
-    out = {}
-    for name, a in checked_state(sd_a).items():
-        if name not in checked_state(sd_b) or sd_b[name].shape != a.shape:
-            raise CheckpointError(f"the two state dicts differ in {name!r}; they must be of one architecture")
-        if a.is_floating_point() or a.is_complex():
-            wide = torch.complex128 if a.is_complex() else torch.float64
-            mixed = (1 - position) * a.detach().to(wide) + position * sd_b[name].detach().to(a.device, wide)
-            out[name] = mixed.to(a.dtype)
-        else:
-            out[name] = a.detach().clone()
-    return out
+    return combination((sd_a, sd_b), (1 - position, position))
 
 
 def barrier(

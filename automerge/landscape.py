@@ -8,9 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from automerge._between import combination, numbers
 from automerge._copies import copied
-from automerge._data import Batches, reals
-from automerge._errors import AutomergeError, CheckpointError
+from automerge._data import Batches
+from automerge._errors import AutomergeError
 from automerge._loading import checked_state
 from automerge._measures import Evaluation, Plane
 from automerge._numbers import is_number, is_whole
@@ -80,7 +81,7 @@ def plane(
 
     def measured(x: float, y: float, touched: bool) -> Evaluation:
         share = _barycentric(places, x, y)
-        weights = _combination((sd_a, sd_b, sd_c), share)
+        weights = combination((sd_a, sd_b, sd_c), share)
         if touched:
             weights, _ = measured_again(own, weights, kept)
         if repair is not None and touched:
@@ -113,13 +114,10 @@ def _plane_places(
 ) -> list[tuple[float, float]]:
     """Where three state dicts lie in their plane."""
     bb = bc = cc = 0.0
-    for name, value in checked_state(a).items():
-        if (first := reals(value)) is None:
+    for name in checked_state(a):
+        if (values := numbers((a, b, c), name)) is None:
             continue
-        others = [reals(s[name].to(value.device)) if name in checked_state(s) else None for s in (b, c)]
-        if any(other is None or other.shape != first.shape for other in others):
-            raise CheckpointError(f"the state dicts differ in {name!r}; they must be of one architecture")
-        one, two = (other - first for other in others if other is not None)
+        one, two = (other - values[0] for other in values[1:])
         bb, bc, cc = bb + float((one * one).sum()), bc + float((one * two).sum()), cc + float((two * two).sum())
     across = cc - bc * bc / bb if bb > 0 else 0.0
     if across <= 1e-12 * cc or bb <= 0:
@@ -132,19 +130,6 @@ def _barycentric(places: Sequence[tuple[float, float]], x: float, y: float) -> t
     c = y / places[2][1]
     b = (x - c * places[2][0]) / places[1][0]
     return 1 - b - c, b, c
-
-
-def _combination(states: Sequence[Mapping[str, torch.Tensor]], share: Sequence[float]) -> dict[str, torch.Tensor]:
-    """A weighted sum of the float (or complex) tensors, in float64 and cast back; anything else is taken from the first."""
-    out = {}
-    for name, first in states[0].items():
-        if first.is_floating_point() or first.is_complex():
-            wide = torch.complex128 if first.is_complex() else torch.float64
-            parts = [w * s[name].detach().to(first.device, wide) for w, s in zip(share, states, strict=True)]
-            out[name] = torch.stack(parts).sum(0).to(first.dtype)
-        else:
-            out[name] = first.detach().clone()
-    return out
 
 
 def _span(values: Sequence[float], margin: float, points: int) -> tuple[float, ...]:
