@@ -42,10 +42,12 @@ def numbers(states: Sequence[Mapping[str, torch.Tensor]], name: str) -> list[tor
         CheckpointError: if the state dicts are not of one architecture.
     """
     first = checked_state(states[0])[name]
-    found = [reals(t) for t in (first, *(_other(s, name, first) for s in states[1:]))]
-    values = [t.to(first.device) for t in found if t is not None]
-    if found[0] is None or len(values) < len(found):
+    if (own := reals(first)) is None:
         return None
+    others = (reals(_other(state, name, first)) for state in states[1:])
+    values = [own, *(t.to(first.device) for t in others if t is not None)]
+    if len(values) < len(states):
+        raise CheckpointError(f"the state dicts differ in the kind of numbers of {name!r}")
     fixed = _infinite(values)
     return values if fixed is None else [t.masked_fill(fixed, 0.0) for t in values]
 

@@ -20,7 +20,7 @@ from automerge._notes import of_reach, of_reads, of_trace
 from automerge._search import UnitSet, search
 from automerge._stacks import aligned, joined, taken_apart
 from automerge._structure import Structure
-from automerge.rules import DEBUG, Analysis, analyse, is_state
+from automerge.rules import DEBUG, ORDERED, Analysis, analyse, is_state
 from automerge.rules._axes import Family
 from automerge.rules._nodes import looked_at
 from automerge.symmetry import Exchange, Generator, Symmetry
@@ -62,9 +62,13 @@ def _of_branches(
     symmetry: Symmetry, analysis: Analysis, assembler: Assembler, graphs: Sequence[fx.GraphModule], everywhere: bool
 ) -> Symmetry | None:
     """The symmetry with what only stacked branches show; None where nothing is stacked."""
+    if any(node.meta.get("from_inputs") for graph in graphs for node in graph.graph.nodes):
+        return None  # stacked, these would be constants
     branches = stacked(graphs, everywhere)
     if branches is None or (everywhere and len(branches.graphs) < len(graphs)):
         return None
+    for graph in branches.graphs if graphs[0].meta.get(ORDERED) else ():
+        graph.meta[ORDERED] = True
     other, seen, _ = infer_recorded(*branches.graphs, splits=_nested(branches.stacks))
     found = [taken_apart(generator, branches.stacks, other.shapes) for generator in other.sets]
     left = [g for g, own in zip(other.sets, found, strict=True) if own is None]

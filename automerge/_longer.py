@@ -79,10 +79,12 @@ def other_sizes(
 ) -> Iterator[Sequence[Callable[[], Inputs]]]:
     """`longer_inputs`, and for every length inputs that are longer by one, and half as long; groups as above.
 
+    Of the longer ones each is a group of its own: what tells rows from columns shows where one axis alone is longer.
     What is longer than a table is refused by the model, and where it is cut shows one position further; in a half, what was
     symmetric about the middle is not. With ``single`` also inputs of length one: one token reaches few of the experts.
     """
-    yield from longer_inputs(args, kwargs, seed, sizes)
+    for group in longer_inputs(args, kwargs, seed, sizes):
+        yield from ([make] for make in group)
     shapes = [tuple(t.shape) for t in tensors_of((args, kwargs))]
     for n in sorted({n for shape in shapes for n in shape if n}):
         ranks = sorted({k for shape in shapes for k, m in enumerate(shape) if m == n})

@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as _nn_module
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import TensorWeakRef
 
 from automerge._aliases import Tracked, each, overlaps, read, shadow, write, writes
@@ -59,6 +60,7 @@ class Recorder(TorchDispatchMode):
         self.tainted: set[fx.Node] = set()
         self.lists = False  # whether anything was chosen of a tensor
         self.given: set[int] = set()  # what was declared to be constant
+        self.arrays = False  # whether inputs are arrays, from which the model makes tensors out of sight
         self.varying: set[fx.Node] = set()
         self.states: list[tuple[torch.Tensor, fx.Node]] = []
         self.outputs: tuple[fx.Node, ...] | None = None  # of the first of several passes
@@ -139,6 +141,7 @@ class Recorder(TorchDispatchMode):
             self.info.inputs[node.name] = path
             return copy
 
+        self.arrays = any(hasattr(leaf, "__array__") for leaf in tree_leaves((args, kwargs)) if not torch.is_tensor(leaf))
         return map_tensors(visit, args, "args"), map_tensors(visit, kwargs, "kwargs")
 
     # ------------------------------------------------------------ where we are
@@ -202,6 +205,7 @@ class Recorder(TorchDispatchMode):
             self.give_up()  # it may have come from numbers that were not computed, below the dispatcher
         value = tensor.detach().clone()
         node = self.fixed(value)
+        node.meta["from_inputs"] = self.arrays and id(tensor) not in self.held
         self.info.unknown.append(f"{node.target}{self.where()}")
         if isinstance(tensor, nn.Parameter) and id(tensor) not in self.given:
             self.info.unregistered.append(node.meta["source"])
@@ -378,6 +382,10 @@ class Recorder(TorchDispatchMode):
 
     def finish(self, result: Any) -> fx.GraphModule:
         outputs = tensors_of(result)
+        if any(isinstance(leaf, Iterator) for leaf in tree_leaves(result)):
+            raise TraceError(
+                "the model returns an iterator, whose values are made after the pass; give a model that returns a list of them"
+            )
         if not outputs:
             raise TraceError("the model returned no tensor; automerge needs an output that it can compare")
         if not any(t.numel() for t in outputs):

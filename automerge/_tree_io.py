@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, ItemsView, Mapping, ValuesView
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ def _collect(tree: Any, found: list[torch.Tensor], seen: set[int]) -> None:
     seen.add(id(tree))
     if isinstance(tree, Mapping):
         children: Any = list(tree.values())
-    elif isinstance(tree, list | tuple | set | frozenset):
+    elif isinstance(tree, list | tuple | set | frozenset | deque | ValuesView | ItemsView):
         children = list(tree)
     elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         children = [getattr(tree, f.name, None) for f in dataclasses.fields(tree)]

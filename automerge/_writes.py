@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
@@ -29,6 +30,9 @@ def unwritten(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator
         model: the module itself, by which is known what its passes write to.
         weights: the tensors that it runs with, under the names of its parameters and buffers.
     """
+    if any(map(is_lazy, weights.values())):  # the pass gives them values, which they keep
+        yield
+        return
     known = _known.get(id(model))
     if known is not None and known[0]() is model:
         kept = {name: (weights[name], weights[name].detach().clone()) for name in known[1] & weights.keys()}

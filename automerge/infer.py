@@ -23,8 +23,9 @@ from automerge._settled import settled
 from automerge._subject import check_inputs
 from automerge._verify import Verification, check_replay
 from automerge._verify import verify as check_symmetry
-from automerge.rules import Analysis
+from automerge.rules import ORDERED, Analysis
 from automerge.rules._nodes import choosing_none
+from automerge.rules._reads import chooses
 from automerge.symmetry import Symmetry
 from automerge.trace import normalise_args, trace
 
@@ -150,7 +151,7 @@ def _verified(
     that of longer inputs, or of other weights. What only branches show must not end inference where it does not hold.
     """
     notes: list[str] = []
-    recorded, plain, everywhere = list(graphs), False, False
+    recorded, plain, everywhere, ordered = list(graphs), False, False, False
     before: Any = None
     while True:
         try:
@@ -164,6 +165,11 @@ def _verified(
                 notes.append(f"{str(error).partition(': ')[0]}; they were inferred again to hold on both")
             elif isinstance(error, OtherPathError) and settled and not everywhere:
                 everywhere = True  # branches that only some of these paths show to be alike are not
+            elif not ordered and any(chooses(node) for graph in graphs for node in graph.graph.nodes):
+                ordered = True
+                notes.append(
+                    f"scores from which the model chooses may be equal, so that what it chooses from keeps its order ({error})"
+                )
             elif not plain and "branches_seconds" in symmetry.stats:
                 graphs, plain = recorded, True
                 notes = [
@@ -174,6 +180,8 @@ def _verified(
                     f"{error}. This is a defect of the rule for that operator or one before it: please report it, and pin "
                     "the operator with automerge.register_rule meanwhile"
                 ) from error
+        for graph in graphs if ordered else ():
+            graph.meta[ORDERED] = True
         symmetry = infer_recorded(*graphs)[0] if plain else infer_graph(*graphs, everywhere=everywhere)[0]
         object.__setattr__(symmetry, "notes", (*symmetry.notes, *dict.fromkeys(notes)))
 

@@ -31,11 +31,13 @@ from automerge.rules._nodes import is_state, lasting
 from automerge.rules._parameters import Splits
 from automerge.rules._registry import Context, register_rule
 from automerge.rules._run import DEBUG, Analysis, Run
+from automerge.rules._ties import ORDERED
 from automerge.rules._unread import in_part
 from automerge.rules._value import Factor, Value
 
 __all__ = [
     "DEBUG",
+    "ORDERED",
     "Analysis",
     "Context",
     "Engine",
@@ -61,6 +63,8 @@ def analyse(
         withdrawn: splits that are not to be asked for.
     """
     unsorted = [without_dispatch(graph) for graph in graphs]
+    for graph, u in zip(graphs, unsorted, strict=True):
+        u.graph.meta[ORDERED] = graph.meta.get(ORDERED, False)
     out = _analysed([u.graph for u in unsorted], splits or {}, withdrawn, None)
     while out.engine.refused:
         out = _analysed([u.graph for u in unsorted], splits or {}, withdrawn, out.engine.states)

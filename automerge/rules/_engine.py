@@ -11,7 +11,7 @@ import numpy as np
 from automerge.rules._axes import Unruled, settle_resized
 from automerge.rules._combine import Combine
 from automerge.rules._constants import Pattern, pattern, slice_classes
-from automerge.rules._operands import Join, filled, leads, own_orders
+from automerge.rules._operands import Join, filled, own_orders
 from automerge.rules._value import (
     Factor,
     Value,
@@ -226,17 +226,17 @@ class Engine(Combine):
             self._settle_kernels(moving)
 
     def _settle_fillings(self, moving: np.ndarray) -> None:
-        """Tell first states from constants that fill an axis up: further on, units stand at their place.
+        """Tell constants that stand for units from those that fill an axis up: elsewhere, units stand at their place.
 
-        These are computed from the join with the constants, joined at the same place, move with them position by position,
-        and are all of a parameter's axis: so their number is that of units.
+        (First states of recurrences, and what a mask has for learned tokens.) These are joined at the same place, move with
+        them position by position, and are all of a parameter's axis: so their number is that of units.
         """
         states: set[int] = set()
         for start in self.fillings:
             numbers = moving[start.labels]
             later = (j for j in self.joins if j.place == start.place and np.array_equal(moving[j.labels], numbers))
             given = self.axes.encloses(moving, numbers) or self.axes.multiplies(moving, numbers)
-            if given and any(leads(start.node, j.operand) for j in later):
+            if given and any(j.node is not start.node for j in later):
                 states.update(numbers.tolist())
         found = [np.isin(moving[start.labels], list(states)).all() for start in self.fillings]
         self.refused = not all(found)

@@ -244,7 +244,9 @@ def constant_pad_nd(context: Context, x: Value, pad: Sequence[int], *_: Any) -> 
                 shape = [n if k == axis else m for k, m in enumerate(x.shape)]
                 parts.insert(at, plain(shape))
                 who.insert(at, border)
-        x = context.engine.concatenate(parts, axis, who)
+        # a mask over tokens, and in front of it places for learned ones (their number is asked for in a second run)
+        learned = len(pad) == 2 and not context.out(0).is_floating_point()
+        x = context.engine.concatenate(parts, axis, who, node=context.node if learned else None)
     return x
 
 

@@ -42,7 +42,9 @@ def is_constant(node: fx.Node, known: Collection[fx.Node]) -> bool:
     """
     if node.op == "placeholder":
         return node.meta["kind"] == "state" and not is_state(node.meta["val"])
-    return node.op != "output" and not draws(node) and all(n in known for n in node.all_input_nodes)
+    if node.op == "output" or node.meta.get("from_inputs"):
+        return False
+    return not draws(node) and all(n in known for n in node.all_input_nodes)
 
 
 def constants(graph: fx.Graph) -> set[fx.Node]:

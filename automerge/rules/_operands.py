@@ -31,19 +31,6 @@ class Join:
     where: str
 
 
-def leads(source: fx.Node, target: fx.Node) -> bool:
-    """Whether a node is computed from another one."""
-    todo, seen = [source], {source}
-    while todo:
-        for node in todo.pop().users:
-            if node is target:
-                return True
-            if node not in seen:
-                seen.add(node)
-                todo.append(node)
-    return False
-
-
 def own_orders(values: Sequence[Value], own: Sequence[tuple[int, ...]]) -> tuple[list[Value], list[Factor]]:
     """Of operands of a join whose joined positions have an order each along other axes (dimensions of heads), what says so.
 

@@ -7,16 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import fx
 
 from automerge.rules._axes import distinct
 from automerge.rules._engine import Engine
-from automerge.rules._known import formed
-from automerge.rules._nodes import aten_names, schema_name
-from automerge.rules._reads import MOVING, SAME
 from automerge.rules._reduction import axes_of, fits, normalised
 from automerge.rules._registry import Context, rule
-from automerge.rules._unsorted import order_matters, zeros_matter
+from automerge.rules._ties import tied
+from automerge.rules._unsorted import order_matters
 from automerge.rules._value import Factor, Points, Value, plain
 
 
@@ -67,70 +64,6 @@ def _ranks(engine: Engine, order: Value, axis: int) -> Value | None:
 
 
 _TIED = "the first of scores that are equal by the way they are made"
-_STEPS = aten_names(
-    *(
-        "eq",
-        "ne",
-        "lt",
-        "le",
-        "gt",
-        "ge",
-        "sign",
-        "sgn",
-        "round",
-        "floor",
-        "ceil",
-        "trunc",
-        "fix",
-        "heaviside",
-        "isnan",
-    ),
-    *(
-        "logical_and",
-        "logical_or",
-        "logical_not",
-        "logical_xor",
-        "bitwise_and",
-        "bitwise_or",
-        "bitwise_not",
-        "isfinite",
-    ),
-)
-_RECTIFIED = aten_names("relu", "clamp", "clamp_min", "hardtanh", "hardsigmoid", "threshold")
-_PRODUCTS = aten_names("mm", "bmm", "mv", "matmul", "mul", "dot")
-
-
-def tied(node: Any, axis: int) -> bool:
-    """Whether scores are equal for more than an accident: steps of others (comparisons, roundings), products with zeros, or
-    rectified ones where those that are zero count, too.
-
-    The first of them is chosen, which another order of the axis changes.
-
-    Args:
-        node: the choice.
-        axis: along which it chooses.
-    """
-    scores, rectified = node.args[0], False
-    while isinstance(scores, fx.Node) and scores.op == "call_function":
-        sources = scores.all_input_nodes
-        if schema_name(scores) in _STEPS or (schema_name(scores) in _PRODUCTS and any(map(_is_zero, sources))):
-            return True
-        rectified = rectified or schema_name(scores) in _RECTIFIED
-        pointwise = torch.Tag.pointwise in getattr(scores.target, "tags", ())
-        if len(sources) != 1 or not (pointwise or schema_name(scores) in MOVING | SAME):
-            break
-        scores = sources[0]
-    return rectified and zeros_matter(node, axis)
-
-
-def _is_zero(node: fx.Node) -> bool:
-    """Whether a node holds zeros for all inputs: a constant, or zeros in the form of something."""
-    while schema_name(node) in MOVING | SAME and len(node.all_input_nodes) == 1:
-        node = node.all_input_nodes[0]
-    shaped = formed(node) if node.op == "call_function" else None
-    value = node.meta.get("val") if shaped is None else shaped
-    known = isinstance(value, torch.Tensor) and value.is_floating_point() and not value.is_meta and value.numel() > 0
-    return known and node.op == "call_function" and not bool(value.any())
 
 
 def _with_letters(x: Value, axis: int, vector: Value) -> Value:

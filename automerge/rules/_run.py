@@ -169,6 +169,8 @@ class Run:
                 self.values[node] = self.out.states[name]
             else:
                 self.constant.add(node)
+        elif node.meta.get("from_inputs"):
+            self.values[node] = plain(value.shape, pinned=True)
         elif is_constant(node, self.constant):
             self.constant.add(node)
             if single(node) or not self.single.isdisjoint(node.all_input_nodes):

@@ -99,6 +99,33 @@ def test_a_first_state_of_zeros_beside_the_input_has_units(name):
     found(lambda: Program(forward, parts), sizes, *inputs)
 
 
+@pytest.mark.parametrize("how", ["ones", "pad", "bias"])
+def test_learned_tokens_beside_a_mask_that_is_an_input(how: str) -> None:
+    def forward(s: Any, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        rows = x.shape[0]
+        if how == "pad":
+            mask = F.pad(mask, (4, 0), value=1)
+        elif how == "ones":
+            mask = torch.cat([torch.ones(rows, 4).to(mask), mask], 1)
+        else:
+            mask = torch.cat([torch.zeros(rows, 4), (1 - mask.float()) * -1e9], 1)
+        k, v = (torch.cat([own.expand(rows, -1, -1), f(x)], 1) for own, f in ((s.own_k, s.k), (s.own_v, s.v)))
+        scores = s.q(x) @ k.mT
+        scores = scores + mask[:, None] if how == "bias" else scores.masked_fill(mask[:, None] == 0, -1e9)
+        return s.out(scores.softmax(-1) @ v)
+
+    own = {n: lambda: nn.Parameter(torch.randn(4, 6)) for n in ("own_k", "own_v")}
+    parts = {**own, "q": lin(4, 6), "k": lin(4, 6), "v": lin(4, 6), "out": lin(6, 2)}
+    mask = torch.ones(3, 5).long()
+    mask[1, 3:] = 0
+    found(
+        lambda: Program(forward, parts),
+        "4 6 6",
+        (torch.randn(3, 5, 4), mask),
+        (torch.randn(2, 9, 4), torch.ones(2, 9).long()),
+    )
+
+
 @pytest.mark.parametrize("verify", [False, True])
 def test_a_sequence_of_one_shows_what_the_zeros_are_when_it_goes_on(verify: bool) -> None:
     net = Program(lambda s, x: _recurrent(s, x, False), {"w": lin(11, 7), "out": lin(7, 2)})

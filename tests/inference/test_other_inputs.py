@@ -12,12 +12,13 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from automerge import canonicalise, infer, verify
+from automerge import TraceError, canonicalise, infer, verify
 from automerge._subject import Fresh, _may_index, fresh_inputs, runnable
 from automerge.testing import assert_sound
 from tests.inference.networks_hostile import Program
@@ -872,3 +873,82 @@ class Rows(nn.Module):
 def test_an_example_of_one_pixel_hides_what_larger_ones_mix() -> None:
     found = infer(Pooled(1), torch.randn(2, 3, 1, 1))
     assert sorted(g.size for g in found.generators()) == [6]
+
+
+class Observing(nn.Module):
+    """Makes tensors of arrays; its own table is one of its own."""
+
+    def __init__(self, made: Callable[[Any], torch.Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.made, self.inp, self.out, self.ones = made, nn.Linear(6, 7), nn.Linear(7, 3), torch.ones(7)
+
+    def forward(self, given: Any) -> torch.Tensor:
+        return self.out(self.inp(self.made(given).float()).tanh() * self.ones)
+
+
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize(
+    ("given", "made"),
+    [
+        (np.array([[3, 1, 1, 2, 1, 3]]), torch.as_tensor),
+        (np.array([[3, 1, 1, 2, 1, 3]]), torch.tensor),
+        ({"seen": np.ones((2, 6), np.float32)}, lambda d: torch.from_numpy(d["seen"])),
+        ([np.ones(6), np.zeros(6)], lambda rows: torch.stack([torch.tensor(row.tolist()) for row in rows])),
+    ],
+)
+def test_arrays_among_the_inputs_are_no_constants(
+    given: Any, made: Callable[[Any], torch.Tensor], verify: bool
+) -> None:
+    """Columns that are equal in the example are so by chance."""
+    found = infer(Observing(made), (given,), verify=verify)
+    assert [(g.size, {s.param for s in g.slots}) for g in found.sets] == [(7, {"inp.weight", "inp.bias", "out.weight"})]
+
+
+class Slotted:
+    __slots__ = ("x",)
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+
+def test_tensors_in_slots_are_inputs_and_outputs() -> None:
+    given = Program(lambda s, b: s.out(s.inp(b.x).tanh()), {"inp": lin(6, 7), "out": lin(7, 3)})
+    assert [g.size for g in infer(given, (Slotted(torch.ones(2, 6)),)).sets] == [7]
+
+    def forward(s: Any, x: torch.Tensor) -> Any:
+        h = s.inp(x).tanh()
+        return s.out(h), Slotted(h)
+
+    assert infer(Program(forward, {"inp": lin(6, 7), "out": lin(7, 3)}), (draw(2, 6),)).sets == ()
+
+
+def test_values_of_dicts_are_outputs_and_iterators_are_refused() -> None:
+    def forward(s: Any, x: torch.Tensor) -> Any:
+        h = s.inp(x).tanh()
+        return {"h": h, "y": s.out(h)}.values()
+
+    parts = {"inp": lin(6, 7), "out": lin(7, 3)}
+    assert infer(Program(forward, parts), (draw(2, 6),)).sets == ()
+    with pytest.raises(TraceError, match="returns an iterator"):
+        infer(Program(lambda s, x: (f(x) for f in (s.inp, s.inp)), parts), (draw(2, 6),))
+
+
+@pytest.mark.parametrize("kind", ["branches", "channels"])
+def test_what_only_inputs_tell_apart_that_are_not_square(kind: str) -> None:
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        if kind == "branches":
+            sides = zip((s.a, s.b), x.shape[-2:], strict=True)
+            return s.out(sum((c(x) / n**0.5).tanh() for c, n in sides).mean((2, 3)))
+        scale = torch.tensor([1 / x.shape[2]] * 3 + [1 / x.shape[3]] * 3).to(x)
+        return s.out((s.a(x) * scale[:, None, None]).tanh().mean((2, 3)))
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        conv = lambda: nn.Conv2d(3, 6, 1)  # noqa: E731
+        return Program(forward, {"a": conv, "b": conv, "out": lin(6, 2)})
+
+    found = infer(make(), (draw(2, 3, 8, 8),))
+    assert found.exchanges == ()
+    assert sorted(g.size for g in found.sets) == ([6] if kind == "branches" else [3, 3])
+    assert worst_change(make, (draw(2, 3, 8, 20),), {}, found) < 1e-9

@@ -141,3 +141,72 @@ def test_what_passes_through_a_tensor_of_the_module_is_verified(held: str, skip:
     with pytest.raises(AssertionError, match="changes the output"):
         assert_sound(model, X, wrong)
     assert all(t.dtype is torch.float32 for t in kept_tensors(model))
+
+
+def _spikes(s: Any, x: torch.Tensor) -> torch.Tensor:
+    """The units that fired most often, of a layer whose spikes are counted."""
+    current = s.inp(x)
+    membrane = counts = torch.zeros_like(current)
+    for _ in range(6):
+        membrane = 0.8 * membrane + current
+        fired = (membrane > 1).to(current)
+        membrane, counts = membrane - fired, counts + fired
+    return s.out(counts * torch.zeros_like(counts).scatter_(1, counts.topk(3, -1).indices, 1.0))
+
+
+MADE_EQUAL: dict[str, Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "capped": lambda s, g, x: torch.minimum(g, g.new_tensor(0.3)),
+    "no less than a column": lambda s, g, x: torch.maximum(g, x[:, :1]),
+    "gated": lambda s, g, x: g.sigmoid() * F.relu(s.gate(x)),
+    "shrunk": lambda s, g, x: F.softshrink(g),
+    "hard": lambda s, g, x: F.hardswish(3 * g),
+    "counted": lambda s, g, x: ((g[:, None] > s.gate(x)[..., None]).sum(1)).float(),
+}
+BY_MASK: dict[str, Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "fewer allowed than chosen": lambda s, g, x: g.masked_fill(s.gate(x).sigmoid() < 0.6, -1e9),
+    "one of two": lambda s, g, x: torch.where(g > 0, torch.ones_like(g), g),
+}
+EXPERTS = {
+    "router": lin(5, 4),
+    "gate": lin(5, 4),
+    "inner": lambda: nn.Parameter(torch.randn(4, 5, 6)),
+    "outer": lambda: nn.Parameter(torch.randn(4, 6, 3)),
+}
+
+
+def _experts(scores: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]) -> nn.Module:
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        value, chosen = scores(s, s.router(x), x).topk(2, -1)
+        h = torch.einsum("bd,bkdf->bkf", x, s.inner[chosen]).relu()
+        return (torch.einsum("bkf,bkfo->bko", h, s.outer[chosen]) * value.softmax(-1)[..., None]).sum(1)
+
+    torch.manual_seed(0)
+    return Program(forward, EXPERTS).eval()
+
+
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("name", MADE_EQUAL)
+def test_experts_chosen_by_scores_that_are_made_equal(name: str, verify: bool) -> None:
+    model = _experts(MADE_EQUAL[name])
+    found = infer(model, torch.randn(16, 5), verify=verify)
+    thresholds = [4] if name == "counted" else []
+    assert sorted(g.size for g in found.sets) == [*thresholds, 6, 6, 6, 6]
+    assert not any("may be equal" in note for note in found.notes)
+    assert_sound(model, torch.randn(64, 5), found)
+
+
+@pytest.mark.parametrize("name", BY_MASK)
+def test_verification_finds_the_others(name: str) -> None:
+    """A mask may leave fewer than are chosen, or not; what happens shows."""
+    model = _experts(BY_MASK[name])
+    found = infer(model, torch.randn(16, 5))
+    assert sorted(g.size for g in found.sets) == [6] * 4
+    assert any("may be equal, so that what it chooses from keeps its order" in note for note in found.notes)
+    assert_sound(model, torch.randn(64, 5), found)
+
+
+def test_counts_of_spikes() -> None:
+    torch.manual_seed(0)
+    model = Program(_spikes, {"inp": lin(5, 8), "out": lin(8, 3)}).eval()
+    for verify in (False, True):
+        assert infer(model, torch.randn(16, 5), verify=verify).sets == ()
