@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def merge(options: argparse.Namespace) -> None:
     states = [read_checkpoint(path, model) for path in options.checkpoints]
     check_savable(states[0])
     args, kwargs = draw_inputs(specs, options.seed) if specs else example_of(data, model)
-    with console.stage("merge") as advance:
+    with _kept(options, console), console.stage("merge") as advance:
         result = merge_models(
             states,
             args,
@@ -150,6 +151,19 @@ def merge(options: argparse.Namespace) -> None:
         console.show(f"model {number}: {file}")
     console.show(result.report())
     console.show(f"written to {options.output}")
+
+
+@contextmanager
+def _kept(options: argparse.Namespace, console: Console) -> Iterator[None]:
+    """Of a merge that ends after its search (an interrupt, a repair that fails) the alignment is written all the same."""
+    try:
+        yield
+    except BaseException as error:
+        found = getattr(error, "matching", None)
+        if found is not None and options.matching is not None:
+            found.save(options.matching, options.force)
+            console.note(f"the search had ended, and its alignment is in {options.matching}; go on with --resume")
+        raise
 
 
 def _processes() -> int:

@@ -316,7 +316,8 @@ def _is_counter(value: torch.Tensor) -> bool:
 def merge_integers(name: str, values: Sequence[torch.Tensor]) -> torch.Tensor:
     """The common value of an integer or boolean buffer; the largest for a counter (``num_batches_tracked``, any scalar)."""
     if _is_counter(values[0]):
-        return torch.stack(list(values)).amax(0)
+        # (of unsigned integers of more than eight bits torch knows no maximum)
+        return torch.stack([v.to(torch.int64) for v in values]).amax(0).to(values[0].dtype)
     for number, value in enumerate(values):
         if not torch.equal(value, values[0]):
             raise CheckpointError(

@@ -141,7 +141,9 @@ class Recorder(TorchDispatchMode):
             self.info.inputs[node.name] = path
             return copy
 
-        self.arrays = any(hasattr(leaf, "__array__") for leaf in tree_leaves((args, kwargs)) if not torch.is_tensor(leaf))
+        self.arrays = any(
+            hasattr(leaf, "__array__") for leaf in tree_leaves((args, kwargs)) if not torch.is_tensor(leaf)
+        )
         return map_tensors(visit, args, "args"), map_tensors(visit, kwargs, "kwargs")
 
     # ------------------------------------------------------------ where we are

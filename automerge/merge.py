@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -220,15 +221,18 @@ def merge(
         runnable: list[Model] = [task.first() if matcher.needs_data else task.states[0], *task.states[1:]]
         matching = match(runnable, symmetry, matcher, progress=progress, data=batches)
     clock.lap("match")
-    moved = task.moved(symmetry, _elements(matching, coordinates), kept=mode != "none")
-    aliases = {**symmetry.aliases, **tied_names(task.network.state_dict())}
-    kept = agreed([marks(task.network, m) for m in moved], share)
-    merged, spectral = measured_again(task.network, average(moved, share, aliases=aliases, store=task.store), kept)
-    clock.lap("average")
-    if batches is None and isinstance(mode, Renormaliser):
-        batches = Batches.like([_example(args, kwargs)], args, kwargs, device_of(task.network))
-    merged, report = renormalise(mode, task.network, merged, moved, share, batches, symmetry, watched=data is not None)
-    clock.lap("repair")
+    with _carrying(matching):
+        moved = task.moved(symmetry, _elements(matching, coordinates), kept=mode != "none")
+        aliases = {**symmetry.aliases, **tied_names(task.network.state_dict())}
+        kept = agreed([marks(task.network, m) for m in moved], share)
+        merged, spectral = measured_again(task.network, average(moved, share, aliases=aliases, store=task.store), kept)
+        clock.lap("average")
+        if batches is None and isinstance(mode, Renormaliser):
+            batches = Batches.like([_example(args, kwargs)], args, kwargs, device_of(task.network))
+        merged, report = renormalise(
+            mode, task.network, merged, moved, share, batches, symmetry, watched=data is not None
+        )
+        clock.lap("repair")
     if report.drift is not None and report.drift[1] > 1.01 * report.drift[0]:
         task.notes.append(_FURTHER.format(*report.drift))
     if mode == "none" and batchnorm_names(task.network):
@@ -302,16 +306,31 @@ def _check_alike(number: int, state: Mapping[str, torch.Tensor], first: Mapping[
 
 
 def _mean(values: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """The weighted mean in float64, in the type of the first."""
+    """The weighted mean in float64, in the type of the first; what is the same in all models is so to the last digit."""
     wide = torch.complex128 if values[0].is_complex() else torch.float64
     total = torch.zeros(values[0].shape, dtype=wide, device=values[0].device)
-    for value, weight in zip(values, weights, strict=True):
-        if weight:  # an infinite entry of a mask times zero is no number
-            total.add_(value.to(wide), alpha=weight)
+    used = [(value, weight) for value, weight in zip(values, weights, strict=True) if weight]
+    same = torch.ones(total.shape, dtype=torch.bool, device=total.device)
+    for value, weight in used:
+        total.add_(value.to(wide), alpha=weight)
+        same &= value.to(total.device) == used[0][0].to(total.device)
+    if bool(same.any()):
+        total = torch.where(same, used[0][0].to(total.device, wide), total)
     return total.to(values[0].dtype)
 
 
 # -------------------------------------------------------------------- stages
+@contextmanager
+def _carrying(matching: Matching) -> Iterator[None]:
+    """An error or an interrupt after the search has what was found with it, as ``matching``."""
+    try:
+        yield
+    except BaseException as error:
+        with suppress(AttributeError):
+            error.matching = matching  # type: ignore[attr-defined]
+        raise
+
+
 _FURTHER = (
     "the repair moved the outputs away from the models' own, from {:.3g} to {:.3g} standard deviations of their mean; see by "
     "`automerge compare` whether repair='none' is better"

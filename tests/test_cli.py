@@ -201,6 +201,25 @@ def test_an_interrupted_search_is_kept(
     assert out.exists()
 
 
+def test_a_search_that_ended_is_kept_where_the_repair_does_not(
+    checkpoints: Sequence[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["automerge.merge"], "renormalise", interrupt)
+    out, kept = tmp_path / "merged.safetensors", tmp_path / "kept.safetensors"
+    assert run("merge", F + "mlp", *checkpoints, "-o", out, *SHAPE, "--matching", kept) == 130
+    assert not out.exists()
+    assert str(kept) in capsys.readouterr().err
+    assert not Matching.load(kept).stats["interrupted"]
+    monkeypatch.undo()
+    assert run("merge", F + "mlp", *checkpoints, "-o", out, *SHAPE, "--resume", kept) == 0
+
+
 def test_merge_reads_pt_files_and_takes_the_example_from_the_data(tmp_path: Path) -> None:
     paths = []
     for seed in range(2):

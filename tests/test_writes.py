@@ -15,6 +15,7 @@ from automerge import (
     Identity,
     Repair,
     agreement,
+    average,
     barrier,
     compare,
     evaluate,
@@ -160,6 +161,15 @@ def test_buffers_of_models_that_write_to_no_parameter_go_on_within_an_evaluation
     net = Counting().eval()
     assert evaluate(net, [(X, Y)]).loss != evaluate(net, [(X, Y), (X, Y)]).loss
     assert int(net.seen) == 0
+
+
+@pytest.mark.parametrize("count", [3, 7])
+def test_what_all_models_share_is_the_same_to_the_last_digit(count: int) -> None:
+    state = {"rounds": torch.arange(40, dtype=torch.float64), "steps": torch.tensor(5, dtype=torch.uint16)}
+    found = average([state] * count, [1.0] * count)
+    assert torch.equal(found["rounds"], state["rounds"])
+    assert found["steps"].dtype is torch.uint16
+    assert int(found["steps"]) == 5
 
 
 def test_infinite_entries_of_all_models_stay_on_a_path() -> None:
