@@ -207,7 +207,7 @@ def test_a_search_that_ended_is_kept_where_the_repair_does_not(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["automerge.merge"], "renormalise", interrupt)
