@@ -98,7 +98,7 @@ def other_sizes(
 
 
 def far_inputs(args: Any, kwargs: Any, seed: int) -> Iterator[Iterator[Callable[[], Inputs]]]:
-    """For every length and every place of it, inputs of few rows: as they are, then twice as long there, four times, ...
+    """For every length and every place of it, inputs of few rows: twice as long there, then four times, ...
 
     Windows, numbers of neighbours and sizes of pools that are larger than the example are all the same on it, and on what is
     twice as long. Up to `_FAR` positions; the caller takes the last that it waits for.
@@ -114,7 +114,6 @@ def far_inputs(args: Any, kwargs: Any, seed: int) -> Iterator[Iterator[Callable[
 
 def _farther(args: Any, kwargs: Any, n: int, axes: Sequence[int], seed: int) -> Iterator[Callable[[], Inputs]]:
     times, shapes = 2, [tuple(t.shape) for t in tensors_of((args, kwargs))]
-    yield lambda: (args, kwargs)
     while n * times <= _FAR and sum(_entries(shape, n, axes, times) for shape in shapes) <= 4 * _ENTRIES:
         yield partial(_lengthened, args, kwargs, n, axes, times, seed)
         times *= 2

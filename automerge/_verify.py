@@ -222,8 +222,11 @@ def _check_longer(
                 yield result
                 if i == 0:
                     break
-    for further in far_inputs(*example, seed):
-        last = _last_quick(setting, further)
+    start = time.perf_counter()
+    subject.outputs(setting.base, *example)
+    once = time.perf_counter() - start
+    for further in far_inputs(*example, seed) if 2 * once < _QUICK else ():
+        last = _last_quick(setting, further, once)
         result = tried(*last) if last is not None else None
         if result is not None:
             yield result
@@ -244,21 +247,26 @@ def _outputs(
 
 
 def _last_quick(
-    setting: Setting, further: Iterator[Callable[[], tuple[Any, Any]]]
+    setting: Setting, further: Iterator[Callable[[], tuple[Any, Any]]], took: float
 ) -> tuple[tuple[Any, Any], list[torch.Tensor]] | None:
     """The longest inputs that the model takes before a pass over twice as many might take longer than `_QUICK`.
 
     None if these are no longer than what was tried before: twice as long as the example.
+
+    Args:
+        setting: the weights.
+        further: makes inputs, each time twice as long.
+        took: seconds of a pass over the example.
     """
-    last, took = None, 0.0
+    last = None
     for turn, make in enumerate(further):
         start = time.perf_counter()
         found = _outputs(setting, make)
         if found is None:
             break
-        last = found if turn > 1 else None
+        last = found if turn else None
         before, took = took, time.perf_counter() - start
-        if 2 * took * max(1.0, took / (before or took)) > _QUICK:
+        if 2 * took * max(1.0, took / before) > _QUICK:
             break
     return last
 
