@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from automerge._aliases import memory_of, overlaps
 from automerge._errors import CheckpointError
 from automerge._gradients import as_original
-from automerge._objects import held_objects
+from automerge._objects import attributes_of, held_objects
 from automerge._offload import Store
 from automerge._uncopyable import uncopyable
 from automerge.io import tied_names
@@ -132,7 +132,12 @@ def of_passes(network: nn.Module) -> dict[Any, Any]:
     The weight of an older weight norm; what a pass with gradients left in a cache.
     """
     owners = (*network.modules(), *(held for _, held in held_objects(network)))
-    kept = (v for one in owners for v in tree_leaves(vars(one)) if isinstance(v, torch.Tensor) and not v.is_leaf)
+    kept = (
+        v
+        for one in owners
+        for v in tree_leaves(dict(attributes_of(one)))
+        if isinstance(v, torch.Tensor) and not v.is_leaf
+    )
     return {id(t): t.detach().clone() for t in kept}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from enum import Enum
 from types import SimpleNamespace
 from typing import Any
@@ -34,7 +34,8 @@ def held_objects(model: nn.Module) -> list[tuple[str, Any]]:
             todo += [(f"{path}.{key}", entry) for key, entry in entries if not isinstance(entry, _LEAVES)]
         if is_object(value) and id(value) not in found:
             found[id(value)] = path, value
-            todo += [(f"{path}.{key}", entry) for key, entry in vars(value).items() if not isinstance(entry, _LEAVES)]
+            own = attributes_of(value).items()
+            todo += [(f"{path}.{key}", entry) for key, entry in own if not isinstance(entry, _LEAVES)]
     return list(found.values())
 
 
@@ -43,9 +44,49 @@ _LEAVES = (torch.Tensor, nn.Module, str, int, float, type(None))
 
 def is_object(value: Any) -> bool:
     """Whether a value is an object with attributes, of a class that is not Python's or PyTorch's."""
-    if isinstance(value, (*_LEAVES, type, Enum)) or not isinstance(getattr(value, "__dict__", None), dict):
+    if isinstance(value, (*_LEAVES, type, Enum)):
+        return False
+    if not isinstance(getattr(value, "__dict__", None), dict) and not _slots(type(value)):
         return False
     return isinstance(value, _NAMESPACES) or type(value).__module__.partition(".")[0] not in _FOREIGN
+
+
+def attributes_of(held: Any) -> MutableMapping[str, Any]:
+    """What an object or a module holds, by name; what is done to it is done to the object."""
+    own = getattr(held, "__dict__", None)
+    return own if isinstance(own, dict) else _Slots(held)
+
+
+class _Slots(MutableMapping[str, Any]):
+    """The attributes of an object that has ``__slots__`` and nothing else."""
+
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return getattr(self.held, name)
+        except AttributeError:
+            raise KeyError(name) from None
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        object.__setattr__(self.held, name, value)  # frozen dataclasses, too
+
+    def __delitem__(self, name: str) -> None:
+        object.__delattr__(self.held, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in _slots(type(self.held)) if hasattr(self.held, name))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    """The names of the slots of a class."""
+    found = (vars(one).get("__slots__", ()) for one in kind.__mro__)
+    names = (name for own in found for name in ([own] if isinstance(own, str) else own))
+    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
 
 
 def _attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -26,7 +26,7 @@ from automerge._errors import TraceError
 from automerge._gradients import copy_of
 from automerge._lazy_module import LazyModule
 from automerge._masked import CHOICES, by_entry
-from automerge._objects import held_objects
+from automerge._objects import attributes_of, held_objects
 from automerge._readers import read_again, tells, told
 from automerge._spellings import INDEXED, by_mask
 from automerge._trace_info import TraceInfo, source_line
@@ -69,7 +69,7 @@ class Recorder(TorchDispatchMode):
         self.kept: list[tuple[str, torch.Tensor, torch.Tensor, int]] = []
         self.buffers = {id(t): name for name, t in model.named_buffers()}
         owners = [*model.named_modules(), *held_objects(model)]
-        held = [(f"{path}.{n}" if path else n, t) for path, one in owners for n, t in vars(one).items()]
+        held = [(f"{path}.{n}" if path else n, t) for path, one in owners for n, t in attributes_of(one).items()]
         self.held = {id(t): name for name, t in reversed(held) if isinstance(t, torch.Tensor)} | self.buffers
         self._add_state(model, constants)
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils._pytree import tree_leaves
 
-from automerge._objects import held_objects
+from automerge._objects import attributes_of, held_objects
 
 _CONTAINERS = (list, dict, set)
 _PLAIN = (list, dict, set, OrderedDict)
@@ -28,7 +28,7 @@ class _Kept:
     def __init__(self, path: str, owner: Any) -> None:
         self.path = path
         self.owner = owner
-        self.attributes = vars(owner).copy()
+        self.attributes = dict(attributes_of(owner))
         containers = {k: v for k, v in self.attributes.items() if isinstance(v, _CONTAINERS)}
         self.copies = {k: v.copy() if type(v) in _PLAIN else copy.copy(v) for k, v in containers.items() if v}
         self.empty: list[Any] = [v for v in containers.values() if not v]
@@ -56,7 +56,7 @@ def restored(model: nn.Module) -> Iterator[Before]:
 def replaced(before: Before) -> Iterator[tuple[str, Any]]:
     """Attributes and buffers that are others now, by path, with what they held; of dicts, the entries that are others."""
     for kept in before:
-        now, path = vars(kept.owner), kept.path
+        now, path = attributes_of(kept.owner), kept.path
         changed = {} if _same(now, kept.attributes) else kept.attributes
         for name, value in changed.items():
             if name not in kept.copies and now.get(name) is not value:
@@ -75,7 +75,7 @@ def replaced(before: Before) -> Iterator[tuple[str, Any]]:
 def kept_tensors(model: nn.Module) -> list[torch.Tensor]:
     """The buffers of all modules inside, and the tensors that a program binds to them or to objects; no parameters."""
     bound = [v for m in model.modules() for k, v in vars(m).items() if k not in _BARE]
-    leaves = tree_leaves(bound + [list(vars(held).values()) for _, held in held_objects(model)])
+    leaves = tree_leaves(bound + [list(attributes_of(held).values()) for _, held in held_objects(model)])
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
@@ -109,7 +109,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _put_back(kept: _Kept) -> None:
-    now = vars(kept.owner)
+    now = attributes_of(kept.owner)
     if not _same(now, kept.attributes):
         for name in set(now) - set(kept.attributes):
             del now[name]

@@ -15,7 +15,7 @@ from automerge._copies import copied
 from automerge._double import Calibrate, Double, double_precision, widen
 from automerge._errors import TraceError
 from automerge._gradients import as_needed, asking, copy_of, passed
-from automerge._objects import held_objects
+from automerge._objects import attributes_of, held_objects
 from automerge._random import forked
 from automerge._restoring import kept_tensors
 from automerge._tree_io import map_tensors, tensors_of
@@ -224,9 +224,9 @@ def doubled(model: nn.Module) -> nn.Module:
     shared = {id(held) for _, held in held_objects(model)}  # what cannot be copied
     owners = [*out.modules(), *(held for _, held in held_objects(out) if id(held) not in shared)]
     for owner in owners:
-        for name, held in list(vars(owner).items()):
+        for name, held in list(attributes_of(owner).items()):
             if name not in _OF_MODULES and any(type(t) is torch.Tensor and t.dtype in _LOW for t in tree_leaves(held)):
-                vars(owner)[name] = widened(held)
+                attributes_of(owner)[name] = widened(held)
     return out
 
 

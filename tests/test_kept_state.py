@@ -79,6 +79,28 @@ class Memory:
     inner: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(last=None))
 
 
+class Slotted:
+    """One without a dict of attributes, some of which are not set yet."""
+
+    __slots__ = ("seen", "state")
+
+    def __init__(self) -> None:
+        self.state: Any = None
+
+
+class Slotting(nn.Module):
+    """A hidden state on such an object, from pass to pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out, self.memory = nn.LSTM(4, 6), nn.Linear(6, 2), Slotted()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, self.memory.state = self.inner(x, self.memory.state)
+        self.memory.seen = getattr(self.memory, "seen", 0) + 1
+        return self.out(y[-1] * self.memory.seen)
+
+
 class Remembering(nn.Module):
     """A hidden state on an object, from pass to pass, and one within another one."""
 
@@ -115,7 +137,7 @@ USES: dict[str, Callable[[list[Any]], object]] = {
 }
 
 
-@pytest.mark.parametrize("make", [WeightDrop, Computed, Carrying, Remembering])
+@pytest.mark.parametrize("make", [WeightDrop, Computed, Carrying, Remembering, Slotting])
 @pytest.mark.parametrize("use", USES)
 def test_every_use_leaves_a_model_s_attributes(make: Callable[[], nn.Module], use: str) -> None:
     models = _models(make)
@@ -131,9 +153,10 @@ def test_every_use_leaves_a_model_s_attributes(make: Callable[[], nn.Module], us
     assert not any(getattr(m, "seen", None) for m in models)
     memories = [m.memory["one"] for m in models if isinstance(m, Remembering)]
     assert all(m == Memory() for m in memories)
+    assert all(m.memory.state is None and not hasattr(m.memory, "seen") for m in models if isinstance(m, Slotting))
 
 
-@pytest.mark.parametrize("make", [WeightDrop, Computed, Carrying, Remembering])
+@pytest.mark.parametrize("make", [WeightDrop, Computed, Carrying, Remembering, Slotting])
 @pytest.mark.parametrize("ran", [False, True])
 def test_passes_do_not_know_of_each_other(make: Callable[[], nn.Module], ran: bool) -> None:
     """Own weights, lent weights, own weights again, in any order; also after a pass of the caller's."""
