@@ -57,6 +57,11 @@ class DataSets:
                 out.append(
                     f"{both} of the {len(report)} samples of the report are also among those that {name}: the report flatters"
                 )
+        if both := len(calibrate & select):
+            out.append(
+                f"{both} of the {len(select)} samples that select are also among those that calibrate: what is fitted to them "
+                "looks better than it is"
+            )
         if any(b.labels is None for b in (*self.select, *self.report)):
             out.append("without labels, combinations are chosen by their agreement with the ensemble")
         return out

@@ -281,8 +281,8 @@ def preserving(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None =
     finally:
         for module, name, own in places:
             module._buffers[name] = own
-        with torch.no_grad():
-            for buffer, value in zip(buffers, kept, strict=True):
+        for buffer, value in zip(buffers, kept, strict=True):
+            with torch.no_grad(), torch.inference_mode(buffer.is_inference()):
                 buffer.copy_(value)
 
 

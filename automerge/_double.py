@@ -108,6 +108,20 @@ def widen(_: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.complex128) if tensor.dtype is torch.complex64 else tensor
 
 
+@contextlib.contextmanager
+def own_modes() -> Iterator[None]:
+    """The caller's autocast and inference mode are off inside; those of a model itself are the model's.
+
+    Products would be those of another precision, and what is made could be neither written to nor copied.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
 class Calibrate(Double):
     """On the way, moves the running statistics of every BatchNorm most of the way to those of its input."""
 

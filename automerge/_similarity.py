@@ -10,6 +10,7 @@ from torch import nn
 
 from automerge._between import numbers
 from automerge._data import Batches, device_of
+from automerge._double import own_modes
 from automerge._errors import AutomergeError
 from automerge._loading import check_values, checked_state
 from automerge._measures import Similarity
@@ -18,6 +19,7 @@ from automerge.infer import infer
 from automerge.symmetry import Symmetry
 
 
+@own_modes()
 def similarity(
     sd_a: Mapping[str, torch.Tensor],
     sd_b: Mapping[str, torch.Tensor],

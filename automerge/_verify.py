@@ -18,6 +18,7 @@ from automerge._batches import mixes_rows
 from automerge._data import preserving
 from automerge._diagnosis import OtherPathError, Setting, failure
 from automerge._difference import finite, relative_difference
+from automerge._double import own_modes
 from automerge._errors import AutomergeError, InvarianceError, SymmetryError, TraceError
 from automerge._gradients import as_needed, copy_of
 from automerge._loading import check_values
@@ -70,6 +71,7 @@ class Verification:
         )
 
 
+@own_modes()
 def verify(
     model: nn.Module,
     args: Any,

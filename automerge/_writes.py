@@ -96,6 +96,6 @@ def _memory(tensor: torch.Tensor) -> Any:
 
 
 def _put_back(kept: Collection[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    with torch.no_grad():
-        for tensor, value in kept:
+    for tensor, value in kept:
+        with torch.no_grad(), torch.inference_mode(tensor.is_inference()):
             tensor.detach().copy_(value)

@@ -21,9 +21,10 @@ from automerge._compare_data import DataSets, about, as_items
 from automerge._comparison import Comparison, Row, Score
 from automerge._copies import carrying, copied, is_empty, loaded
 from automerge._data import Batch, Batches, evaluating, logits_of, preserving, run_batch
+from automerge._double import own_modes
 from automerge._errors import AutomergeError
 from automerge._fixed import infer_common, shared_constants
-from automerge._merge_checks import Model, check_models, check_weights, listed_models
+from automerge._merge_checks import Model, check_inseparable, check_models, check_weights, listed_models
 from automerge._offload import MEMORY
 from automerge._repair_report import Renormaliser
 from automerge._repair_stage import renormalise
@@ -57,6 +58,7 @@ REPAIRS: Mapping[str, str | Renormaliser] = {
 _NORMED = ("reset", "both")
 
 
+@own_modes()
 def compare(
     models: Sequence[Model],
     args: Any,
@@ -257,6 +259,8 @@ class _Work:
             self._tell(k * len(self.repairs), name)
             start = time.perf_counter()
             try:
+                if not matcher.separable:
+                    check_inseparable(type(matcher).__name__, "none", "none", self.share, "universe", self.network)
                 moved, drift = self._moved(matcher)
             except Exception as error:  # one that fails must not take the others' results with it; the table says why
                 rows.append(Row(name, "all", error=_brief(error), seconds=time.perf_counter() - start))

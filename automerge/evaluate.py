@@ -18,6 +18,7 @@ from torch import nn
 from automerge._between import combination
 from automerge._copies import copied
 from automerge._data import Batch, Batches, bind, device_of, evaluating, logits_of, preserving, run_batch
+from automerge._double import own_modes
 from automerge._errors import AutomergeError, MatchingError
 from automerge._measures import Agreement, Barrier, CycleError, Evaluation, Similarity
 from automerge._numbers import is_number, is_whole
@@ -96,6 +97,7 @@ __all__ = [
 
 
 # -------------------------------------------------------------------- functions
+@own_modes()
 def evaluate(
     source: Source,
     data: Any,
@@ -210,6 +212,7 @@ def _batches(runner: _Runner, data: Any, inputs: int, kwargs: Mapping[str, Any] 
     return iter(Batches(data, inputs, kwargs, device_of(runner.networks[0][0])))
 
 
+@own_modes()
 def agreement(
     a: Source,
     b: Source,

@@ -24,6 +24,7 @@ from torch import nn
 
 from automerge._data import reals
 from automerge._difference import relative_difference
+from automerge._double import own_modes
 from automerge._errors import CheckpointError, InvarianceError, SymmetryError
 from automerge._gauge_steps import (
     Candidate,
@@ -80,6 +81,7 @@ class GaugeReport:
         )
 
 
+@own_modes()
 def canonicalise(
     model: nn.Module,
     args: Any,

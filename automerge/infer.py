@@ -13,6 +13,7 @@ from torch import fx, nn
 from automerge._auxiliary import with_training
 from automerge._derive import infer_graph, infer_recorded, with_branches
 from automerge._diagnosis import OtherPathError
+from automerge._double import own_modes
 from automerge._dropped import with_dropped
 from automerge._errors import InvarianceError, TraceError, UnknownOperatorError
 from automerge._hidden import hides
@@ -33,6 +34,7 @@ _MAX_PATHS = 8
 _DRAWS = 4
 
 
+@own_modes()
 def infer(
     model: nn.Module,
     args: Any,

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from automerge._data import Batches, device_of
+from automerge._double import own_modes
 from automerge._errors import AutomergeError, CheckpointError, MatchingError
 from automerge._loading import check_values, checked_state
 from automerge._merge_checks import (
@@ -129,6 +130,7 @@ class MergeResult:
 
 
 # -------------------------------------------------------------------- merge
+@own_modes()
 def merge(
     models: Sequence[Model],
     args: Any,

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from automerge._data import Batches, bind, device_of, preserving, run_batch
+from automerge._double import own_modes
 from automerge._errors import AutomergeError
 from automerge._moments import Moments
 from automerge._observe import Key
@@ -60,6 +61,7 @@ def _norms(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
     ]
 
 
+@own_modes()
 def reset_batchnorm(
     model: nn.Module, data: Any, *, inputs: int = 1, kwargs: Mapping[str, Any] | None = None
 ) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from automerge._caches import forget
+from automerge._double import own_modes
 from automerge._errors import TraceError
 from automerge._gradients import as_needed, passed
 from automerge._machine import releasing
@@ -58,6 +59,7 @@ def _dense(_: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_dense() if tensor.layout in SPARSE else tensor
 
 
+@own_modes()
 def trace(
     model: nn.Module,
     args: Any,

@@ -127,6 +127,20 @@ def test_data_given_twice_are_noticed() -> None:
     ]
 
 
+def test_units_merged_within_models_have_equal_weights_only() -> None:
+    nets, data = problem()
+    found = compare(nets, data[0][0][:4], data, matchers={"z": ZipIt(), "i": Identity()}, weights=[0.5, 0.25, 0.25])
+    rows = {row.matcher: row for row in found.rows}
+    assert "equal weights" in rows["z"].error
+    assert not rows["i"].error
+
+
+def test_what_is_fitted_and_selected_on_the_same_samples_is_said() -> None:
+    nets, data = problem()
+    found = compare(nets, data[0][0][:4], data[:1], select=data[:1], report=data[1:], matchers={"i": Identity()})
+    assert any("150 of the 150 samples that select are also among those that calibrate" in n for n in found.notes)
+
+
 def test_small_pieces_are_joined_again() -> None:
     """As few batches as fit into the largest that was given, and only those of one form."""
     batches = [Batch((torch.full((10, 2), float(k)),), {}, torch.full((10,), k)) for k in range(8)]

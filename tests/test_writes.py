@@ -19,6 +19,7 @@ from automerge import (
     barrier,
     compare,
     evaluate,
+    infer,
     match,
     merge,
     reset_batchnorm,
@@ -161,6 +162,28 @@ def test_buffers_of_models_that_write_to_no_parameter_go_on_within_an_evaluation
     net = Counting().eval()
     assert evaluate(net, [(X, Y)]).loss != evaluate(net, [(X, Y), (X, Y)]).loss
     assert int(net.seen) == 0
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16), torch.no_grad],
+    ids=["inference", "autocast", "no_grad"],
+)
+def test_the_caller_s_modes_change_nothing(mode: Callable[[], Any]) -> None:
+    def found() -> list[Any]:
+        models = _models(lambda: InPlace(own=True))
+        symmetry = infer(models[0], X)
+        merged = merge(models, X, data=[X], repair=Repair())
+        same = similarity(models[0].state_dict(), models[1].state_dict(), model=models[0], data=[X])
+        rows = compare(models, X, [(X, Y)], select=[(X, Y)], report=[(X, Y)], matchers={"i": Identity()}).rows
+        return [symmetry.sets, merged.state_dict, same.cka, evaluate(models[0], [(X, Y)]).loss, [r.error for r in rows]]
+
+    plain = found()
+    with mode():
+        other = found()
+    assert [g.size for g in other[0]] == [g.size for g in plain[0]]
+    assert all(torch.equal(other[1][n], v) for n, v in plain[1].items())
+    assert other[2:] == plain[2:]
 
 
 @pytest.mark.parametrize("count", [3, 7])

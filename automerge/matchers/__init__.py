@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from automerge._data import Batches
+from automerge._double import own_modes
 from automerge._sketch import sketch
 from automerge.matchers._activations import ActivationMatching
 from automerge.matchers._base import (
@@ -67,6 +68,7 @@ __all__ = [
 ]
 
 
+@own_modes()
 def match(
     models: Sequence[Model],
     symmetry: Symmetry,
