@@ -22,7 +22,7 @@ from automerge._numbers import is_whole
 from automerge._random import drawing, forked, gpus
 from automerge._restoring import lent, restored
 from automerge._tree_io import map_tensors, stored
-from automerge._writes import unwritten
+from automerge._writes import state_of, unwritten
 from automerge.io import tied_names
 
 _LABEL_KEYS = ("labels", "label", "targets", "target")
@@ -298,8 +298,7 @@ def run_batch(
     Raises:
         AutomergeError: if the model does not run on it, with the model's own error as the cause.
     """
-    held = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-    own = dict(itertools.chain(*held)) if state_dict is None else state_dict
+    own = state_of(model) if state_dict is None else state_dict
     weights = {name: tensor for name, tensor in own.items() if name not in written}
 
     def run() -> Any:

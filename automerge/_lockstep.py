@@ -26,6 +26,7 @@ from automerge._machine import physical_memory
 from automerge._observe import Event, Observer
 from automerge._random import Turns, gpus
 from automerge._repair_plan import Plan
+from automerge._writes import written
 
 _MOST_RUNS = 64
 _SHARE = 0.25
@@ -78,7 +79,9 @@ def _available(batch: Batch) -> int | None:
 
 
 def replicas(model: nn.Module, count: int) -> list[nn.Module] | None:
-    """Copies of a model that share its tensors and nothing else, so that what one run leaves on a module stays its own.
+    """Copies of a model that share its tensors, but for those outside of its state dict that passes write to.
+
+    What one run leaves on a module stays its own.
 
     Args:
         model: the model; for one run it needs no copy.
@@ -99,7 +102,8 @@ def replicas(model: nn.Module, count: int) -> list[nn.Module] | None:
         model.buffers(),
         (v for m in model.modules() for v in vars(m).values() if isinstance(v, torch.Tensor)),
     )
-    shared = {id(t): t for t in tensors}
+    own = set(map(id, written(model)))
+    shared = {id(t): t for t in tensors if id(t) not in own}
     try:
         return [duplicate(model, dict(shared)) for _ in range(count)]
     except Exception:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import pickle
 import warnings
@@ -181,12 +182,12 @@ def _prefix_length(keys: Collection[str], names: Collection[str] | None) -> int:
 
 def _attribute_length(keys: Collection[str], names: Collection[str]) -> int:
     """The length of a prefix without which all keys are names of the architecture: of a module that holds it; 0 if none."""
-    first = next(iter(names))
-    for key in keys:
-        if key.endswith("." + first):
-            cut = len(key) - len(first)
-            if all(k.startswith(key[:cut]) and k[cut:] in names for k in keys):
-                return cut
+    for first in itertools.islice(names, 20):  # (one that is tied may be left out)
+        for key in keys:
+            if key.endswith("." + first):
+                cut = len(key) - len(first)
+                if all(k.startswith(key[:cut]) and k[cut:] in names for k in keys):
+                    return cut
     return 0
 
 

@@ -108,6 +108,13 @@ def test_what_is_no_other_set_of_weights_is_not_named(tmp_path: Path) -> None:
     assert set(load_state_dict(tmp_path / "m.pt")) == set(state)
 
 
+def test_a_prefix_where_the_first_name_is_tied_and_left_out(tmp_path: Path) -> None:
+    weight = torch.randn(4, 3)
+    torch.save({"model.head.weight": weight, "model.head.bias": torch.ones(4)}, tmp_path / "m.pt")
+    expected = {"embed.weight": weight, "head.weight": weight, "head.bias": torch.ones(4)}
+    assert set(load_state_dict(tmp_path / "m.pt", expected)) == set(expected)
+
+
 def test_prefix_stays_if_not_on_every_key(tmp_path: Path) -> None:
     torch.save({"module.a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "m.pt")
     assert set(load_state_dict(tmp_path / "m.pt")) == {"module.a", "b"}

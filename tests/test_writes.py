@@ -73,6 +73,28 @@ class Scaled(nn.Module):
         return self.out(self.norm(h * self.scale).relu())
 
 
+class Summing(nn.Module):
+    """A moving sum in a tensor that is in no state dict."""
+
+    persistent: bool | None = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.norm, self.out = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        if self.persistent is None:
+            self.sum = torch.zeros(1)
+        else:
+            self.register_buffer("sum", torch.zeros(1), persistent=self.persistent)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.sum.mul_(0.9).add_(x.sum())
+        return self.out(self.norm(self.hidden(x) + self.sum).relu())
+
+
+class SummingPlainly(Summing):
+    persistent = None
+
+
 class InPlace(nn.Module):
     """Normalises its inputs where they are."""
 
@@ -86,7 +108,14 @@ class InPlace(nn.Module):
         return self.out(self.norm(self.hidden(x)).relu())
 
 
-NETS: dict[Callable[[], nn.Module], torch.Tensor] = {Bounded: TOKENS, Clipped: X, Scaled: X, InPlace: X}
+NETS: dict[Callable[[], nn.Module], torch.Tensor] = {
+    Bounded: TOKENS,
+    Clipped: X,
+    Scaled: X,
+    InPlace: X,
+    Summing: X,
+    SummingPlainly: X,
+}
 USES: dict[str, Callable[[list[Any], Any, Any], object]] = {
     "merge": lambda m, x, d: merge(m, x, data=d, repair="none"),
     "reset": lambda m, x, d: merge(m, x, data=d, repair="reset"),
@@ -117,6 +146,7 @@ def test_nothing_of_the_caller_s_is_written_to(make: Callable[[], nn.Module], us
     assert [row.error for row in getattr(found, "rows", ()) if row.error] == []
     assert torch.equal(given, x)
     assert [hash_state_dict(m.state_dict()) for m in models] == before
+    assert not any(bool(m.sum) for m in models if isinstance(m, Summing))
 
 
 @pytest.mark.parametrize("make", NETS)
