@@ -9,7 +9,7 @@ import torch
 
 from automerge._observe import Event, Key, View
 
-UNRESET = "the data give it fewer than two values per channel: its statistics are averages"
+UNRESET = "the data give its calls fewer than two values per channel: its statistics are averages"
 
 
 @dataclass(frozen=True, eq=False)

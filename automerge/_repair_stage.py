@@ -83,7 +83,8 @@ def _repaired(
         before = report
         merged, report = repair(network, merged, moved, batches, symmetry=symmetry, weights=share)
         done = tuple(dict.fromkeys((*before.reset, *report.reset)))  # a repair plans for what the first batch runs
-        report = replace(report, reset=done, skipped={**before.skipped, **report.skipped})
+        skipped = {n: why for n, why in before.skipped.items() if n not in report.reset}
+        report = replace(report, reset=done, skipped={**skipped, **report.skipped})
     return merged, report
 
 

@@ -366,7 +366,7 @@ class Auxiliary(nn.Module):
 def test_statistics_that_no_batch_reaches_are_named() -> None:
     found = merge([Auxiliary(), Auxiliary()], _X, data=[_X])
     assert found.repair.reset == ("norm",)
-    assert "extra.1: left alone, the data give it fewer than two values" in str(found)
+    assert "extra.1: left alone, the data give its calls fewer than two values" in str(found)
 
 
 def test_what_the_command_line_says_of_a_file_and_of_a_pair(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -644,6 +644,25 @@ def test_compiled_modules() -> None:
     plain = merge(nets, _X, data=[_X]).state_dict
     found = merge([torch.compile(net, backend="eager") for net in nets], _X, data=[_X]).state_dict
     assert all(torch.equal(found[f"_orig_mod.{n}"], v) for n, v in plain.items())
+
+
+@pytest.mark.parametrize("repair", ["auto", "both"])
+def test_batchnorm_of_which_only_the_tensors_are_read(repair: Any) -> None:
+    class Read(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inp, self.norm, self.out = nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            own = self.norm
+            h = nn.functional.batch_norm(self.inp(x), own.running_mean, own.running_var, own.weight, own.bias)
+            return self.out(h.relu())
+
+    report = merge([Read().eval() for _ in range(2)], _X, data=[_X, _X], repair=repair).repair
+    assert report is not None
+    assert report.reset == (("norm",) if repair == "both" else ())
+    assert ("norm" in report.skipped) is (repair == "auto")
+    assert repair == "both" or "give its calls fewer than two" in report.skipped["norm"]
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "net."])
