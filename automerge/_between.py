@@ -20,7 +20,8 @@ def combination(states: Sequence[Mapping[str, torch.Tensor]], share: Sequence[fl
         CheckpointError: if the state dicts are not of one architecture.
     """
     out = {}
-    for name, first in checked_state(states[0]).items():
+    states = [checked_state(state) for state in states]
+    for name, first in states[0].items():
         others = [_other(state, name, first) for state in states[1:]]
         if first.is_floating_point() or first.is_complex():
             wide = torch.complex128 if first.is_complex() else torch.float64
@@ -41,7 +42,7 @@ def numbers(states: Sequence[Mapping[str, torch.Tensor]], name: str) -> list[tor
     Raises:
         CheckpointError: if the state dicts are not of one architecture.
     """
-    first = checked_state(states[0])[name]
+    first = states[0][name]
     if (own := reals(first)) is None:
         return None
     others = (reals(_other(state, name, first)) for state in states[1:])
@@ -53,7 +54,7 @@ def numbers(states: Sequence[Mapping[str, torch.Tensor]], name: str) -> list[tor
 
 
 def _other(state: Mapping[str, torch.Tensor], name: str, first: torch.Tensor) -> torch.Tensor:
-    if name not in checked_state(state) or state[name].shape != first.shape:
+    if name not in state or state[name].shape != first.shape:
         raise CheckpointError(f"the state dicts differ in {name!r}; they must be of one architecture")
     return state[name]
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from automerge._aliases import memory_of, overlaps
-from automerge._errors import CheckpointError
+from automerge._errors import AutomergeError, CheckpointError
 from automerge._gradients import as_original
 from automerge._objects import attributes_of, held_objects
 from automerge._offload import Store
@@ -50,6 +50,9 @@ def duplicate(network: nn.Module, memo: dict[Any, Any]) -> nn.Module:
     Args:
         network: the module.
         memo: what stands for what in the copy, by identity.
+
+    Raises:
+        AutomergeError: if it cannot be copied.
     """
     known = dict(memo)
     try:
@@ -57,7 +60,13 @@ def duplicate(network: nn.Module, memo: dict[Any, Any]) -> nn.Module:
     except Exception:  # python modules, locks, open files, ...: a copy uses the same
         memo.clear()
         memo.update(known | {key: value for key, value in uncopyable(network).items() if key not in known})
-        own = deepcopy(network, memo)
+        try:
+            own = deepcopy(network, memo)
+        except Exception as error:
+            raise AutomergeError(
+                f"{type(network).__name__} cannot be copied (copy.deepcopy: {type(error).__name__}: {error}), and copies of it "
+                "are run; take what cannot be copied out of it, or mend its __deepcopy__"
+            ) from error
     closures = _Closures(memo)
     for module in own.modules():
         closures.within(vars(module))

@@ -62,11 +62,16 @@ def checked_state(value: Any) -> Mapping[str, torch.Tensor]:
     """A state dict as it was given.
 
     Raises:
-        CheckpointError: if it is something else, such as the module itself.
+        CheckpointError: if it is something else, such as the module itself, or holds something else than tensors.
     """
     if not isinstance(value, Mapping):
         raise CheckpointError(
             f"expected a state dict, got a {type(value).__name__}; give the weights of a module as module.state_dict()"
+        )
+    if odd := next((n for n, v in value.items() if not isinstance(v, torch.Tensor)), None):
+        raise CheckpointError(
+            f"{odd} is a {type(value[odd]).__name__}, and only tensors can be merged or measured; if that is what "
+            "get_extra_state gives, let it give a tensor or use modules without it"
         )
     return value
 

@@ -126,6 +126,9 @@ def write_shards(
 ) -> None:
     """Write shards and then their index; each takes its name when all of them are on the disk.
 
+    An index whose shards are replaced goes first: whoever is killed in between leaves no index, and never one that
+    names old shards and new ones.
+
     Args:
         index: the path of the index.
         shards: the names in each.
@@ -144,3 +147,5 @@ def write_shards(
             write(stack.enter_context(replacement(file)), names)
         text = {"metadata": {"total_size": sum(sizes.values()), **metadata}, "weight_map": listed}
         last.write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
+        if not {file.name for file in files}.isdisjoint(file.name for file in listed_shards(index)):
+            Path(os.path.realpath(index)).unlink()

@@ -56,8 +56,9 @@ def similarity(
     if (model is None) != (data is None):
         raise AutomergeError("the similarity of activations needs both model= and data=")
     dots, first, second, per = 0.0, 0.0, 0.0, {}
-    for name in checked_state(sd_a):
-        if (values := numbers((sd_a, sd_b), name)) is None:
+    states = [checked_state(state) for state in (sd_a, sd_b)]
+    for name in states[0]:
+        if (values := numbers(states, name)) is None:
             continue
         x, y = (v.flatten() for v in values)
         dot, xx, yy = float(x @ y), float(x @ x), float(y @ y)

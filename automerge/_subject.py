@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from automerge._copies import copied
 from automerge._double import Calibrate, Double, double_precision, widen
-from automerge._errors import TraceError
+from automerge._errors import AutomergeError, TraceError
 from automerge._gradients import as_needed, asking, copy_of, passed
 from automerge._objects import attributes_of, held_objects
 from automerge._random import forked
@@ -237,9 +237,9 @@ class Subject:
         try:
             self.model = doubled(model)
         except Exception as error:
+            what = str(error) if isinstance(error, AutomergeError) else f"{type(error).__name__}: {error}"
             raise TraceError(
-                f"{type(model).__name__} cannot be copied for verification ({type(error).__name__}: {error}); "
-                "pass verify=False to skip it"
+                f"verification runs a copy of {type(model).__name__}: {what}; pass verify=False to skip it"
             ) from error
         self.tensors = named_tensors(self.model)
         self.keeps: bool | None = None  # whether a pass leaves tensors for the next one; not known before the first

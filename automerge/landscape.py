@@ -114,8 +114,9 @@ def _plane_places(
 ) -> list[tuple[float, float]]:
     """Where three state dicts lie in their plane."""
     bb = bc = cc = 0.0
-    for name in checked_state(a):
-        if (values := numbers((a, b, c), name)) is None:
+    states = [checked_state(state) for state in (a, b, c)]
+    for name in states[0]:
+        if (values := numbers(states, name)) is None:
             continue
         one, two = (other - values[0] for other in values[1:])
         bb, bc, cc = bb + float((one * one).sum()), bc + float((one * two).sum()), cc + float((two * two).sum())

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from automerge import TraceError, infer, merge
+from automerge import AutomergeError, TraceError, infer, merge
 from automerge._copies import copied
 
 
@@ -172,7 +172,7 @@ def test_what_cannot_be_copied_and_holds_the_network_is_refused(how: str) -> Non
         "generator": lambda: (inner(x) for x in ()),
         "static method": lambda: staticmethod(lambda x: inner(x)),
     }[how]()
-    with pytest.raises(TypeError):
+    with pytest.raises(AutomergeError, match="cannot pickle"):
         copied(net)
     with pytest.raises(TraceError, match="cannot be copied"):
         infer(net, torch.randn(2, 3))

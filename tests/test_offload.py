@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -286,6 +287,19 @@ def test_shards_are_written_together_or_not_at_all(tmp_path: Path, monkeypatch: 
     with pytest.raises(OutputError, match="No space left"):
         save_state_dict(index, new, force=True, shard_bytes=3000)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    monkeypatch.undo()
+    renamed, rename = [], os.replace
+
+    def dies(source: object, target: object) -> None:
+        renamed.append(target)
+        if len(renamed) == 2:
+            raise KeyboardInterrupt
+        rename(source, target)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "replace", dies)
+    with pytest.raises(KeyboardInterrupt):
+        save_state_dict(index, new, force=True, shard_bytes=3000)
+    assert not index.exists()  # it would name old shards and new ones
     monkeypatch.undo()
     save_state_dict(index, new, force=True, shard_bytes=3000)
     assert all(torch.equal(v, load_state_dict(index)[n]) for n, v in new.items())

@@ -400,6 +400,14 @@ class _Extra(nn.Linear):
         pass
 
 
+class _Single(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(3, 2)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise RuntimeError("once only")
+
+
 class _Wrapped(torch.Tensor):
     """A tensor that holds others, as those of sharded or quantised models do."""
 
@@ -452,6 +460,8 @@ def _wider() -> dict[str, torch.Tensor]:
 
 _NET = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
 _SD, _X, _Y = _NET.state_dict(), torch.randn(6, 3), torch.arange(6) % 2
+_EXTRA = _Extra(3, 2)
+_PASS: dict[str, Any] = {"data": [_X], "verify": False}
 _ODD = {
     "inputs and labels": _Odd(
         AutomergeError,
@@ -570,6 +580,23 @@ _ODD = {
     "lazy match": _Odd(CheckpointError, "not initialised yet", lambda: match([_lazy(), _lazy()], infer(_NET, _X))),
     "extra state": _Odd(
         CheckpointError, "_extra_state is a dict in the architecture", lambda: merge([_Extra(3, 2), _Extra(3, 2)], _X)
+    ),
+    "extra state evaluated": _Odd(
+        CheckpointError, "is a dict, and only tensors", lambda: evaluate((_EXTRA, _EXTRA.state_dict()), [(_X, _Y)])
+    ),
+    "extra state averaged": _Odd(
+        CheckpointError, "is a dict, and only tensors", lambda: average([_EXTRA.state_dict()] * 2, [1, 1])
+    ),
+    "extra states compared": _Odd(
+        CheckpointError, "is a dict, and only", lambda: similarity(_EXTRA.state_dict(), _EXTRA.state_dict())
+    ),
+    "extra states on a path": _Odd(
+        CheckpointError, "is a dict, and only", lambda: interpolate(_EXTRA.state_dict(), _EXTRA.state_dict(), 0.5)
+    ),
+    "no copy": _Odd(
+        AutomergeError,
+        r"_Single cannot be copied .*once only",
+        lambda: merge([_Single(), _Single()], _X, matcher=CCA(), **_PASS),
     ),
     "wrapped tensors": _Odd(TraceError, "is a _Wrapped; infer on the model with plain", lambda: infer(_wrapped(), _X)),
     "merge of wrapped tensors": _Odd(
