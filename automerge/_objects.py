@@ -28,9 +28,10 @@ def held_objects(model: nn.Module) -> list[tuple[str, Any]]:
     todo = list(_attributes(model))
     while todo and len(found) < _MOST:
         path, value = todo.pop()
-        if isinstance(value, list | tuple | dict) and id(value) not in seen and len(value) < _MOST:
+        kind = next((k for k in (list, tuple, dict) if isinstance(value, k)), None)
+        if kind is not None and id(value) not in seen and kind.__len__(value) < _MOST:  # a subclass may refuse its own
             seen.add(id(value))
-            entries = value.items() if isinstance(value, dict) else enumerate(value)
+            entries = dict.items(value) if kind is dict else enumerate(kind.__iter__(value))
             todo += [(f"{path}.{key}", entry) for key, entry in entries if not isinstance(entry, _LEAVES)]
         if is_object(value) and id(value) not in found:
             found[id(value)] = path, value

@@ -317,11 +317,29 @@ def _sets_of(bucket: list[int], swapper: _Swapper, shown: np.ndarray) -> list[Un
             made = squared(both, lambda w: [end for _, end in swapper.out(w)])
             if made is not None:
                 return [UnitSet(*made)]
-        tables += [t for t in map(np.array, _tables(images)) if _is_new(t, known)]
-        if images:
-            smallest = min(len(i) for i in images.values())
-            left = [v for v in left if len(images.get(v, ())) != smallest]
+        found = [t for t in map(np.array, _tables(images)) if _is_new(t, known)]
+        tables += found
+        reached = _orbit(reference, found, bucket)
+        smallest = min(map(len, images.values()), default=0)
+        left = [v for v in left if v not in reached and (v not in images or len(images[v]) != smallest)]
     return [UnitSet(table) for table in tables]
+
+
+def _orbit(reference: int, tables: list[np.ndarray], bucket: list[int]) -> set[int]:
+    """Where a reference gets to by exchanges that all move the whole bucket: from there on they are the same ones.
+
+    (Sets that move a part of it have counterparts elsewhere, which are found from there.)
+    """
+    columns = [{v: column for column in table.T.tolist() for v in column} for table in tables]
+    if any(v not in column for column in columns for v in bucket):
+        return set()
+    reached, new = {reference}, [reference]
+    while new:
+        v = new.pop()
+        further = {w for column in columns for w in column[v]} - reached
+        reached |= further
+        new += further
+    return reached
 
 
 def _tables(images: dict[int, dict[int, int]]) -> list[list[list[int]]]:
