@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import deque
 from collections.abc import Iterator, MutableMapping
 from enum import Enum
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from torch import nn
 
 _FOREIGN = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "builtins"}
 _NAMESPACES = (SimpleNamespace, argparse.Namespace)
+_CONTAINERS: tuple[Any, ...] = (dict, list, tuple, set, frozenset, deque)
 _MOST = 10_000  # objects, and entries of a container: what is larger is data
 _OF_MODULES = frozenset(vars(nn.Module()))
 
@@ -28,10 +30,9 @@ def held_objects(model: nn.Module) -> list[tuple[str, Any]]:
     todo = list(_attributes(model))
     while todo and len(found) < _MOST:
         path, value = todo.pop()
-        kind = next((k for k in (list, tuple, dict) if isinstance(value, k)), None)
-        if kind is not None and id(value) not in seen and kind.__len__(value) < _MOST:  # a subclass may refuse its own
+        if isinstance(value, list | tuple | dict) and id(value) not in seen and size_of(value) < _MOST:
             seen.add(id(value))
-            entries = dict.items(value) if kind is dict else enumerate(kind.__iter__(value))
+            entries = dict.items(value) if isinstance(value, dict) else enumerate(entries_of(value) or ())
             todo += [(f"{path}.{key}", entry) for key, entry in entries if not isinstance(entry, _LEAVES)]
         if is_object(value) and id(value) not in found:
             found[id(value)] = path, value
@@ -41,6 +42,19 @@ def held_objects(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 _LEAVES = (torch.Tensor, nn.Module, str, int, float, type(None))
+
+
+def size_of(container: Any) -> int:
+    """How much is in a container, whatever its class makes of ``len``."""
+    return next((kind.__len__(container) for kind in _CONTAINERS if isinstance(container, kind)), 0)
+
+
+def entries_of(container: Any) -> list[Any] | None:
+    """What is in a container (keys too), whatever its class makes of iteration; None if it is none."""
+    if isinstance(container, dict):
+        return [*dict.keys(container), *dict.values(container)]
+    kind = next((kind for kind in _CONTAINERS if isinstance(container, kind)), None)
+    return None if kind is None else [*kind.__iter__(container)]
 
 
 def is_object(value: Any) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils._pytree import tree_leaves
 
-from automerge._objects import attributes_of, held_objects
+from automerge._objects import attributes_of, held_objects, size_of
 
 _CONTAINERS = (list, dict, set)
 _PLAIN = (list, dict, set, OrderedDict)
@@ -30,8 +30,8 @@ class _Kept:
         self.owner = owner
         self.attributes = dict(attributes_of(owner))
         containers = {k: v for k, v in self.attributes.items() if isinstance(v, _CONTAINERS)}
-        self.copies = {k: v.copy() if type(v) in _PLAIN else copy.copy(v) for k, v in containers.items() if v}
-        self.empty: list[Any] = [v for v in containers.values() if not v]
+        self.copies = {k: v.copy() if type(v) in _PLAIN else copy.copy(v) for k, v in containers.items() if size_of(v)}
+        self.empty: list[Any] = [v for v in containers.values() if not size_of(v)]
 
 
 Before = Sequence[_Kept]

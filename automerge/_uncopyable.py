@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextvars
+import copy
 import io
 import queue
 import threading
 import types
-from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+
+from automerge._objects import entries_of
 
 _SHARED: tuple[type, ...] = (  # nothing of a network is in these; a copy may use the very same ones
     *(types.ModuleType, staticmethod, classmethod, io.IOBase, types.GeneratorType, memoryview, types.MappingProxyType),
@@ -25,21 +27,39 @@ _SHARED: tuple[type, ...] = (  # nothing of a network is in these; a copy may us
 def uncopyable(held: Any) -> dict[Any, Any]:
     """What stands in a copy for the things reachable from an object that ``deepcopy`` refuses, by identity.
 
-    Python modules, locks, open files and the like stand for themselves, unless a network is seen in them; tensors that a pass
-    with gradients left for their values.
+    Python modules, locks, open files, objects that cannot be copied and the like stand for themselves, unless a network is
+    seen in them; tensors that a pass with gradients left for their values.
     """
     out: dict[Any, Any] = {}
     for one in _reachable(held):
         if isinstance(one, torch.Tensor):
             if not one.is_leaf:
                 out[id(one)] = one.detach().clone()
-        elif _shared(one) and not any(isinstance(n, torch.Tensor | nn.Module) for n in _reachable(_inside(one))):
+        elif _shared(one):
+            if not _holds_network(_inside(one)):
+                out[id(one)] = one
+        elif _refuses(one) and not _holds_network(one):
             out[id(one)] = one
     return out
 
 
 def _shared(one: Any) -> bool:
     return isinstance(one, _SHARED) or (isinstance(one, RemovableHandle) and one.hooks_dict_ref() is None)
+
+
+def _holds_network(held: Any) -> bool:
+    return any(isinstance(n, torch.Tensor | nn.Module) for n in _reachable(held))
+
+
+def _refuses(one: Any) -> bool:
+    """Whether an object of a program's own cannot be copied, though all that it holds may stay as it is."""
+    if isinstance(one, nn.Module) or type(one).__module__ == "builtins":
+        return False
+    try:
+        copy.deepcopy(one, {id(part): part for part in _within(one)})
+    except Exception:
+        return True
+    return False
 
 
 def _inside(one: Any) -> list[Any]:
@@ -70,10 +90,9 @@ def _reachable(held: Any) -> Iterator[Any]:
 
 
 def _within(one: Any) -> Iterable[Any]:
-    if isinstance(one, dict):
-        return [*one.keys(), *one.values()]
-    if isinstance(one, list | tuple | set | frozenset | deque):
-        return list(one)
+    entries = entries_of(one)
+    if entries is not None:
+        return entries
     return [*getattr(one, "__dict__", {}).values(), *(getattr(one, name, None) for name in _slots(type(one)))]
 
 

@@ -117,12 +117,31 @@ class Holder:
         self.network, self.lock = network, threading.Lock()
 
 
+class Irrep(tuple[int, int]):
+    """A tuple whose class makes it of two numbers, and refuses ``len``."""
+
+    def __new__(cls, degree: int, parity: int) -> Irrep:
+        return super().__new__(cls, (degree, parity))
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+class Tokens:
+    """An object without tensors that wraps what python cannot see."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("cannot pickle")
+
+
 UNCOPYABLE: dict[str, Callable[[], Any]] = {
     "a python module": lambda: F,
     "a lock": threading.Lock,
     "an event": threading.Event,
     "a queue": queue.Queue,
     "a file": lambda: io.TextIOWrapper(io.BytesIO()),
+    "a tuple without a length": lambda: Irrep(1, -1),
+    "an object that refuses": Tokens,
     "a static method": lambda: staticmethod(math.sin),
     "a generator": lambda: (i for i in range(3)),
     "the keys of a dict": lambda: {"a": 1}.keys(),
