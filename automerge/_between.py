@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from automerge._data import reals
 from automerge._errors import CheckpointError
+from automerge._forward import reals
 from automerge._loading import checked_state
 
 

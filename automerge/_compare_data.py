@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from automerge._data import Batch, Batches, device_of
+from automerge._data import Batch, Batches
 from automerge._errors import AutomergeError, MatchingError
+from automerge._forward import device_of
 from automerge._split import split_batches
 
 

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from automerge._data import Batch, Batches, bind, evaluating, logits_of, preserving, run_batch
+from automerge._data import Batch, Batches
 from automerge._errors import AutomergeError
+from automerge._forward import bind, evaluating, logits_of, preserving, run_batch
 
 SAMPLES = 512  # that are looked at; the distance is a mean over all outputs, and a comparison needs no more
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from automerge._verify import trial_elements
+from automerge._trials import trial_elements
 from automerge.infer import infer
 from automerge.io import buffer_names
 from automerge.symmetry import Symmetry

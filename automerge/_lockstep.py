@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils._pytree import tree_iter
 
 from automerge._copies import duplicate
-from automerge._data import Batch, Batches, run_batch
+from automerge._data import Batch, Batches
+from automerge._forward import run_batch
 from automerge._machine import physical_memory
 from automerge._observe import Event, Observer
 from automerge._random import Turns, gpus

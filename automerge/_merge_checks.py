@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from automerge._aliases import overlaps
-from automerge._data import Batches, check_eager, device_of, evaluating, preserving, run_batch
+from automerge._data import Batches
 from automerge._errors import AutomergeError, CheckpointError, MatchingError, SymmetryError
+from automerge._forward import check_eager, device_of, evaluating, preserving, run_batch
 from automerge._loading import as_loaded, check_tied
 from automerge._numbers import is_whole
 from automerge._repair_report import Renormaliser

@@ -40,7 +40,7 @@ def add_further(recorder: Recorder, model: nn.Module, args: Any, kwargs: Any) ->
         with recorder, Readers(recorder):
             result = model(*args, **kwargs)
         nodes = [recorder.node_of(t) for t in tensors_of(result)]
-    recorder.stack.clear()
+    recorder.at.again()
     made = [n for n in recorder.graph.nodes if n not in first]
     looked = [n for n in made if n.name in recorder.info.reads]
     if nodes and any(n in first and _computed(recorder, n) for n in _behind([*nodes, *looked], first)):

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import keyword
 import operator
 import re
-import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.modules import module as _nn_module
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import TensorWeakRef
@@ -30,8 +27,9 @@ from automerge._objects import attributes_of, held_objects
 from automerge._readers import read_again, tells, told
 from automerge._spellings import INDEXED, by_mask
 from automerge._trace_info import TraceInfo, source_line
-from automerge._tree_io import map_tensors, tensors_of
+from automerge._tree_io import checked_outputs, map_tensors
 from automerge._unfilled import NeedsValues, followed, looks, unfilled, unwritten
+from automerge._whereabouts import Whereabouts
 
 aten = torch.ops.aten
 _NO_WORD = re.compile("[^0-9A-Za-z]")
@@ -51,8 +49,7 @@ class Recorder(TorchDispatchMode):
         self.graph = fx.Graph()
         self.root = nn.Module()
         self.info = TraceInfo()
-        self.paths = {id(m): name for name, m in model.named_modules()}
-        self.stack: list[str] = []
+        self.at = Whereabouts(model)
         # by identity and by place in memory; tensors die while the model runs, and both are given out again
         self.tracked: dict[int, tuple[TensorWeakRef, Tracked, tuple[Any, ...] | None]] = {}
         self.layouts: dict[tuple[Any, ...], tuple[StorageWeakRef, Tracked]] = {}
@@ -146,33 +143,6 @@ class Recorder(TorchDispatchMode):
         )
         return map_tensors(visit, args, "args"), map_tensors(visit, kwargs, "kwargs")
 
-    # ------------------------------------------------------------ where we are
-    @contextlib.contextmanager
-    def watch_modules(self) -> Iterator[None]:
-        def enter(module: nn.Module, _: Any) -> None:
-            self.stack.append(self.paths.get(id(module), self.stack[-1] if self.stack else ""))
-
-        def leave(module: nn.Module, _: Any, __: Any) -> None:
-            if self.stack:
-                self.stack.pop()
-
-        handles = [
-            _nn_module.register_module_forward_pre_hook(enter),
-            _nn_module.register_module_forward_hook(leave, always_call=False),
-        ]
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", message=r"Using `torch\.compile\(module\)` when there are global hooks"
-                )
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def where(self) -> str:
-        return f" in module {self.stack[-1]!r}" if self.stack and self.stack[-1] else ""
-
     # ------------------------------------------------------------ tensors and nodes
     def _register(self, tensor: torch.Tensor, tracked: Tracked) -> None:
         layout = None
@@ -208,10 +178,10 @@ class Recorder(TorchDispatchMode):
         value = tensor.detach().clone()
         node = self.fixed(value)
         node.meta["from_inputs"] = self.arrays and id(tensor) not in self.held
-        self.info.unknown.append(f"{node.target}{self.where()}")
+        self.info.unknown.append(f"{node.target}{self.at.where()}")
         if isinstance(tensor, nn.Parameter) and id(tensor) not in self.given:
             self.info.unregistered.append(node.meta["source"])
-        self.keep(self.held.get(id(tensor), f"a tensor of its own{self.where()}"), tensor, value)
+        self.keep(self.held.get(id(tensor), f"a tensor of its own{self.at.where()}"), tensor, value)
         return node
 
     def fixed(self, value: torch.Tensor) -> fx.Node:
@@ -219,7 +189,7 @@ class Recorder(TorchDispatchMode):
         name = f"_constant_{len(self.root._buffers)}"
         self.root.register_buffer(name, value)
         node = self.graph.get_attr(name)
-        node.meta.update(val=value, module=self.stack[-1] if self.stack else "", source=source_line())
+        node.meta.update(val=value, module=self.at.module, source=source_line())
         return node
 
     def emit(self, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
@@ -241,9 +211,7 @@ class Recorder(TorchDispatchMode):
             self.varying.add(node)
         if self.blank and any(n in self.blank for n in sources):
             self.blank.add(node)
-        node.meta.update(
-            val=self.example(node, value), module=self.stack[-1] if self.stack else "", source=source_line()
-        )
+        node.meta.update(val=self.example(node, value), module=self.at.module, source=source_line())
         return node
 
     def example(self, node: fx.Node, value: Any, own: bool = False) -> Any:
@@ -274,7 +242,7 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         if any(isinstance(a, torch.ScriptObject) for a in args):
             raise TraceError(
-                f"{func._schema.name}{self.where()} reads packed (quantised) weights, which are no tensors; infer on the "
+                f"{func._schema.name}{self.at.where()} reads packed (quantised) weights, which are no tensors; infer on the "
                 "model before it is quantised"
             )
 
@@ -293,7 +261,7 @@ class Recorder(TorchDispatchMode):
             return out
         out = func(*args, **kwargs)
         if isinstance(out, torch.Tensor) and out.is_nested:
-            raise TraceError(f"the model makes a nested tensor{self.where()} ({source_line()}), {NO_NESTED}")
+            raise TraceError(f"the model makes a nested tensor{self.at.where()} ({source_line()}), {NO_NESTED}")
         if func.overloadpacket in _BARE and not out.is_meta:
             out.zero_()  # what lies in memory by chance is no constant with distinct entries
         self.record(func, args, node_args, node_kwargs, out)
@@ -329,7 +297,7 @@ class Recorder(TorchDispatchMode):
 
     def place(self) -> str:
         """Where the model is."""
-        return f"{source_line()}{self.where()}"
+        return f"{source_line()}{self.at.where()}"
 
     def note_read(self, node: Any, place: str = "") -> None:
         """Python sees a tensor's values: from here on the trace holds for those values only."""
@@ -383,18 +351,7 @@ class Recorder(TorchDispatchMode):
                     self._register(value, Tracked(self.emit(operator.getitem, (node, i), {}, value)))
 
     def finish(self, result: Any) -> fx.GraphModule:
-        outputs = tensors_of(result)
-        if any(isinstance(leaf, Iterator) for leaf in tree_leaves(result)):
-            raise TraceError(
-                "the model returns an iterator, whose values are made after the pass; give a model that returns a list of them"
-            )
-        if not outputs:
-            raise TraceError("the model returned no tensor; automerge needs an output that it can compare")
-        if not any(t.numel() for t in outputs):
-            raise TraceError(
-                f"every output on the example inputs is empty ({', '.join(str(tuple(t.shape)) for t in outputs[:3])}), so "
-                "nothing shows how the model works; give inputs with at least one row"
-            )
+        outputs = checked_outputs(result)
         with torch.no_grad():
             nodes = tuple(map(self.node_of, outputs)) if self.outputs is None else self.outputs
             for node, after in self.after:

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from automerge._data import Batch, Batches, evaluating, run_batch
+from automerge._data import Batch, Batches
+from automerge._forward import evaluating, run_batch
 from automerge._lockstep import Held, replicas, run_together, several
 from automerge._moments import Moments
 from automerge._observe import Event, Key, Observer, View

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from automerge._data import Batch, logits_of, run_batch
+from automerge._data import Batch
 from automerge._errors import AutomergeError
+from automerge._forward import logits_of, run_batch
 
 IGNORED = -100
 Metric = Callable[[Any, Any], float | torch.Tensor]

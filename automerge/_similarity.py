@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from automerge._between import numbers
-from automerge._data import Batches, device_of
+from automerge._data import Batches
 from automerge._double import own_modes
 from automerge._errors import AutomergeError
+from automerge._forward import device_of
 from automerge._loading import check_values, checked_state
 from automerge._measures import Similarity
 from automerge._statistics import collect

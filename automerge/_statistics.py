@@ -14,8 +14,9 @@ import torch
 from torch import fx, nn
 
 from automerge._copies import copied
-from automerge._data import Batch, device_of, few_inputs
+from automerge._data import Batch
 from automerge._errors import CheckpointError, MatchingError, TraceError
+from automerge._forward import device_of, few_inputs
 from automerge._moments import CrossMoments
 from automerge._places import Place, Survey, survey
 from automerge._random import drawing, gpus

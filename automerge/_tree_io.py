@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import deque
-from collections.abc import Callable, ItemsView, Mapping, ValuesView
+from collections.abc import Callable, ItemsView, Iterator, Mapping, ValuesView
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
+
+from automerge._errors import TraceError
 
 _LEAVES = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout})
 
@@ -109,3 +111,24 @@ def _attributes(held: Any) -> list[Any]:
     slots = (getattr(one, "__slots__", ()) for one in type(held).__mro__)
     names = [name for own in slots for name in ([own] if isinstance(own, str) else own)]
     return [*getattr(held, "__dict__", {}).values(), *(getattr(held, name, None) for name in names)]
+
+
+def checked_outputs(result: Any) -> list[torch.Tensor]:
+    """The tensors that a model returns.
+
+    Raises:
+        TraceError: if there are none, all are empty, or some are made after the pass.
+    """
+    outputs = tensors_of(result)
+    if any(isinstance(leaf, Iterator) for leaf in pytree.tree_leaves(result)):
+        raise TraceError(
+            "the model returns an iterator, whose values are made after the pass; give a model that returns a list of them"
+        )
+    if not outputs:
+        raise TraceError("the model returned no tensor; automerge needs an output that it can compare")
+    if not any(t.numel() for t in outputs):
+        raise TraceError(
+            f"every output on the example inputs is empty ({', '.join(str(tuple(t.shape)) for t in outputs[:3])}), so "
+            "nothing shows how the model works; give inputs with at least one row"
+        )
+    return outputs

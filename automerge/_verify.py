@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import time
 import warnings
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from torch import fx, nn
+from torch import nn
 
 from automerge._batches import mixes_rows
-from automerge._data import preserving
 from automerge._diagnosis import OtherPathError, Setting, failure
 from automerge._difference import finite, relative_difference
 from automerge._double import own_modes
 from automerge._errors import AutomergeError, InvarianceError, SymmetryError, TraceError
-from automerge._gradients import as_needed, copy_of
 from automerge._loading import check_values
 from automerge._longer import far_inputs, other_sizes
 from automerge._numbers import is_whole
-from automerge._random import forked
-from automerge._subject import Change, Move, Subject, fresh_inputs, named_tensors, randomised, runnable
-from automerge._tree_io import map_tensors, tensors_of
-from automerge.groups import Element
-from automerge.symmetry import Exchange, Generator, Symmetry
-from automerge.trace import normalise_args, prepared
+from automerge._subject import Move, Subject, fresh_inputs, named_tensors, randomised, runnable
+from automerge._tree_io import tensors_of
+from automerge._trials import jitter, trial_elements, within_rounding
+from automerge.symmetry import Symmetry
+from automerge.trace import normalise_args
 
 _QUICK = 0.1  # seconds
 _PLAIN = 1e-3  # a change that changes of the last digits do not come to where errors of 1e-9 are told from them
@@ -273,46 +268,13 @@ def _last_quick(
     return last
 
 
-def within_rounding(
-    error: float,
-    before: Sequence[torch.Tensor],
-    run: Callable[[Change], list[torch.Tensor]],
-    difference: Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], float],
-    draws: int = 8,
-) -> bool:
-    """Whether changing every weight in its last digits changes the outputs about as much as ``error``.
-
-    An output that cancels exactly (the sum of a normalisation over two channels) holds nothing but rounding errors, which
-    depend on the order of summation: no permutation leaves them alone. A wrong group changes more than that by far.
-
-    Args:
-        error: a difference of outputs.
-        before: the outputs under the weights as they are.
-        run: the outputs under weights that are changed on the way.
-        difference: how outputs are compared.
-        draws: how many random changes, each about four units in the last place.
-    """
-    return any(error <= 32 * difference(before, run(partial(_jitter, 1e-15, seed))) for seed in range(draws))
-
-
-def _jitter(size: float, seed: int, name: str, value: torch.Tensor) -> torch.Tensor:
-    """A tensor whose entries change by about this share; the same for the same name and seed."""
-    if value.is_complex():
-        return torch.view_as_complex(_jitter(size, seed, name, torch.view_as_real(value.resolve_conj())))
-    if not value.is_floating_point():
-        return value
-    rng = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-    noise = torch.randn(value.shape, generator=rng, dtype=torch.float32)  # several times faster than in float64
-    return value * noise.to(value.device, torch.float64).mul_(size).add_(1)
-
-
 def _reacts(setting: Setting, symmetry: Symmetry) -> bool:
     """Whether the outputs depend on what the group moves: a dead output would agree with any claim."""
     names = symmetry.moved
 
     def perturbed(name: str, value: torch.Tensor) -> torch.Tensor:
         key = symmetry.aliases.get(name, name)
-        return _jitter(1e-2, 1, key, value) if key in names else value
+        return jitter(1e-2, 1, key, value) if key in names else value
 
     for turn, values in enumerate(setting.before):
         run = partial(setting.run, turn)
@@ -320,43 +282,6 @@ def _reacts(setting: Setting, symmetry: Symmetry) -> bool:
         if change > _PLAIN or (change > 1e-8 and not within_rounding(change, values, run, relative_difference, 1)):
             return True
     return False
-
-
-def trial_elements(symmetry: Symmetry, count: int, seed: int) -> Iterator[Element]:
-    """The elements of `trial_moves`."""
-    sets = len(symmetry.sets)
-    for moves in trial_moves(symmetry, count, seed):
-        yield symmetry.element(moves[:sets], moves[sets:] or None)
-
-
-def trial_moves(symmetry: Symmetry, count: int, seed: int) -> Iterator[list[np.ndarray]]:
-    """Permutations of each generator and exchange that tell them apart: every one moves, of two small ones one alone.
-
-    Large sets move by independent random cycles each time. A set of two or three units has hardly a choice, so two of them
-    that may only move together would always do so, or by chance in every trial: each gets a binary code of its own, and
-    moves in the trials where its code has a one.
-
-    Args:
-        symmetry: the group.
-        count: at least so many of them; more where the codes need them. None if there are no generators.
-        seed: of the codes and cycles.
-    """
-    rng = np.random.default_rng(seed)
-    groups: list[Generator | Exchange] = [*symmetry.sets, *symmetry.exchanges]
-    small = [i for i, g in enumerate(groups) if g.size <= 3]
-    bits = max(count, int(np.ceil(np.log2(len(small) + 1)))) if groups else 0
-    drawn: Any = rng.choice(2**bits - 1, size=len(small), replace=False) + 1 if small else ()
-    codes = dict(zip(small, map(int, drawn), strict=True))
-    for bit in range(bits):
-        yield [_cycle(g.size, rng) if codes.get(i, -1) >> bit & 1 else np.arange(g.size) for i, g in enumerate(groups)]
-
-
-def _cycle(n: int, rng: np.random.Generator) -> np.ndarray:
-    """A random permutation that is one cycle, so that nothing stays."""
-    order = rng.permutation(n)
-    out = np.empty(n, np.int64)
-    out[order] = np.roll(order, 1)
-    return out
 
 
 def _alias(state: dict[str, torch.Tensor], symmetry: Symmetry) -> dict[str, torch.Tensor]:
@@ -376,49 +301,3 @@ def _check_fits(symmetry: Symmetry, tensors: Mapping[str, torch.Tensor], model: 
                 f"the symmetry is of another architecture: its {name}, of the shape {tuple(shape)}, {found} in this "
                 f"{type(model).__name__}; infer it again"
             )
-
-
-def check_replay(model: nn.Module, args: Any, kwargs: Any, graph: fx.GraphModule) -> str | None:
-    """A note if the recorded graph and the model disagree on fresh inputs: the path depended on data."""
-    positional, keywords = normalise_args(args, kwargs)
-    info = graph.meta["trace"]
-    if info.rewritten:
-        names = list(dict.fromkeys(info.rewritten))[:3]
-        return f"the forward pass writes to {', '.join(names)}; the trace holds for their present values"
-    if any(word in str(n.target) for n in graph.graph.nodes for word in ("rand", "bernoulli", "normal")):
-        return "the forward pass draws random numbers; the groups hold for any fixed draw"
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-
-    def run(args: Any, kwargs: Any) -> Any:
-        own = map_tensors(lambda _, t: copy_of(t), (args, kwargs))  # a model may write to them
-        with as_needed(model):
-            return model(*own[0], **own[1])
-
-    try:
-        with torch.no_grad(), prepared(model), preserving(model), forked():
-            how, found = runnable(run, positional, keywords, 1)
-            given = fresh_inputs(positional, keywords, 1, how)
-            fed = [t.clone() for t in tensors_of_in_order(given)]
-            replayed = graph(*(tensors[n].detach().clone() for n in info.names.values()), *fed)
-            expected = tensors_of(run(*given) if found is None else found)
-        same = (
-            relative_difference(
-                *([t.detach() if t.is_complex() else t.detach().double() for t in o] for o in (expected, replayed))
-            )
-            < 1e-2
-        )
-    except Exception as error:
-        return (
-            f"the recorded graph does not replay on other inputs ({type(error).__name__}); the groups hold for its path"
-        )
-    if same:
-        return None
-    return "on other inputs the model takes another path than the recorded one; the groups hold for the recorded path"
-
-
-def tensors_of_in_order(given: tuple[Any, Any]) -> list[torch.Tensor]:
-    """The input tensors in the order in which `trace` makes placeholders."""
-    found: list[torch.Tensor] = []
-    map_tensors(lambda _, t: found.append(t) or t, given[0])  # type: ignore[func-returns-value]
-    map_tensors(lambda _, t: found.append(t) or t, given[1])  # type: ignore[func-returns-value]
-    return found

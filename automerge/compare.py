@@ -20,10 +20,12 @@ from automerge._canvas import new_figure
 from automerge._compare_data import DataSets, about, as_items
 from automerge._comparison import Comparison, Row, Score
 from automerge._copies import carrying, copied, is_empty, loaded
-from automerge._data import Batch, Batches, evaluating, logits_of, preserving, run_batch
+from automerge._data import Batch, Batches
 from automerge._double import own_modes
 from automerge._errors import AutomergeError
+from automerge._evaluation import Network, Source
 from automerge._fixed import infer_common, shared_constants
+from automerge._forward import evaluating, logits_of, preserving, run_batch
 from automerge._merge_checks import Model, check_inseparable, check_models, check_weights, listed_models
 from automerge._offload import MEMORY
 from automerge._repair_report import Renormaliser
@@ -31,7 +33,7 @@ from automerge._repair_stage import renormalise
 from automerge._scores import IGNORED, class_axis, counted, likely_axis
 from automerge._singular import agreed, marks, measured_again
 from automerge.datafree import GaussianRepair, RowNorms
-from automerge.evaluate import Network, Source, barrier, evaluate, predictions
+from automerge.evaluate import barrier, evaluate, predictions
 from automerge.fitting import LeastSquares
 from automerge.io import tied_names
 from automerge.landscape import plane

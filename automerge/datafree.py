@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
-from automerge._data import Batch, Batches, bind, device_of
+from automerge._data import Batch, Batches
 from automerge._errors import AutomergeError
+from automerge._forward import bind, device_of
 from automerge._gauss import Gaussian
 from automerge._moments import Moments
 from automerge._propagation import propagate

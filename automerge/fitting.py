@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from automerge._data import Batch, Batches, bind, device_of, run_batch
+from automerge._data import Batch, Batches
 from automerge._errors import AutomergeError
+from automerge._forward import bind, device_of, run_batch
 from automerge._observe import Event, Observer
 from automerge._repair import Reached, Tensors, make_plan, measure_one, watching
 from automerge._repair_plan import UNRESET, Norm, Site

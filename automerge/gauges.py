@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from automerge._data import reals
 from automerge._difference import relative_difference
 from automerge._double import own_modes
 from automerge._errors import CheckpointError, InvarianceError, SymmetryError
+from automerge._forward import reals
 from automerge._gauge_steps import (
     Candidate,
     Fold,

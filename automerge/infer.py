@@ -20,9 +20,10 @@ from automerge._hidden import hides
 from automerge._machine import physical_memory, readable
 from automerge._notes import of_mixed, of_numbers, of_writes
 from automerge._reaching import OtherTraces, by_data
+from automerge._replay import check_replay
 from automerge._settled import settled
 from automerge._subject import check_inputs
-from automerge._verify import Verification, check_replay
+from automerge._verify import Verification
 from automerge._verify import verify as check_symmetry
 from automerge.rules import ORDERED, Analysis
 from automerge.rules._nodes import choosing_none

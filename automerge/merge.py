@@ -17,9 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from automerge._data import Batches, device_of
+from automerge._data import Batches
 from automerge._double import own_modes
 from automerge._errors import AutomergeError, CheckpointError, MatchingError
+from automerge._forward import device_of
 from automerge._loading import check_values, checked_state
 from automerge._merge_checks import (
     Model,

@@ -18,9 +18,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from automerge._data import Batches, bind, device_of, preserving, run_batch
+from automerge._data import Batches
 from automerge._double import own_modes
 from automerge._errors import AutomergeError
+from automerge._forward import bind, device_of, preserving, run_batch
 from automerge._moments import Moments
 from automerge._observe import Key
 from automerge._repair import (

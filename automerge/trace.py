@@ -113,7 +113,7 @@ def _recorded(model: nn.Module, positional: Any, keywords: Any, recorder: Record
     """One run of a model under a recorder."""
     positional, keywords = recorder.add_inputs(positional, keywords)
     # what the model draws is not the caller's
-    with prepared(model) as before, recorder.watch_modules(), releasing(_LARGE), forked():
+    with prepared(model) as before, recorder.at.watching(), releasing(_LARGE), forked():
         try:
             with torch.no_grad(), as_needed(model), opaque_modules(recorder, model):
                 with recorder, Readers(recorder):
@@ -128,7 +128,7 @@ def _recorded(model: nn.Module, positional: Any, keywords: Any, recorder: Record
             text = f"{error}".strip().split("\n")[0][:300]
             raise TraceError(
                 f"{type(model).__name__} does not run on the example inputs ({shapes})"
-                f"{recorder.where()}: {type(error).__name__}: {text}"
+                f"{recorder.at.where()}: {type(error).__name__}: {text}"
             ) from error
         finally:
             recorder.restore()

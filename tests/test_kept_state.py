@@ -24,7 +24,8 @@ from automerge import (
     merge,
     reset_batchnorm,
 )
-from automerge._data import Batch, bind, run_batch
+from automerge._data import Batch
+from automerge._forward import bind, run_batch
 from automerge._restoring import lent, restored
 
 

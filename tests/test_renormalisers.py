@@ -14,8 +14,9 @@ from scipy import integrate
 from torch import nn
 
 from automerge import GaussianRepair, LeastSquares, Renormaliser, Repair, RowNorms, average, infer, merge, trace
-from automerge._data import Batch, bind, run_batch
+from automerge._data import Batch
 from automerge._errors import AutomergeError
+from automerge._forward import bind, run_batch
 from automerge._gauss import Gaussian, nonlinear, relu_moments
 from automerge._propagation import propagate
 from zoo.models import ZOO

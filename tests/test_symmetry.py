@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from automerge import Generator, Pin, Slot, Symmetry, SymmetryError
 from automerge.symmetry import slots_by_parameter
-from automerge.testing._assertions import permuted
+from automerge.testing._witness import permuted
 from tests._symmetries import ALL, units, weights
 
 NAMES = sorted(ALL)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from automerge._assignment import assign
-from automerge._data import reals
+from automerge._forward import reals
 from automerge._offload import Store
 from automerge._ranks import ALONE, Ranks
 from automerge._tree import crossing

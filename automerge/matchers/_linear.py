@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from automerge._copies import copied
-from automerge._data import Batches, bind, evaluating, logits_of, preserving, run_batch
+from automerge._data import Batches
 from automerge._errors import MatchingError
+from automerge._forward import bind, evaluating, logits_of, preserving, run_batch
 from automerge._linear_groups import LinearGroup, linear_groups, summary
 from automerge._linear_maps import LinearElement, Matrix, linear_element, permutations_of
 from automerge._statistics import Mask, Statistics, attention_mask, collect, covariances

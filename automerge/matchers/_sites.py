@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from automerge._count_sketch import CountSketch
-from automerge._data import Batch, Batches, device_of
+from automerge._data import Batch, Batches
 from automerge._errors import MatchingError
+from automerge._forward import device_of
 from automerge._moments import CrossMoments
 from automerge._places import Place
 from automerge._statistics import Mask, Observed, attention_mask, collect

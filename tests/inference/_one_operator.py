@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from automerge import Symmetry
 from automerge._derive import infer_graph
-from automerge.testing._assertions import difference, permuted
+from automerge.testing._witness import difference, permuted
 from automerge.trace import TraceInfo
 
 aten = torch.ops.aten

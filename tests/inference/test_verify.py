@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from automerge import Generator, InvarianceError, Slot, Symmetry, SymmetryError, TraceError, infer, verify
-from automerge._verify import trial_elements
+from automerge._trials import trial_elements
 from automerge.testing import assert_sound
 
 

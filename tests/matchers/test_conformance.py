@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from automerge import matchers
-from automerge._data import Batch, bind, run_batch
+from automerge._data import Batch
 from automerge._errors import CheckpointError, MatchingError, SymmetryError
+from automerge._forward import bind, run_batch
 from automerge.groups import Element
 from automerge.matchers import (
     MATCHERS,

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from automerge import CCA, ActivationMatching, FrankWolfe, Matching, Procrustes, ZipIt, infer, match, matchers, merge
-from automerge._data import Batch, bind, run_batch
+from automerge._data import Batch
 from automerge._errors import MatchingError, SymmetryError
+from automerge._forward import bind, run_batch
 from automerge._linear_maps import LinearElement, Matrix, linear_element, permutations_of
 from automerge.matchers._linear import LinearMatcher, polar
 from automerge.symmetry import Symmetry
