@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from automerge._aliases import memory_of, overlaps
@@ -40,8 +42,27 @@ def lacking(network: nn.Module) -> str | None:
 
 
 def copied(network: nn.Module) -> nn.Module:
-    """A copy of a module, with what it keeps of earlier passes by value."""
-    return duplicate(network, of_passes(network))
+    """A copy of a module, with what it keeps of earlier passes by value.
+
+    ``deepcopy`` gives every parameter memory of its own, so that parameters over one memory (``nn.Parameter(w.t())``) would
+    be independent in the copy, and so would their groups.
+    """
+    memo = of_passes(network)
+    held: dict[Any, dict[int, torch.Tensor]] = {}
+    for tensor in (*network.parameters(), *network.buffers()):
+        if _has_place(tensor):
+            held.setdefault(memory_of(tensor), {})[id(tensor)] = tensor
+    for together in (t for t in held.values() if len(t) > 1):
+        for key, tensor in together.items():
+            if type(tensor) is nn.Parameter:
+                memo[key] = nn.Parameter(deepcopy(tensor.data, memo), tensor.requires_grad)
+    return duplicate(network, memo)
+
+
+def _has_place(tensor: torch.Tensor) -> bool:
+    """Whether it is a tensor over memory that another may be over as well."""
+    plain = tensor.layout is torch.strided and not is_traceable_wrapper_subclass(tensor) and not is_lazy(tensor)
+    return plain and tensor.numel() > 0
 
 
 def duplicate(network: nn.Module, memo: dict[Any, Any]) -> nn.Module:
@@ -151,21 +172,8 @@ def of_passes(network: nn.Module) -> dict[Any, Any]:
 
 
 def loaded(network: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
-    """A copy of a module with some weights, copied.
-
-    ``deepcopy`` gives every parameter memory of its own, so that parameters over one memory (``nn.Parameter(w.t())``) would
-    be independent in the copy, and so would their groups.
-    """
-    memo = of_passes(network)
-    held: dict[Any, dict[int, torch.Tensor]] = {}
-    for tensor in (*network.parameters(), *network.buffers()):
-        if tensor.layout is torch.strided and tensor.numel():
-            held.setdefault(memory_of(tensor), {})[id(tensor)] = tensor
-    for together in (t for t in held.values() if len(t) > 1):
-        for key, tensor in together.items():
-            if type(tensor) is nn.Parameter:
-                memo[key] = nn.Parameter(deepcopy(tensor.data, memo), tensor.requires_grad)
-    own = duplicate(network, memo)
+    """A copy of a module with some weights, copied."""
+    own = copied(network)
     own.load_state_dict(dict(weights))
     return own
 

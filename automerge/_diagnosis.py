@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from automerge._double import double_precision, widen
 from automerge._errors import InvarianceError, TraceError
 from automerge._random import forked
 from automerge._subject import Change, Subject, named_tensors, unchanged
@@ -50,8 +49,8 @@ def failure(model: nn.Module, symmetry: Symmetry, setting: Setting, turn: int, m
     graphs = []
     for state, change in ((setting.base, unchanged), (setting.base, move), (own, unchanged)):
         subject.load(state, change)
-        with torch.no_grad(), double_precision(), forked(seed=0):
-            inputs = map_tensors(widen, given[0]), map_tensors(widen, given[1])
+        with torch.no_grad(), subject.computing(), forked(seed=0):
+            inputs = map_tensors(subject.given, given[0]), map_tensors(subject.given, given[1])
             graphs.append(trace(subject.model, *inputs, constants=fixed))
     for node in graphs[0].graph.nodes:  # tensors in one memory that are several in a copy
         if node.meta.get("name") in symmetry.aliases:

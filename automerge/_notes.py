@@ -89,3 +89,12 @@ def of_mixed(shapes: str) -> str | None:
         f"on inputs of the shapes {shapes} the model mixes the entries of a batch (its output has other rows than the input): "
         "the groups hold for inputs like the example"
     )
+
+
+def of_precision(dtype: str) -> str | None:
+    """In what the groups were checked, if that is not float64."""
+    if dtype == "float64":
+        return None
+    return (
+        f"the model does not run in float64: the groups were verified in {dtype}, which shows changes of 1e-4 and more"
+    )

@@ -64,6 +64,7 @@ class Recorder(TorchDispatchMode):
         self.after: list[tuple[fx.Node, fx.Node]] = []  # parameters and what is left in them
         self.replaced: list[str] = []
         self.kept: list[tuple[str, torch.Tensor, torch.Tensor, int]] = []
+        self.unseen: dict[int, fx.Node] = {}  # constants without entries that the model holds
         self.buffers = {id(t): name for name, t in model.named_buffers()}
         owners = [*model.named_modules(), *held_objects(model)]
         held = [(f"{path}.{n}" if path else n, t) for path, one in owners for n, t in attributes_of(one).items()]
@@ -178,6 +179,8 @@ class Recorder(TorchDispatchMode):
         value = tensor.detach().clone()
         node = self.fixed(value)
         node.meta["from_inputs"] = self.arrays and id(tensor) not in self.held
+        if not tensor.numel() and id(tensor) in self.held:
+            self.unseen[id(tensor)] = node
         self.info.unknown.append(f"{node.target}{self.at.where()}")
         if isinstance(tensor, nn.Parameter) and id(tensor) not in self.given:
             self.info.unregistered.append(node.meta["source"])

@@ -1,9 +1,10 @@
-"""A float64 copy of a model that answers under other weights and inputs."""
+"""A copy of a model, in float64, that answers under other weights and inputs."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -200,13 +201,6 @@ def unchanged(name: str, value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def _own(name: str, value: torch.Tensor) -> torch.Tensor:
-    """An input in double precision that a model may write to."""
-    plain = value.detach()
-    wide = widen(name, plain)
-    return asking(wide.clone() if wide is plain else wide, value)
-
-
 def doubled(model: nn.Module) -> nn.Module:
     """A copy of a model in double precision and in eval mode; `nn.Module.double` leaves complex tensors as they are.
 
@@ -231,11 +225,18 @@ def doubled(model: nn.Module) -> nn.Module:
 
 
 class Subject:
-    """A float64 copy of the model whose weights can be set; one tensor at a time, so that no third copy is made."""
+    """A copy of the model whose weights can be set; one tensor at a time, so that no third copy is made.
 
-    def __init__(self, model: nn.Module) -> None:
+    Attributes:
+        model: the copy.
+        wide: whether it computes in float64; else as the model does, where that knows nothing else.
+        rounding: relative, about four units in the last place.
+    """
+
+    def __init__(self, model: nn.Module, wide: bool = True) -> None:
+        self.wide, self.rounding = wide, 1e-15 if wide else 5e-7
         try:
-            self.model = doubled(model)
+            self.model = doubled(model) if wide else copied(model).eval()
         except Exception as error:
             what = str(error) if isinstance(error, AutomergeError) else f"{type(error).__name__}: {error}"
             raise TraceError(
@@ -265,6 +266,8 @@ class Subject:
 
         What is ``fixed`` (statistics that are constants) keeps its values.
         """
+        if not self.wide:
+            return state
         self.outputs(state, args, kwargs, mode=Calibrate)
         own = {n: t for n, t in self.tensors.items() if n not in fixed}
         return {n: own[n].detach().clone() if n in own and not torch.equal(own[n], v) else v for n, v in state.items()}
@@ -277,13 +280,13 @@ class Subject:
         change: Change = unchanged,
         mode: type[Double] = Double,
     ) -> list[torch.Tensor]:
-        """The float64 outputs under some weights, of two passes where one leaves tensors for the next.
+        """The outputs under some weights, of two passes where one leaves tensors for the next.
 
         Random operators draw the same numbers every time.
         """
         self.load(state, change)
         held = _held(self.model) if self.keeps is None and mode is Double and change is unchanged else None
-        with prepared(self.model), double_precision(mode), forked(seed=0):
+        with prepared(self.model), self.computing(mode), forked(seed=0):
             found = self._pass(args, kwargs)
             if held is not None:
                 self.keeps = _numbers(held) != _numbers(_held(self.model)) or self._wrote(state)
@@ -291,6 +294,16 @@ class Subject:
                 with contextlib.suppress(Exception):  # a cache that is full, say
                     found += self._pass(args, kwargs)
         return found
+
+    def computing(self, mode: type[Double] = Double) -> AbstractContextManager[Any]:
+        """Where the copy is run."""
+        return double_precision(mode) if self.wide else contextlib.nullcontext()
+
+    def given(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """An input that the copy may write to."""
+        plain = value.detach()
+        own = widen(name, plain) if self.wide else plain
+        return asking(own.clone() if own is plain else own, value)
 
     def _wrote(self, state: Mapping[str, torch.Tensor]) -> bool:
         """Whether the weights are others than those that were set; what is written to by ``.data`` counts no writes."""
@@ -300,8 +313,8 @@ class Subject:
     def _pass(self, args: Any, kwargs: Any) -> list[torch.Tensor]:
         def run() -> list[torch.Tensor]:
             with as_needed(self.model):
-                result = self.model(*map_tensors(_own, args), **map_tensors(_own, kwargs))
-            return [t.detach().clone() for t in tensors_of(result)]
+                result = self.model(*map_tensors(self.given, args), **map_tensors(self.given, kwargs))
+            return [widen("", t.detach().clone()) for t in tensors_of(result)]
 
         return passed(self.model, run)
 

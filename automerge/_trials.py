@@ -58,6 +58,7 @@ def within_rounding(
     run: Callable[[Change], list[torch.Tensor]],
     difference: Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], float],
     draws: int = 8,
+    size: float = 1e-15,
 ) -> bool:
     """Whether changing every weight in its last digits changes the outputs about as much as ``error``.
 
@@ -69,9 +70,10 @@ def within_rounding(
         before: the outputs under the weights as they are.
         run: the outputs under weights that are changed on the way.
         difference: how outputs are compared.
-        draws: how many random changes, each about four units in the last place.
+        draws: how many random changes.
+        size: of each, relative: about four units in the last place.
     """
-    return any(error <= 32 * difference(before, run(partial(jitter, 1e-15, seed))) for seed in range(draws))
+    return any(error <= 32 * difference(before, run(partial(jitter, size, seed))) for seed in range(draws))
 
 
 def jitter(size: float, seed: int, name: str, value: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,7 @@ from automerge.symmetry import Symmetry
 from automerge.trace import normalise_args
 
 _QUICK = 0.1  # seconds
+_SINGLE = 1e-4  # the smallest tolerance where a model computes in float32 only
 _PLAIN = 1e-3  # a change that changes of the last digits do not come to where errors of 1e-9 are told from them
 
 
@@ -44,6 +45,7 @@ class Verification:
         seconds: wall time.
         longer: how many inputs of other sizes the model ran on, with two elements or three each.
         mixed: of what shapes inputs were left out since the model mixes the entries of a batch on them; empty if none were.
+        dtype: what was computed in: ``"float64"``, or ``"float32"`` if the model does not run in it.
     """
 
     error: float
@@ -54,6 +56,7 @@ class Verification:
     reacted: bool = True
     longer: int = 0
     mixed: str = ""
+    dtype: str = "float64"
 
     def __str__(self) -> str:
         if not self.reacted:
@@ -61,8 +64,8 @@ class Verification:
         own = "" if self.randomised else ", with the model's own weights"
         sizes = f" and others on {self.longer} of other sizes" if self.longer else ""
         return (
-            f"verified: {self.elements} random elements on {self.inputs} inputs{sizes} change the float64 output by at most "
-            f"{self.error:.1e} (relative){own}, in {self.seconds:.1f} s"
+            f"verified: {self.elements} random elements on {self.inputs} inputs{sizes} change the {self.dtype} output by at "
+            f"most {self.error:.1e} (relative){own}, in {self.seconds:.1f} s"
         )
 
 
@@ -91,7 +94,7 @@ def verify(
         kwargs: keyword inputs.
         elements: how many random elements on each input, at least; one or more.
         seed: of weights, inputs and elements.
-        tolerance: the largest relative difference that passes.
+        tolerance: the largest relative difference that passes; 1e-4 at least where the model does not run in float64.
 
     Raises:
         AutomergeError: for options under which nothing could fail.
@@ -107,8 +110,9 @@ def verify(
     positional, keywords = normalise_args(args, kwargs)
     subject = Subject(model)
     _check_fits(symmetry, subject.tensors, model)
-    example = (positional, keywords)
-    setting = _randomised(subject, symmetry, example, seed) or _own(model, subject, example)
+    setting = _setting(model, subject, symmetry, (positional, keywords), seed)
+    if not setting.subject.wide:
+        tolerance = max(tolerance, _SINGLE)
     worst, drowned, count = _tried(model, symmetry, setting, elements, seed, tolerance)
     reacted = not count or (not drowned and _reacts(setting, symmetry))
     longer, mixed = 0, list[str]()
@@ -117,7 +121,26 @@ def verify(
             worst, longer = max(worst, error), longer + 1
             reacted = reacted or (not drowned and _reacts(other, symmetry))
     seconds = time.perf_counter() - start
-    return Verification(worst, count, len(setting.inputs), setting.randomised, seconds, reacted, longer, *mixed[:1])
+    dtype = "float64" if setting.subject.wide else "float32"
+    return Verification(
+        worst, count, len(setting.inputs), setting.randomised, seconds, reacted, longer, "".join(mixed[:1]), dtype
+    )
+
+
+def _setting(model: nn.Module, subject: Subject, symmetry: Symmetry, example: tuple[Any, Any], seed: int) -> Setting:
+    """The weights and inputs to try elements on; of a copy as the model is where the one in float64 does not run.
+
+    Raises:
+        TraceError: if that does not run either.
+    """
+    try:
+        return _randomised(subject, symmetry, example, seed) or _own(model, subject, example)
+    except TraceError:
+        plain = Subject(model, wide=False)
+        setting = _randomised(plain, symmetry, example, seed)
+        if setting is None:
+            raise
+        return setting
 
 
 def _randomised(subject: Subject, symmetry: Symmetry, example: tuple[Any, Any], seed: int) -> Setting | None:
@@ -162,7 +185,7 @@ def _tried(
         before, run, move = setting.before[turn], partial(setting.run, turn), Move(symmetry, element, setting.base)
         error = relative_difference(before, run(move))
         if not error <= tolerance:
-            if not within_rounding(error, before, run, relative_difference):
+            if not within_rounding(error, before, run, relative_difference, size=setting.subject.rounding):
                 raise _diagnosed(model, symmetry, setting, turn, move, error)
             drowned = True
         else:
@@ -277,9 +300,11 @@ def _reacts(setting: Setting, symmetry: Symmetry) -> bool:
         return jitter(1e-2, 1, key, value) if key in names else value
 
     for turn, values in enumerate(setting.before):
-        run = partial(setting.run, turn)
+        run, size = partial(setting.run, turn), setting.subject.rounding
         change = relative_difference(values, run(perturbed))
-        if change > _PLAIN or (change > 1e-8 and not within_rounding(change, values, run, relative_difference, 1)):
+        if change > _PLAIN or (
+            change > 1e-8 and not within_rounding(change, values, run, relative_difference, 1, size)
+        ):
             return True
     return False
 

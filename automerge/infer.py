@@ -18,7 +18,7 @@ from automerge._dropped import with_dropped
 from automerge._errors import InvarianceError, TraceError, UnknownOperatorError
 from automerge._hidden import hides
 from automerge._machine import physical_memory, readable
-from automerge._notes import of_mixed, of_numbers, of_writes
+from automerge._notes import of_mixed, of_numbers, of_precision, of_writes
 from automerge._reaching import OtherTraces, by_data
 from automerge._replay import check_replay
 from automerge._settled import settled
@@ -103,7 +103,7 @@ def infer(
     stats: dict[str, Any] = {"trace_seconds": traced - start, "infer_seconds": done - traced}
     if verify:
         symmetry, outcome = _verified(model, args, kwargs, symmetry, graphs)
-        notes.append(of_mixed(outcome.mixed))
+        notes += [of_mixed(outcome.mixed), of_precision(outcome.dtype)]
         notes += [check_replay(model, args, kwargs, recorded[-1]), None if outcome.reacted else str(outcome)]
         stats |= {"verify_seconds": time.perf_counter() - done, "verified": outcome.error}
     _check_rules(symmetry, strict)

@@ -121,6 +121,7 @@ def _recorded(model: nn.Module, positional: Any, keywords: Any, recorder: Record
                 if end_first(recorder, model, result):
                     add_further(recorder, model, positional, keywords)
             recorder.info.carried += _carried(before, recorder)
+            _mark_unseen(before, recorder)
         except TraceError:
             raise
         except Exception as error:
@@ -147,6 +148,14 @@ def _carried(before: Before, recorder: Recorder) -> list[str]:
     }
     found = (name for name, held in replaced(before) if any(id(t) in read for t in tree_leaves(held)))
     return list(dict.fromkeys(found)) if read else []
+
+
+def _mark_unseen(before: Before, recorder: Recorder) -> None:
+    """Constants without entries of which nothing is known; what this pass replaces is the beginning of a state."""
+    if recorder.unseen:
+        begun = {id(t) for _, held in replaced(before) for t in tree_leaves(held)}
+        for number, node in recorder.unseen.items():
+            node.meta["unseen"] = number not in begun
 
 
 def _check_traceable(model: nn.Module, inputs: Any) -> None:

@@ -42,7 +42,7 @@ def is_constant(node: fx.Node, known: Collection[fx.Node]) -> bool:
     """
     if node.op == "placeholder":
         return node.meta["kind"] == "state" and not is_state(node.meta["val"])
-    if node.op == "output" or node.meta.get("from_inputs"):
+    if node.op == "output" or node.meta.get("from_inputs") or (node.meta.get("unseen") and fills(node)):
         return False
     return not draws(node) and all(n in known for n in node.all_input_nodes)
 
@@ -68,20 +68,48 @@ def _empty(node: fx.Node) -> bool:
     return bool(tensors) and all(t.numel() == 0 for t in tensors)
 
 
+def _chosen(node: fx.Node, known: set[fx.Node]) -> bool:
+    """Whether data say how many entries there are."""
+    by = node.all_input_nodes[1:] or node.all_input_nodes
+    return torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ()) and not known.issuperset(by)
+
+
+def given(node: fx.Node) -> bool:
+    """Whether a node is an input, or a constant that stands for one (``unseen``: what will be in it is not known yet)."""
+    return any(node.meta.get(key) for key in ("from_inputs", "unseen")) or node.meta.get("kind") == "input"
+
+
+def _is_state(node: fx.Node) -> bool:
+    return node.meta.get("kind") == "state"
+
+
+def fills(node: fx.Node) -> bool:
+    """Whether something with entries is made from a tensor without any."""
+    seen, todo = {node}, [node]
+    while todo:
+        users = [u for n in todo for u in n.users if u not in seen and u.op != "output" and not _shaped(schema_name(u))]
+        if any(not _empty(u) for u in users):
+            return True
+        seen |= set(users)
+        todo = users
+    return False
+
+
+def _shaped(name: str) -> bool:
+    """Whether an operator reads the shape of its operand alone."""
+    return name.startswith("aten::new_") or name.endswith("_like")
+
+
 def choosing_none(graph: fx.GraphModule) -> set[fx.Node]:
     """The nodes without entries because data chose none: rows of an expert that no row was sent to.
 
     Other data choose some, which are treated as the operators say; so their other axes are what they would be then. What
-    meets them without entries (a weight expanded to as many) has as many then, too.
+    meets them without entries (a weight expanded to as many) has as many then, too. So it is with inputs and with tensors
+    that the model holds, if what has entries is made from them: messages of no edges that are summed.
     """
-    empty = [node for node in graph.graph.nodes if node.op == "call_function" and _empty(node)]
+    empty = [node for node in graph.graph.nodes if node.op != "output" and _empty(node) and not _is_state(node)]
     known = constants(graph.graph) if empty else set()
-    chosen = (
-        n
-        for n in empty
-        if torch.Tag.dynamic_output_shape in getattr(n.target, "tags", ())
-        and not known.issuperset(n.all_input_nodes[1:] or n.all_input_nodes)
-    )
+    chosen = [n for n in empty if (_chosen(n, known) if n.op == "call_function" else given(n) and fills(n))]
     among = set(empty)
     met = nx.Graph([(n, source) for n in empty for source in n.all_input_nodes if source in among])
     met.add_nodes_from(empty)

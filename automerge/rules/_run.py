@@ -22,6 +22,7 @@ from automerge.rules._movement import all_border
 from automerge.rules._nodes import (
     choosing_none,
     counted,
+    given,
     is_constant,
     is_state,
     lasting,
@@ -169,7 +170,7 @@ class Run:
                 self.values[node] = self.out.states[name]
             else:
                 self.constant.add(node)
-        elif node.meta.get("from_inputs"):
+        elif given(node):
             self.values[node] = plain(value.shape, pinned=True)
         elif is_constant(node, self.constant):
             self.constant.add(node)

@@ -39,7 +39,12 @@ def _plain(given: Any, first: Mapping[fx.Node, fx.Node]) -> Hashable:
 
 
 def _is_function(node: fx.Node) -> bool:
-    """Whether an operator gives the same for the same operands; nobody says so of those of other libraries."""
+    """Whether an operator gives the same for the same operands; nobody says so of those of other libraries.
+
+    (A tensor without entries that the model holds twice, for sources and for targets, will be two when it is filled.)
+    """
+    if any(n.meta.get("unseen") for n in node.all_input_nodes):
+        return False
     if node.target is operator.getitem:
         return True
     if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":

@@ -453,6 +453,38 @@ add(  # rows up to the length; on inputs of any other length, up to another one
 )
 
 
+# ------------------------------------------------------------ ... of an input that has some later
+def _messages(s: Any, x: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
+    h = s.inp(x).tanh()
+    sent = torch.zeros_like(h).index_add(0, edges[1], s.send(h[edges[0]]))
+    return s.out(s.near(sent) + h)
+
+
+_EDGES = torch.tensor([[0, 1, 2, 2], [1, 0, 0, 1]])
+add(
+    "NoEdges",
+    "6 6",
+    (draw(3, 4), _EDGES[:, :0]),
+    [(draw(3, 4), _EDGES)],
+    _messages,
+    inp=lin(4, 6),
+    send=lin(6, 6),
+    near=lin(6, 6),
+    out=lin(6, 2),
+)
+add(
+    "NoEdgesBetweenTwo",  # a mask of no edges
+    "6 6",
+    (draw(3, 4), _EDGES[:, :0]),
+    [(draw(3, 4), _EDGES)],
+    lambda s, x, e: _messages(s, x, e[:, e[0] != e[1]]),
+    inp=lin(4, 6),
+    send=lin(6, 6),
+    near=lin(6, 6),
+    out=lin(6, 2),
+)
+
+
 # ------------------------------------------------------------ an empty cache shows nothing of what is joined to it
 def _cached(s: Any, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     q, k, v = (f(x).unflatten(-1, (4, 3)).transpose(1, 2) for f in (s.q, s.k, s.v))

@@ -249,6 +249,33 @@ def test_a_model_that_cannot_be_copied_is_named():
         verify(model, torch.randn(4, 3), by_hand(model))
 
 
+class Single(nn.Module):
+    """Takes no other floats than those of 32 bits, as a kernel that is written for these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.norm, self.out = nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(self.inp(x)).relu()
+        if h.dtype != torch.float32:
+            raise TypeError("float32 only")
+        return self.out(h)
+
+
+def test_a_model_of_float32_only_is_checked_in_that():
+    model = Single().eval()
+    symmetry = infer(model, torch.randn(4, 3))
+    assert [g.size for g in symmetry.generators()] == [6]
+    assert any("verified in float32" in note for note in symmetry.notes)
+    outcome = verify(model, torch.randn(4, 3), symmetry)
+    assert (outcome.dtype, outcome.reacted, outcome.randomised) == ("float32", True, True)
+    assert outcome.error < 1e-5
+    assert "change the float32 output" in str(outcome)
+    with pytest.raises(InvarianceError, match="in module 'norm'"):
+        verify(model, torch.randn(4, 3), by_hand(model, (6, [("inp.weight", 0), ("inp.bias", 0)])))
+
+
 class Spectral(nn.Module):
     """Complex weights that an operator meets which compares types before it computes."""
 
@@ -335,11 +362,27 @@ def test_a_hook_that_reads_the_module_around_it_reads_the_copy():
     assert "scale" in {slot.param for slot in found.slots}
 
 
-def test_a_model_that_cannot_run_in_float64_is_named():
+class AtHome(nn.Linear):
+    """Runs as the module that was built, and not as a copy of it."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 2)
+        self.home = id(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.home == id(self)
+        return super().forward(x)
+
+
+def test_a_model_of_which_no_copy_runs_is_named():
+    with pytest.raises(TraceError, match=r"(?s)does not run in float64.*verify=False"):
+        infer(AtHome(), torch.randn(4, 3))
+    assert infer(AtHome(), torch.randn(4, 3), verify=False).unruled == ()
+
+
+def test_bits_of_float32_are_checked_in_that():
     model = nn.Sequential(nn.Linear(3, 6), Lambda(lambda x: x.view(torch.int32).float()), nn.Linear(6, 2))
-    with pytest.raises(TraceError, match=r"does not run in float64.*verify=False"):
-        infer(model, torch.randn(4, 3))
-    assert infer(model, torch.randn(4, 3), verify=False).unruled == ()
+    assert any("verified in float32" in note for note in infer(model, torch.randn(4, 3)).notes)
 
 
 def test_bits_viewed_as_another_type_are_pinned():
