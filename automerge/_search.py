@@ -95,8 +95,10 @@ class _Swapper:
         group = mixed_hash(self.colour[chosen], key[chosen])
         order = np.argsort(group, kind="stable")
         cuts = np.flatnonzero(np.diff(group[order])) + 1
-        parts = [chosen[p] for p in np.split(order, cuts)]
-        return sorted((p for p in parts if p.size > 1), key=lambda p: (bool(key[p[0]]), int(p[0])))
+        starts, ends = np.concatenate([[0], cuts]), np.concatenate([cuts, [order.size]])
+        several = np.flatnonzero(ends - starts > 1)
+        parts = [chosen[order[starts[k] : ends[k]]] for k in several]
+        return sorted(parts, key=lambda p: (bool(key[p[0]]), int(p[0])))
 
     # ------------------------------------------------------------ a whole bucket
     def bundle(self, bucket: np.ndarray) -> np.ndarray | None:
