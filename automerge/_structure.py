@@ -111,18 +111,52 @@ class Structure:
         source, target = place[self.source], place[self.target]
         _, mine = np.unique(now[inside], return_inverse=True)
         out, into = mixed_hash(self.edge_type, 1), mixed_hash(self.edge_type, 2)
+        sizes, changed = np.bincount(mine), np.ones(mine.size, bool)
         while True:
-            count = int(mine.max()) + 1
-            if count == mine.size:
-                break
-            total = mixed_hash(mine)
+            ends = np.flatnonzero(changed[target]), np.flatnonzero(changed[source])
+            total, hit = np.zeros(mine.size, np.uint64), np.zeros(mine.size, bool)
             with np.errstate(over="ignore"):
-                np.add.at(total, source, mixed_hash(out, mine[target]))
-                np.add.at(total, target, mixed_hash(into, mine[source]))
-            _, new = np.unique(mixed_hash(mine, total), return_inverse=True)
-            mine = new
-            if int(mine.max()) + 1 == count:
+                np.add.at(total, source[ends[0]], mixed_hash(out[ends[0]], mine[target[ends[0]]]))
+                np.add.at(total, target[ends[1]], mixed_hash(into[ends[1]], mine[source[ends[1]]]))
+            hit[source[ends[0]]] = hit[target[ends[1]]] = True
+            at = np.flatnonzero(hit & (sizes[mine] > 1))
+            new = _split(at, total[at], mine, sizes)
+            if new is None:
                 break
+            changed = np.zeros(mine.size, bool)
+            changed[new] = True
+            sizes = np.bincount(mine)
         now = now.copy()
         now[inside] = mine + self.n
         return np.unique(now, return_inverse=True)[1]
+
+
+def _split(at: np.ndarray, total: np.ndarray, colour: np.ndarray, sizes: np.ndarray) -> np.ndarray | None:
+    """Give vertices of one colour that differ in ``total`` colours of their own, in place.
+
+    One part of every colour keeps it, as what is known of a colour and of all its parts but one says all of the last:
+    the vertices that are not among those given, if there are any, else the largest part.
+
+    Args:
+        at: vertices.
+        total: a number for each of them.
+        colour: of all vertices; changed.
+        sizes: how many vertices have a colour.
+
+    Returns:
+        The vertices that have another colour now; None if there are none.
+    """
+    _, first, part, count = np.unique(
+        mixed_hash(colour[at], total), return_index=True, return_inverse=True, return_counts=True
+    )
+    old = colour[at[first]]
+    order = np.lexsort((count, old))
+    last = np.append(old[order][1:] != old[order][:-1], True)[: old.size]
+    keeps = np.zeros(old.size, bool)
+    keeps[order[last]] = True
+    keeps &= np.bincount(old, weights=count, minlength=sizes.size)[old] == sizes[old]
+    if keeps.all():
+        return None
+    names = np.where(keeps, old, np.cumsum(~keeps) - 1 + sizes.size)
+    colour[at] = names[part]
+    return at[~keeps[part]]
