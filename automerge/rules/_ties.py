@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from automerge.rules._distances import floored_distance
 from automerge.rules._known import formed
 from automerge.rules._nodes import aten_names, schema_name
 from automerge.rules._reads import MOVING, SAME
@@ -87,7 +88,7 @@ def _made_equal(node: fx.Node, known: dict[fx.Node, int], deep: int) -> int:
     varied = [n for n in sources if not _is_uniform(n, node)]
     kinds = [_equal(n, known, deep) for n in varied]
     if name in _RECTIFIED:
-        return max([_ZERO, *kinds])
+        return _NEVER if floored_distance(node) else max([_ZERO, *kinds])
     if name in _CAPPED:
         return _EQUAL if len(varied) < len(sources) or name == "aten::clamp_max" else max(kinds)
     if name == "aten::mul":

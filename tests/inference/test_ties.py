@@ -210,3 +210,57 @@ def test_counts_of_spikes() -> None:
     model = Program(_spikes, {"inp": lin(5, 8), "out": lin(8, 3)}).eval()
     for verify in (False, True):
         assert infer(model, torch.randn(16, 5), verify=verify).sets == ()
+
+
+# -------------------------------------------------------------------- squared distances are zero by coincidence only
+def _rows(t: torch.Tensor) -> torch.Tensor:
+    return (t**2).sum(-1)
+
+
+DISTANCES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "clamp": lambda x, e: (_rows(x)[:, None] + _rows(e) - 2 * x @ e.T).clamp(min=0),
+    "relu": lambda x, e: (_rows(x)[:, None] + _rows(e) - 2 * (x @ e.T)).relu(),
+    "small": lambda x, e: (
+        (_rows(x)[:, None] + _rows(e)[None] + torch.einsum("id,jd->ij", x, e) * -2).clamp(min=1e-8).sqrt()
+    ),
+    "products": lambda x, e: ((x * x).sum(-1)[:, None] + (e * e).sum(-1) + torch.matmul(x * -2, e.t())).clamp_min(0),
+    "subtracted": lambda x, e: torch.sub(_rows(x)[:, None] + _rows(e), x @ e.T, alpha=2).clamp(0),
+    "batches": lambda x, e: (_rows(x)[None, :, None] + _rows(e[None])[:, None] - 2 * x[None] @ e[None].mT).clamp(0)[0],
+}
+NO_DISTANCES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "another factor": lambda x, e: (_rows(x)[:, None] + _rows(e) - 3 * x @ e.T).clamp(min=0),
+    "one square": lambda x, e: (_rows(x)[:, None] - 2 * x @ e.T).clamp(min=0),
+    "scaled": lambda x, e: (_rows(x)[:, None] + _rows(2 * e) - 2 * x @ e.T).clamp(min=0),
+    "another axis": lambda x, e: (_rows(x)[:, None] + (e**2).sum(0) - 2 * x @ e.T).clamp(min=0),
+    "slices": lambda x, e: (_rows(x[:, :4])[:, None] + _rows(e[:, :4]) - 2 * x[:, 4:] @ e[:, 4:].T).clamp(min=0),
+    "a large floor": lambda x, e: (_rows(x)[:, None] + _rows(e) - 2 * x @ e.T).clamp(min=3),
+    "a ceiling": lambda x, e: (_rows(x)[:, None] + _rows(e) - 2 * x @ e.T).clamp(0, 3),
+}
+
+
+def _quantiser(distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> nn.Module:
+    torch.manual_seed(0)
+
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        return s.out(s.codes[(-distance(s.inp(x), s.codes)).argmax(-1)])
+
+    return Program(
+        forward, {"inp": lin(5, 8), "out": lin(8, 3), "codes": lambda: nn.Parameter(torch.randn(8, 8))}
+    ).eval()
+
+
+def _codes(net: nn.Module, verify: bool) -> bool:
+    return any((s.param, s.axis) == ("codes", 0) for g in infer(net, X, verify=verify).generators() for s in g.slots)
+
+
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("name", DISTANCES)
+def test_codes_by_a_distance_that_is_kept_from_falling_below_zero(name: str, verify: bool) -> None:
+    net = _quantiser(DISTANCES[name])
+    assert [g.size for g in infer(net, X, verify=verify).generators()] == [8, 8]
+    assert_sound(net, X, infer(net, X, verify=verify))
+
+
+@pytest.mark.parametrize("name", NO_DISTANCES)
+def test_codes_by_what_is_no_distance_keep_their_order(name: str) -> None:
+    assert not _codes(_quantiser(NO_DISTANCES[name]), False)
