@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from automerge._aliases import memory_of, overlaps
 from automerge._errors import AutomergeError, CheckpointError
+from automerge._extra_state import load_weights, weights_of
 from automerge._gradients import as_original
 from automerge._objects import attributes_of, held_objects
 from automerge._offload import Store
@@ -174,7 +175,7 @@ def of_passes(network: nn.Module) -> dict[Any, Any]:
 def loaded(network: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
     """A copy of a module with some weights, copied."""
     own = copied(network)
-    own.load_state_dict(dict(weights))
+    load_weights(own, weights)
     return own
 
 
@@ -196,7 +197,7 @@ def carrying(network: nn.Module, weights: Mapping[str, torch.Tensor], store: Sto
             f"the architecture's {name} is on the meta device, and the checkpoints do not hold it; build the architecture on "
             "the CPU"
         )
-    state = network.state_dict()
+    state = weights_of(network)
     ties = tied_names(state)
     if shared := next(overlaps((n, t) for n, t in state.items() if n not in ties), None):
         if is_empty(network):

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from automerge._errors import InvarianceError, TraceError
+from automerge._extra_state import weights_of
 from automerge._random import forked
 from automerge._subject import Change, Subject, named_tensors, unchanged
 from automerge._tree_io import map_tensors
@@ -45,7 +46,7 @@ def failure(model: nn.Module, symmetry: Symmetry, setting: Setting, turn: int, m
     where, subject, given = "the output", setting.subject, setting.inputs[turn]
     own = {n: t.detach() for n, t in named_tensors(model).items()}
     known = {*symmetry.shapes, *symmetry.aliases}
-    fixed = [n for n, t in subject.model.state_dict().items() if t.is_floating_point() and n not in known]
+    fixed = [n for n, t in weights_of(subject.model).items() if t.is_floating_point() and n not in known]
     graphs = []
     for state, change in ((setting.base, unchanged), (setting.base, move), (own, unchanged)):
         subject.load(state, change)
@@ -90,7 +91,7 @@ def _path(graph: fx.GraphModule) -> list[Any]:
 def _still_used(model: nn.Module, graph: fx.GraphModule, fixed: Collection[str]) -> str | None:
     """The name of one of a model's tensors that entered the trace of its copy as a constant and is not one of the fixed."""
     constants = [c.double() for c in graph.buffers() if c.is_floating_point() and c.unique().numel() > 1]
-    for name, tensor in model.state_dict().items():
+    for name, tensor in weights_of(model).items():
         if name not in fixed and any(
             c.shape == tensor.shape and torch.equal(c, tensor.detach().to(c)) for c in constants
         ):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from automerge._extra_state import weights_of
 from automerge._trials import trial_elements
 from automerge.infer import infer
 from automerge.io import buffer_names
@@ -77,7 +78,7 @@ def infer_common(
     """
     kwargs = without_cache(model, kwargs)
     symmetry = infer(model, args, kwargs, verify=verify)
-    fixed = moved_constants(symmetry, shared, model.state_dict())
+    fixed = moved_constants(symmetry, shared, weights_of(model))
     if not fixed:
         return symmetry
     again = infer(model, args, kwargs, verify=verify, constants=fixed)

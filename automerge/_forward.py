@@ -11,6 +11,7 @@ from torch import nn
 
 from automerge._data import Batch
 from automerge._errors import AutomergeError, CheckpointError
+from automerge._extra_state import weights_of
 from automerge._gradients import as_needed, copy_of, needs_gradients, passed
 from automerge._loading import as_loaded, check_tied, check_values, checked_state
 from automerge._random import drawing, forked, gpus
@@ -157,7 +158,7 @@ def bind(model: nn.Module, state_dict: Mapping[str, torch.Tensor], *, copy: bool
         CheckpointError: if it is no state dict, has other names or shapes than the model, or two values for names that it ties.
     """
     check_eager(model)
-    expected = model.state_dict()
+    expected = weights_of(model)
     state_dict = as_loaded(checked_state(state_dict), model)
     differ = [n for n in expected if n not in state_dict] + [n for n in state_dict if n not in expected]
     resized = [n for n in expected if not differ and state_dict[n].shape != expected[n].shape]

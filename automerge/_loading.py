@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from automerge._errors import CheckpointError
+from automerge._extra_state import is_extra, load_weights, weights_of, without_extras
 from automerge._reading import without_prefix
 from automerge.io import StateDict, buffer_names, check_state_dict, load_state_dict, with_ties
 
@@ -26,7 +27,8 @@ def as_loaded(state_dict: Mapping[str, torch.Tensor], model: nn.Module) -> State
         state_dict: name -> tensor; those that fit keep their memory and dtype. Names that the model ties may be left out.
         model: the architecture; it stays as it is.
     """
-    expected = model.state_dict()
+    expected = weights_of(model)
+    state_dict = without_extras(state_dict)
     if state_dict and expected and all(isinstance(name, str) for name in state_dict):
         state_dict = without_prefix(state_dict, expected)  # of a model that was wrapped when it gave this
     out = with_ties(state_dict, expected)
@@ -41,8 +43,8 @@ def read_checkpoint(path: str, model: nn.Module) -> StateDict:
     Raises:
         CheckpointError: see `load_state_dict` and `check_state_dict`.
     """
-    expected = model.state_dict()
-    state = as_loaded(load_state_dict(path, expected), model)
+    expected = weights_of(model)
+    state = as_loaded(load_state_dict(path, model.state_dict()), model)
     check_state_dict(state, expected, path, buffer_names(model))
     return state
 
@@ -59,21 +61,23 @@ def check_values(network: nn.Module) -> None:
 
 
 def checked_state(value: Any) -> Mapping[str, torch.Tensor]:
-    """A state dict as it was given.
+    """A state dict as it was given, without entries that are no tensors and hold none.
 
     Raises:
-        CheckpointError: if it is something else, such as the module itself, or holds something else than tensors.
+        CheckpointError: if it is something else, such as the module itself, or holds something else than tensors that
+            may hold weights.
     """
     if not isinstance(value, Mapping):
         raise CheckpointError(
             f"expected a state dict, got a {type(value).__name__}; give the weights of a module as module.state_dict()"
         )
-    if odd := next((n for n, v in value.items() if not isinstance(v, torch.Tensor)), None):
+    others = {n: v for n, v in value.items() if not isinstance(v, torch.Tensor)}
+    if odd := next((n for n, v in others.items() if not is_extra(v)), None):
         raise CheckpointError(
-            f"{odd} is a {type(value[odd]).__name__}, and only tensors can be merged or measured; if that is what "
-            "get_extra_state gives, let it give a tensor or use modules without it"
+            f"{odd} is a {type(value[odd]).__name__} that may hold weights, and only tensors can be merged or measured; merge "
+            "before the model is quantised, or let its get_extra_state give a tensor"
         )
-    return value
+    return value if not others else {n: v for n, v in value.items() if n not in others}
 
 
 def check_tied(state_dict: Mapping[str, torch.Tensor], ties: Mapping[str, str], label: str) -> None:
@@ -105,10 +109,10 @@ def _translated(state: StateDict, expected: Mapping[str, torch.Tensor], model: n
     """What a copy of the model holds after it has loaded a state dict strictly; the same one if it does not."""
     try:
         own = deepcopy(model)
-        own.load_state_dict(dict(state), strict=True, assign=True)
+        load_weights(own, state, assign=True)
     except Exception:  # a key that is missing, another shape; a module that cannot be copied
         return state
-    made = own.state_dict()
+    made = weights_of(own)
     new = [n for n in expected if n not in state]
     # a load that does not mind missing weights leaves those of the beginning
     if any(made[n].is_meta or (made[n].is_floating_point() and _same(made[n], expected[n])) for n in new):

@@ -13,6 +13,7 @@ from torch import nn
 from automerge._aliases import overlaps
 from automerge._data import Batches
 from automerge._errors import AutomergeError, CheckpointError, MatchingError, SymmetryError
+from automerge._extra_state import extras, same, weights_of
 from automerge._forward import check_eager, device_of, evaluating, preserving, run_batch
 from automerge._loading import as_loaded, check_tied
 from automerge._numbers import is_whole
@@ -65,12 +66,13 @@ def check_models(
             raise CheckpointError(f"model {number} is a {type(model).__name__}; give a module or a state dict{hint}")
     if network is None:
         raise CheckpointError("state dicts alone do not say what they compute; give architecture=, a module of theirs")
-    own = network.state_dict()
+    own = weights_of(network)
+    beside = _entries_beside(network, dicts)
     dicts = [as_loaded(d, network) for d in dicts]
     expected: Mapping[str, torch.Tensor] = own if architecture is not None else dicts[0]
     buffers = buffer_names(network)
     notes = [n for k, d in enumerate(dicts) for n in check_state_dict(d, expected, f"model {k}", buffers)]
-    notes += _other_modules(network, models)
+    notes += [*_other_modules(network, models), *beside]
     check_ties(network, dicts)
     notes += _different_masks(buffers, dicts)
     for name, first in dicts[0].items():
@@ -95,6 +97,25 @@ def _other_modules(network: nn.Module, models: Sequence[Model]) -> list[str]:
     return notes
 
 
+def _entries_beside(network: nn.Module, dicts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A note on what state dicts hold beside tensors, which stays as the module has it that the weights are loaded into."""
+    own = extras(network.state_dict())
+    found = [extras(state) for state in dicts]
+    names = list(dict.fromkeys(name for held in (own, *found) for name in held))
+    if not names:
+        return []
+    others = [n for n in names if any(n in held and not (n in own and same(held[n], own[n])) for held in found)]
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    differ = "".join(
+        f" ({name} differs between the models or from the architecture's, and only the latter counts)"
+        for name in others[:1]
+    )
+    return [
+        f"{names[0]}{more} of the state dict: no tensors, so not merged; MergeResult.load_into keeps those of the module "
+        "that it loads into" + differ
+    ]
+
+
 def _different_masks(buffers: Iterable[str], dicts: Sequence[Mapping[str, torch.Tensor]]) -> list[str]:
     """A note on masks of pruning that differ: what is pruned in one model only comes out scaled, and not as it was."""
     found = []
@@ -115,7 +136,7 @@ def _different_masks(buffers: Iterable[str], dicts: Sequence[Mapping[str, torch.
 
 def check_ties(network: nn.Module, dicts: Sequence[Mapping[str, torch.Tensor]]) -> None:
     """Names that the architecture ties, or that share its memory, must hold equal values."""
-    own = network.state_dict()
+    own = weights_of(network)
     ties = tied_names(own)
     for number, state in enumerate(dicts):
         check_tied(state, ties, f"model {number}")

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from automerge._errors import CheckpointError, CheckpointWarning
+from automerge._extra_state import is_extra, same
 
 _SLACK = 64 << 20  # bytes
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
@@ -120,6 +121,9 @@ def cleaned(raw: object, label: str, names: Collection[str] | None) -> dict[str,
                 break
     if not isinstance(raw, Mapping):
         raise CheckpointError(f"{label} holds a {type(raw).__name__}, not a mapping of names to tensors; {_RESAVE}")
+    own = {name: value for name, value in raw.items() if _is_own(name, names) and is_extra(value)}
+    _warn_of_entries(own, label, names)
+    raw = {name: value for name, value in raw.items() if name not in own}
     for name, value in raw.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             inner = isinstance(value, Mapping) and any(isinstance(v, torch.Tensor) for v in value.values())
@@ -134,6 +138,23 @@ def cleaned(raw: object, label: str, names: Collection[str] | None) -> dict[str,
         raw = rest if all(name.startswith("module.") for name in rest) else raw  # of an AveragedModel
     bare = without_prefix(raw, names)
     return {name: value.detach() if value.requires_grad else value for name, value in bare.items()}
+
+
+def _is_own(name: object, names: Collection[str] | None) -> bool:
+    """Whether an entry is one that modules write beside their tensors, and read again."""
+    return isinstance(name, str) and (name.endswith("_extra_state") or name in (names or ()))
+
+
+def _warn_of_entries(own: Mapping[object, object], label: str, names: Collection[str] | None) -> None:
+    """Warn of entries without tensors that the architecture has otherwise: they are not read."""
+    known = names if isinstance(names, Mapping) else {}
+    odd = next((name for name, value in own.items() if name in known and not same(value, known[name])), None)
+    if odd is not None:
+        warnings.warn(
+            f"{label}: {odd!r} is no tensor and is not read, and the architecture has another, which counts",
+            CheckpointWarning,
+            stacklevel=4,
+        )
 
 
 def without_prefix(state_dict: Mapping[str, torch.Tensor], names: Collection[str] | None) -> Mapping[str, torch.Tensor]:

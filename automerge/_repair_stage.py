@@ -12,6 +12,7 @@ from automerge._copies import copied
 from automerge._data import Batches
 from automerge._drift import drifts
 from automerge._errors import AutomergeError
+from automerge._extra_state import load_weights, weights_of
 from automerge._repair_plan import UNRESET
 from automerge._repair_report import Renormaliser, RepairReport
 from automerge.io import StateDict, tied_names
@@ -70,11 +71,11 @@ def _repaired(
     report = RepairReport(mode)
     if mode in ("reset", "both"):
         own = copied(network)
-        own.load_state_dict(merged)
+        load_weights(own, merged)
         names = reset_batchnorm(own, batches)
         missed = {n: UNRESET for n in batchnorm_names(own) if n not in names}
         report = RepairReport(mode, reset=names, skipped=missed)
-        fresh = own.state_dict()
+        fresh = weights_of(own)
         ties = tied_names(fresh)
         merged = {n: fresh[n].detach().to(merged[n].dtype).to(merged[n].device) for n in merged}
         merged.update({alias: merged[name] for alias, name in ties.items()})

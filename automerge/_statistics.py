@@ -16,6 +16,7 @@ from torch import fx, nn
 from automerge._copies import copied
 from automerge._data import Batch
 from automerge._errors import CheckpointError, MatchingError, TraceError
+from automerge._extra_state import load_weights, weights_of
 from automerge._forward import device_of, few_inputs
 from automerge._moments import CrossMoments
 from automerge._places import Place, Survey, survey
@@ -275,7 +276,7 @@ class _Run:
         """The graph for a batch's shapes and layouts; None if the path depends on values, so that each run must be recorded."""
         key = repr(map_tensors(lambda _, t: _form(t), (batch.args, dict(batch.kwargs))))
         if key not in self.graphs:
-            self.network.load_state_dict(self.states[0])
+            load_weights(self.network, self.states[0])
             graph = self._recorded(batch, values=False)
             self._survey(graph)
             self.graphs[key] = graph
@@ -333,7 +334,7 @@ class _Run:
         return out
 
     def _traced(self, state: State, batch: Batch, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        self.network.load_state_dict(dict(state))
+        load_weights(self.network, state)
         graph = self._recorded(batch, values=True)
         out: dict[str, torch.Tensor] = {}
         wanted = self._same(graph)
@@ -376,7 +377,7 @@ def _calls(graph: fx.GraphModule) -> dict[tuple[str, str, str], list[str]]:
 
 def _fitted(network: nn.Module, state: State, number: int) -> dict[str, torch.Tensor]:
     """A state dict on the device and in the dtypes of the network, tied names as one tensor."""
-    own = network.state_dict()
+    own = weights_of(network)
     missing = [n for n in own if n not in state]
     if missing:
         raise CheckpointError(f"model {number} has no {missing[0]!r}, which the network needs")

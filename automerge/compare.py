@@ -24,6 +24,7 @@ from automerge._data import Batch, Batches
 from automerge._double import own_modes
 from automerge._errors import AutomergeError
 from automerge._evaluation import Network, Source
+from automerge._extra_state import load_weights
 from automerge._fixed import infer_common, shared_constants
 from automerge._forward import evaluating, logits_of, preserving, run_batch
 from automerge._merge_checks import Model, check_inseparable, check_models, check_weights, listed_models
@@ -292,7 +293,7 @@ class _Work:
         models: list[Model] = [*self.dicts]
         if matcher.needs_data:
             own = copied(self.network)
-            own.load_state_dict(self.dicts[0])
+            load_weights(own, self.dicts[0])
             models[0] = own
         found = match(models, self.symmetry, matcher, data=self._calibration())
         if found.stats.get("interrupted"):

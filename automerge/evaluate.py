@@ -19,6 +19,7 @@ from automerge._data import Batches
 from automerge._double import own_modes
 from automerge._errors import AutomergeError, MatchingError
 from automerge._evaluation import Runner, Source, Tally, batches_of
+from automerge._extra_state import load_weights, weights_of
 from automerge._forward import bind, logits_of
 from automerge._measures import Agreement, Barrier, CycleError, Evaluation, Similarity
 from automerge._numbers import is_number, is_whole
@@ -279,9 +280,9 @@ def _repaired(
     if repair != "reset":
         raise AutomergeError(f"repair must be None, 'reset' or a Renormaliser, got {repair!r}")
     own = copied(model)
-    own.load_state_dict(weights)
+    load_weights(own, weights)
     reset_batchnorm(own, data, inputs=inputs, kwargs=kwargs)
-    return {n: v.detach() for n, v in own.state_dict().items()}
+    return {n: v.detach() for n, v in weights_of(own).items()}
 
 
 def cycle_error(matching: Any) -> CycleError:

@@ -25,6 +25,7 @@ from torch import nn
 from automerge._difference import relative_difference
 from automerge._double import own_modes
 from automerge._errors import CheckpointError, InvarianceError, SymmetryError
+from automerge._extra_state import weights_of
 from automerge._forward import reals
 from automerge._gauge_steps import (
     Candidate,
@@ -125,7 +126,7 @@ def canonicalise(
         >>> len(report.scalings), report.error < 1e-9
         (1, True)
     """
-    _check_arguments(model, states, symmetry)
+    states = _checked(model, states, symmetry)
     given = normalise_args(args, kwargs)
     probe = _Probe(model, given, symmetry, states[0], seed)
     found: list[Candidate] = []
@@ -160,15 +161,18 @@ def canonicalise(
     return out, GaugeReport(scalings, idle, folds, error, folded)
 
 
-def _check_arguments(model: nn.Module, states: Any, symmetry: Any) -> None:
+def _checked(model: nn.Module, states: Any, symmetry: Any) -> list[Mapping[str, torch.Tensor]]:
+    """The state dicts, which fit the model."""
     if not isinstance(symmetry, Symmetry):
         raise SymmetryError(f"expected what automerge.infer returns, got a {type(symmetry).__name__}")
     if not isinstance(states, Sequence) or not states:
         raise CheckpointError("states is a list of one or more state dicts of the model")
     check_values(model)
-    for number, state in enumerate(states):
-        check_state_dict(checked_state(state), model.state_dict(), f"model {number}", buffer_names(model))
-        check_tied(state, tied_names(model.state_dict()), f"model {number}")
+    found = [checked_state(state) for state in states]
+    for number, state in enumerate(found):
+        check_state_dict(state, weights_of(model), f"model {number}", buffer_names(model))
+        check_tied(state, tied_names(weights_of(model)), f"model {number}")
+    return found
 
 
 # -------------------------------------------------------------------- finding

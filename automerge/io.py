@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from automerge._errors import CheckpointError, OutputError
+from automerge._extra_state import without_extras
 from automerge._files import check_writable, replacement, status_of
 from automerge._numbers import is_whole
 from automerge._reading import TIED, check_head, cleaned, missing_hint, read_safetensors, read_torch
@@ -165,8 +166,8 @@ def _check_kind(name: str, value: object, want: torch.Tensor, label: str) -> Non
     """A dense tensor with values, of the same kind of numbers, of at least 16 bits if they are floats."""
     if not isinstance(want, torch.Tensor):
         raise CheckpointError(
-            f"{label}: {name} is a {type(want).__name__} in the architecture too, and only tensors can be merged; merge before "
-            "it is quantised, or, if that is what get_extra_state gives, let it give a tensor or merge modules without it"
+            f"{label}: {name} is a {type(want).__name__} in the architecture too, and it may hold weights, while only "
+            "tensors can be merged; merge before it is quantised, or let its get_extra_state give a tensor"
         )
     if not isinstance(value, torch.Tensor):
         raise CheckpointError(f"{label}: {name} is a {type(value).__name__}, expected {want.dtype}")
@@ -258,7 +259,7 @@ def _has_memory(value: object) -> bool:
 
 # -------------------------------------------------------------------- hashing
 def hash_state_dict(state_dict: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, in name order; strides and devices do not matter.
+    """SHA-256 over names, dtypes, shapes and bytes, in name order; strides, devices and entries without tensors do not matter.
 
     Examples:
         >>> a = torch.arange(6.).view(2, 3)
@@ -266,6 +267,7 @@ def hash_state_dict(state_dict: Mapping[str, torch.Tensor]) -> str:
         True
     """
     digest = hashlib.sha256()
+    state_dict = without_extras(state_dict)
     for name in sorted(state_dict):
         value = state_dict[name].detach().cpu().resolve_conj().resolve_neg()
         if value.is_complex():

@@ -12,6 +12,7 @@ from automerge._between import combination, numbers
 from automerge._copies import copied
 from automerge._data import Batches
 from automerge._errors import AutomergeError
+from automerge._extra_state import load_weights, weights_of
 from automerge._loading import checked_state
 from automerge._measures import Evaluation, Plane
 from automerge._numbers import is_number, is_whole
@@ -85,9 +86,9 @@ def plane(
         if touched:
             weights, _ = measured_again(own, weights, kept)
         if repair is not None and touched:
-            own.load_state_dict(weights)
+            load_weights(own, weights)
             reset_batchnorm(own, source, inputs=inputs, kwargs=kwargs)
-            weights = {n: v.detach() for n, v in own.state_dict().items()}
+            weights = {n: v.detach() for n, v in weights_of(own).items()}
         return evaluate((own, weights), batches, loss and {"loss": loss}, inputs=inputs, kwargs=kwargs)
 
     def height(found: Evaluation) -> float:

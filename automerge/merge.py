@@ -20,6 +20,7 @@ from torch import nn
 from automerge._data import Batches
 from automerge._double import own_modes
 from automerge._errors import AutomergeError, CheckpointError, MatchingError
+from automerge._extra_state import load_weights, weights_of
 from automerge._forward import device_of
 from automerge._loading import check_values, checked_state
 from automerge._merge_checks import (
@@ -85,8 +86,8 @@ class MergeResult:
         if not isinstance(model, nn.Module):
             raise CheckpointError(f"load_into takes a module, such as build(), got a {type(model).__name__}")
         check_values(model)
-        check_state_dict(self.state_dict, model.state_dict(), "the merged state dict", buffer_names(model))
-        model.load_state_dict(self.state_dict)
+        check_state_dict(self.state_dict, weights_of(model), "the merged state dict", buffer_names(model))
+        load_weights(model, self.state_dict)
         return model
 
     def save(self, path: str | os.PathLike[str], force: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
@@ -226,7 +227,7 @@ def merge(
     clock.lap("match")
     with _carrying(matching):
         moved = task.moved(symmetry, _elements(matching, coordinates), kept=mode != "none")
-        aliases = {**symmetry.aliases, **tied_names(task.network.state_dict())}
+        aliases = {**symmetry.aliases, **tied_names(weights_of(task.network))}
         kept = agreed([marks(task.network, m) for m in moved], share)
         merged, spectral = measured_again(task.network, average(moved, share, aliases=aliases, store=task.store), kept)
         clock.lap("average")
@@ -282,8 +283,9 @@ def average(
     """
     if not state_dicts:
         raise MatchingError("averaging needs at least one state dict, got none")
+    state_dicts = [checked_state(state) for state in state_dicts]
     for number, state in enumerate(state_dicts):
-        _check_alike(number, checked_state(state), state_dicts[0])
+        _check_alike(number, state, state_dicts[0])
     weights = check_weights(weights, len(state_dicts))
     out: StateDict = {}
     with store.working():

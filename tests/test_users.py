@@ -393,8 +393,8 @@ class _Odd:
 
 
 class _Extra(nn.Linear):
-    def get_extra_state(self) -> dict[str, int]:
-        return {"version": 1}
+    def get_extra_state(self) -> bytes:
+        return b"weights, perhaps"
 
     def set_extra_state(self, state: Any) -> None:
         pass
@@ -578,20 +578,18 @@ _ODD = {
         CheckpointError, "not initialised yet", lambda: merge([nn.Sequential(nn.Linear(3, 4)), _lazy()], _X)
     ),
     "lazy match": _Odd(CheckpointError, "not initialised yet", lambda: match([_lazy(), _lazy()], infer(_NET, _X))),
-    "extra state": _Odd(
-        CheckpointError, "_extra_state is a dict in the architecture", lambda: merge([_Extra(3, 2), _Extra(3, 2)], _X)
+    "bytes evaluated": _Odd(
+        CheckpointError, "is a bytes that may hold", lambda: evaluate((_EXTRA, _EXTRA.state_dict()), [(_X, _Y)])
     ),
-    "extra state evaluated": _Odd(
-        CheckpointError, "is a dict, and only tensors", lambda: evaluate((_EXTRA, _EXTRA.state_dict()), [(_X, _Y)])
+    "bytes merged": _Odd(
+        CheckpointError, "_extra_state is a bytes in the architecture", lambda: merge([_Extra(3, 2), _Extra(3, 2)], _X)
     ),
-    "extra state averaged": _Odd(
-        CheckpointError, "is a dict, and only tensors", lambda: average([_EXTRA.state_dict()] * 2, [1, 1])
+    "bytes averaged": _Odd(CheckpointError, "is a bytes that", lambda: average([_EXTRA.state_dict()] * 2, [1, 1])),
+    "bytes compared": _Odd(
+        CheckpointError, "is a bytes that", lambda: similarity(_EXTRA.state_dict(), _EXTRA.state_dict())
     ),
-    "extra states compared": _Odd(
-        CheckpointError, "is a dict, and only", lambda: similarity(_EXTRA.state_dict(), _EXTRA.state_dict())
-    ),
-    "extra states on a path": _Odd(
-        CheckpointError, "is a dict, and only", lambda: interpolate(_EXTRA.state_dict(), _EXTRA.state_dict(), 0.5)
+    "bytes on a path": _Odd(
+        CheckpointError, "is a bytes that", lambda: interpolate(_EXTRA.state_dict(), _EXTRA.state_dict(), 0.5)
     ),
     "no copy": _Odd(
         AutomergeError,

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from automerge._errors import CheckpointError, MatchingError, SymmetryError
+from automerge._extra_state import without_extras
 from automerge._linear_maps import LinearElement, Matrix, linear_element
 from automerge._loading import check_tied
 from automerge._numbers import is_number, is_whole
@@ -336,7 +337,7 @@ def state_dict(model: Model) -> dict[str, torch.Tensor]:
     """The tensors of a model, detached."""
     if not isinstance(model, Mapping | nn.Module):
         raise MatchingError(f"each model must be a state dict or a module, got a {type(model).__name__}")
-    values = model.state_dict() if isinstance(model, nn.Module) else model
+    values = without_extras(model.state_dict() if isinstance(model, nn.Module) else model)
     return {n: v.detach() if isinstance(v, torch.Tensor) and not is_lazy(v) else v for n, v in values.items()}
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from automerge._errors import AutomergeError
+from automerge._extra_state import weights_of
 from automerge.groups import Element
 from automerge.infer import infer
 from automerge.symmetry import Symmetry
@@ -149,7 +150,7 @@ def checkpoints(
             f"checkpoints(n={n}, noise={noise}, dtype={dtype}): expected n of at least 1, finite noise of at least 0, and a "
             "float dtype"
         )
-    own = model.state_dict()
+    own = weights_of(model)
     inputs = () if args is None else args
     group = cache(lambda: infer(model, inputs, kwargs, verify=False) if symmetry is None else symmetry)
 
