@@ -25,6 +25,8 @@ from automerge._offload import Store
 from automerge._uncopyable import uncopyable
 from automerge.io import tied_names
 
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
 
 def is_empty(network: nn.Module) -> bool:
     """Whether a parameter or buffer is on the meta device."""
@@ -160,14 +162,14 @@ class _Closures:
 def of_passes(network: nn.Module) -> dict[Any, Any]:
     """Copies of what a module keeps of earlier passes, which ``deepcopy`` refuses, by identity.
 
-    The weight of an older weight norm; what a pass with gradients left in a cache.
+    The weight of an older weight norm; what a pass with gradients left in a cache; and sparse rows, which it never copies.
     """
     owners = (*network.modules(), *(held for _, held in held_objects(network)))
     kept = (
         v
         for one in owners
         for v in tree_leaves(dict(attributes_of(one)))
-        if isinstance(v, torch.Tensor) and not v.is_leaf
+        if isinstance(v, torch.Tensor) and (not v.is_leaf or v.layout in _COMPRESSED)
     )
     return {id(t): t.detach().clone() for t in kept}
 

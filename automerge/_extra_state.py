@@ -1,6 +1,6 @@
-"""Entries of state dicts that are no tensors: what ``get_extra_state`` gives, and what a module's own ``state_dict`` adds.
+"""What state dicts hold beside weights: what ``get_extra_state`` gives, what a module's ``state_dict`` adds, sparse buffers.
 
-Versions, settings and counters are carried by the modules and are no part of what is merged. An entry that may hold weights
+Versions, settings, counters and graphs are carried by the modules and are no part of what is merged. What may hold weights
 (packed parameters of a quantised layer, pickled bytes) stays among the weights, so that their checks refuse it.
 """
 
@@ -39,29 +39,46 @@ def is_extra(value: Any) -> bool:
     return True
 
 
-def without_extras(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict without the entries that are no tensors and hold none."""
-    return {n: v for n, v in state_dict.items() if isinstance(v, torch.Tensor) or not is_extra(v)}
+def without_extras(state_dict: Mapping[str, Any], own: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A state dict without the entries that are no tensors and hold none.
+
+    Args:
+        state_dict: of a model.
+        own: what `extras` gives for the architecture, if that is known: its sparse buffers are left out, too.
+    """
+    return {n: v for n, v in state_dict.items() if not _is_beside(v) or (_is_sparse(v) and n not in (own or ()))}
 
 
-def extras(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a state dict that are no tensors and hold none."""
-    return {n: v for n, v in state_dict.items() if not isinstance(v, torch.Tensor) and is_extra(v)}
+def extras(module: nn.Module) -> dict[str, Any]:
+    """What a module's state dict holds beside weights: entries without tensors, and sparse buffers (a graph's adjacency)."""
+    weights = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    return {n: v for n, v in module.state_dict().items() if n not in weights and _is_beside(v)}
 
 
-def weights_of(module: nn.Module, *, keep_vars: bool = False) -> dict[str, Any]:
-    """The tensors of a module's state dict."""
-    return without_extras(module.state_dict(keep_vars=keep_vars))
+def _is_beside(value: Any) -> bool:
+    return _is_sparse(value) or (not isinstance(value, torch.Tensor) and is_extra(value))
+
+
+def _is_sparse(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout is not torch.strided and not value.is_nested
+
+
+def weights_of(module: nn.Module) -> dict[str, Any]:
+    """A module's state dict without `extras`."""
+    own = extras(module)
+    return {n: v for n, v in module.state_dict().items() if n not in own}
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Any], *, assign: bool = False) -> None:
     """``load_state_dict`` of the tensors of a state dict; what else the module's own holds stays as it is."""
-    module.load_state_dict({**extras(module.state_dict()), **weights}, assign=assign)
+    module.load_state_dict({**extras(module), **weights}, assign=assign)
 
 
 def same(a: Any, b: Any) -> bool:
     """Whether two such entries are equal, as far as can be told."""
     try:
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+            return torch.equal(a.to_dense(), b.to_dense())
         return bool(a == b) or repr(a) == repr(b)
     except Exception:  # a class whose comparison fails
         return a is b

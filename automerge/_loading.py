@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from automerge._errors import CheckpointError
-from automerge._extra_state import is_extra, load_weights, weights_of, without_extras
+from automerge._extra_state import extras, is_extra, load_weights, weights_of, without_extras
 from automerge._reading import without_prefix
 from automerge.io import StateDict, buffer_names, check_state_dict, load_state_dict, with_ties
 
@@ -28,7 +28,7 @@ def as_loaded(state_dict: Mapping[str, torch.Tensor], model: nn.Module) -> State
         model: the architecture; it stays as it is.
     """
     expected = weights_of(model)
-    state_dict = without_extras(state_dict)
+    state_dict = without_extras(state_dict, extras(model))
     if state_dict and expected and all(isinstance(name, str) for name in state_dict):
         state_dict = without_prefix(state_dict, expected)  # of a model that was wrapped when it gave this
     out = with_ties(state_dict, expected)

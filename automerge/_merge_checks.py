@@ -13,7 +13,7 @@ from torch import nn
 from automerge._aliases import overlaps
 from automerge._data import Batches
 from automerge._errors import AutomergeError, CheckpointError, MatchingError, SymmetryError
-from automerge._extra_state import extras, same, weights_of
+from automerge._extra_state import extras, same, weights_of, without_extras
 from automerge._forward import check_eager, device_of, evaluating, preserving, run_batch
 from automerge._loading import as_loaded, check_tied
 from automerge._numbers import is_whole
@@ -98,20 +98,21 @@ def _other_modules(network: nn.Module, models: Sequence[Model]) -> list[str]:
 
 
 def _entries_beside(network: nn.Module, dicts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A note on what state dicts hold beside tensors, which stays as the module has it that the weights are loaded into."""
-    own = extras(network.state_dict())
-    found = [extras(state) for state in dicts]
-    names = list(dict.fromkeys(name for held in (own, *found) for name in held))
+    """A note on what state dicts hold beside weights, which stays as the module has it that the weights are loaded into."""
+    own = extras(network)
+    found = [state.keys() - without_extras(state, own).keys() for state in dicts]
+    names = list(dict.fromkeys([*own, *(name for held in found for name in sorted(held))]))
     if not names:
         return []
-    others = [n for n in names if any(n in held and not (n in own and same(held[n], own[n])) for held in found)]
+    odd = (n for n in names if any(n in held and n not in own for held in found))
+    others = [*odd, *(n for n in own if any(n in d and not same(d[n], own[n]) for d in dicts))]
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     differ = "".join(
         f" ({name} differs between the models or from the architecture's, and only the latter counts)"
         for name in others[:1]
     )
     return [
-        f"{names[0]}{more} of the state dict: no tensors, so not merged; MergeResult.load_into keeps those of the module "
+        f"{names[0]}{more} of the state dict: no weights, so not merged; MergeResult.load_into keeps those of the module "
         "that it loads into" + differ
     ]
 

@@ -79,7 +79,7 @@ class Recorder(TorchDispatchMode):
         fixed = {id(tensor) for name, tensor in tensors if name in constants}  # under all names of a tied one
         self.given |= fixed
         for name, tensor in tensors:
-            if name not in persistent or not isinstance(tensor, torch.Tensor):
+            if name not in persistent or not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
                 continue
             if id(tensor) in fixed:
                 self.keep(name, tensor, tensor.detach().clone())

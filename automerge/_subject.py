@@ -352,4 +352,6 @@ def check_inputs(model: nn.Module, args: Any, kwargs: Any) -> None:
 
 
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    """Parameters and buffers, but for sparse ones (the adjacency of a graph), which stay as they are."""
+    pairs = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {name: tensor for name, tensor in pairs if tensor.layout is torch.strided}

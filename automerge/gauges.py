@@ -25,7 +25,7 @@ from torch import nn
 from automerge._difference import relative_difference
 from automerge._double import own_modes
 from automerge._errors import CheckpointError, InvarianceError, SymmetryError
-from automerge._extra_state import weights_of
+from automerge._extra_state import extras, weights_of, without_extras
 from automerge._forward import reals
 from automerge._gauge_steps import (
     Candidate,
@@ -161,14 +161,14 @@ def canonicalise(
     return out, GaugeReport(scalings, idle, folds, error, folded)
 
 
-def _checked(model: nn.Module, states: Any, symmetry: Any) -> list[Mapping[str, torch.Tensor]]:
+def _checked(model: nn.Module, states: Any, symmetry: Any) -> list[StateDict]:
     """The state dicts, which fit the model."""
     if not isinstance(symmetry, Symmetry):
         raise SymmetryError(f"expected what automerge.infer returns, got a {type(symmetry).__name__}")
     if not isinstance(states, Sequence) or not states:
         raise CheckpointError("states is a list of one or more state dicts of the model")
     check_values(model)
-    found = [checked_state(state) for state in states]
+    found = [without_extras(checked_state(state), extras(model)) for state in states]
     for number, state in enumerate(found):
         check_state_dict(state, weights_of(model), f"model {number}", buffer_names(model))
         check_tied(state, tied_names(weights_of(model)), f"model {number}")

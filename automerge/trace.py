@@ -180,10 +180,9 @@ def _check_traceable(model: nn.Module, inputs: Any) -> None:
             raise TraceError(
                 f"{name} is a {type(tensor).__name__}; infer on the model with plain tensors, before it is sharded or quantised"
             )
-        if tensor.layout is not torch.strided:
+        if tensor.layout is not torch.strided and isinstance(tensor, nn.Parameter):
             raise TraceError(
-                f"{name} is a sparse tensor ({tensor.layout}), which no group can move; register it as a dense one, or keep "
-                "it as a plain attribute"
+                f"{name} is a sparse parameter ({tensor.layout}), which no group can move; make it a dense one, or a buffer"
             )
 
 

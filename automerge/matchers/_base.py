@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from automerge._errors import CheckpointError, MatchingError, SymmetryError
-from automerge._extra_state import without_extras
+from automerge._extra_state import weights_of, without_extras
 from automerge._linear_maps import LinearElement, Matrix, linear_element
 from automerge._loading import check_tied
 from automerge._numbers import is_number, is_whole
@@ -337,7 +337,7 @@ def state_dict(model: Model) -> dict[str, torch.Tensor]:
     """The tensors of a model, detached."""
     if not isinstance(model, Mapping | nn.Module):
         raise MatchingError(f"each model must be a state dict or a module, got a {type(model).__name__}")
-    values = without_extras(model.state_dict() if isinstance(model, nn.Module) else model)
+    values = weights_of(model) if isinstance(model, nn.Module) else without_extras(model)
     return {n: v.detach() if isinstance(v, torch.Tensor) and not is_lazy(v) else v for n, v in values.items()}
 
 
@@ -360,6 +360,8 @@ def check_models(models: Sequence[Model], symmetry: Symmetry | None = None) -> l
     if symmetry is not None:
         check_symmetry(symmetry)
     values = [state_dict(m) for m in models]
+    if symmetry is not None:  # the adjacency of a graph is no weight
+        values = [without_extras(v, dict.fromkeys(v.keys() - symmetry.shapes.keys())) for v in values]
     still = set(values[0]) - (symmetry.moved if symmetry is not None else set(values[0]))
     for i, value in enumerate(values):
         check_state_dict(value, values[0], f"model {i}", still)

@@ -85,6 +85,9 @@ def _made_equal(node: fx.Node, known: dict[fx.Node, int], deep: int) -> int:
     name, sources = schema_name(node), node.all_input_nodes
     if name in _STEPS or (name in _PRODUCTS | {"aten::mul"} and any(map(_is_zero, sources))):
         return _EQUAL
+    alike = name in _OVER_ROWS | MOVING | SAME or torch.Tag.pointwise in getattr(node.target, "tags", ())
+    if not alike and name not in _RECTIFIED | _CAPPED | _SUMS:
+        return _NEVER
     varied = [n for n in sources if not _is_uniform(n, node)]
     kinds = [_equal(n, known, deep) for n in varied]
     if name in _RECTIFIED:
@@ -95,9 +98,7 @@ def _made_equal(node: fx.Node, known: dict[fx.Node, int], deep: int) -> int:
         return min(_ZERO, max(kinds)) if _NEVER in kinds else max(kinds, default=_NEVER)
     if name in _SUMS:
         return min(kinds, default=_NEVER)
-    if name in _OVER_ROWS or name in MOVING | SAME or torch.Tag.pointwise in getattr(node.target, "tags", ()):
-        return kinds[0] if len(kinds) == 1 else _NEVER
-    return _NEVER
+    return kinds[0] if len(kinds) == 1 else _NEVER
 
 
 def _is_uniform(node: fx.Node, user: fx.Node) -> bool:

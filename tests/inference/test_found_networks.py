@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributions import Normal
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from automerge import TraceError, infer, merge, trace
+from automerge import TraceError, evaluate, infer, match, merge, trace
 from automerge.testing import assert_sound
 from tests.inference.networks_hostile import Program
 from tests.inference.test_networks import parse, worst_change
@@ -371,10 +371,38 @@ def test_a_graph_that_is_an_input(layout: torch.layout):
     torch.testing.assert_close(merged.state_dict["w"], model.state_dict()["w"])
 
 
-def test_a_sparse_buffer_is_refused():
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_a_graph_in_a_sparse_buffer(persistent, layout):
+    """Whisper's alignment heads, the adjacency of a transductive GCN."""
+    graph = (torch.rand(5, 5, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+
+    def network(seed):
+        torch.manual_seed(seed)
+        net = Program(lambda s, x: s.out(torch.sparse.mm(s.graph, s.a(x)).relu()), {"a": lin(3, 6), "out": lin(6, 2)})
+        net.register_buffer("graph", graph.to_sparse(layout=layout), persistent=persistent)
+        return net
+
+    models, x = [network(seed) for seed in range(2)], torch.randn(5, 3)
+    symmetry = infer(models[0], x)
+    assert [(g.size, len(g.slots)) for g in symmetry.generators()] == [(6, 3)]
+    assert "graph" not in symmetry.shapes
+    assert_sound(models[0], (x,), symmetry=symmetry)
+    states = [m.state_dict() for m in models]
+    assert len(match(states, symmetry)) == len(match(models, symmetry)) == 2
+    data = [(x, torch.tensor([0, 1, 0, 1, 1]))]
+    result = merge(states, x, architecture=network(2), data=data, repair="repair")
+    assert "graph" not in result.state_dict
+    assert any("graph of the state dict" in note for note in result.notes) is persistent
+    made = result.load_into(network(3))
+    assert evaluate(made, data).loss == evaluate((network(4), result.state_dict), data).loss
+    assert torch.equal(made.graph.to_dense(), graph)
+
+
+def test_a_sparse_parameter_is_refused():
     net = Program(lambda s, x: s.out(x), {"out": lin(3, 2)})
-    net.register_buffer("graph", torch.eye(3).to_sparse())
-    with pytest.raises(TraceError, match=r"graph is a sparse tensor .* keep it as a plain attribute"):
+    net.graph = nn.Parameter(torch.eye(3).to_sparse())
+    with pytest.raises(TraceError, match=r"graph is a sparse parameter .* make it a dense one, or a buffer"):
         infer(net, STEPS[0])
 
 
