@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from automerge._aliases import memory_of, overlaps
 from automerge._errors import AutomergeError, CheckpointError
-from automerge._extra_state import load_weights, weights_of
+from automerge._extra_state import held_tensors, load_weights, weights_of
 from automerge._gradients import as_original
 from automerge._objects import attributes_of, held_objects
 from automerge._offload import Store
@@ -35,7 +35,7 @@ def is_empty(network: nn.Module) -> bool:
 
 def lacking(network: nn.Module) -> str | None:
     """The name of a tensor without values that a state dict of the module does not hold; None if there is none."""
-    held = {id(t) for t in network.state_dict(keep_vars=True).values()}
+    held = {id(t) for t in held_tensors(network).values()}
     for path, module in network.named_modules():
         attributes = {name: value for name, value in vars(module).items() if name not in ("_parameters", "_buffers")}
         for name, value in {**attributes, **module._parameters, **module._buffers}.items():
@@ -209,8 +209,8 @@ def carrying(network: nn.Module, weights: Mapping[str, torch.Tensor], store: Sto
             )
         return loaded(network, weights)
     memo = of_passes(network)
-    for name, own in network.state_dict(keep_vars=True).items():
-        if isinstance(own, torch.Tensor) and id(own) not in memo:
+    for name, own in held_tensors(network).items():
+        if id(own) not in memo:
             value = weights[ties.get(name, name)].detach()
             value = value if value.dtype == own.dtype else store.keep(value.to(own.dtype))
             memo[id(own)] = nn.Parameter(value, own.requires_grad) if isinstance(own, nn.Parameter) else value

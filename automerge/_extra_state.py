@@ -14,7 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from automerge._errors import CheckpointError
 from automerge._objects import attributes_of, entries_of, is_object
 
 _PLAIN = (
@@ -64,9 +67,62 @@ def _is_sparse(value: Any) -> bool:
 
 
 def weights_of(module: nn.Module) -> dict[str, Any]:
-    """A module's state dict without `extras`."""
+    """A module's state dict without `extras`.
+
+    Raises:
+        CheckpointError: if it has other names there than in its modules.
+    """
+    if text := renamed(module):
+        raise CheckpointError(text)
     own = extras(module)
     return {n: v for n, v in module.state_dict().items() if n not in own}
+
+
+def held_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters and buffers themselves under the names of a module's state dict, and what else it holds of tensors."""
+    own = _named(module)
+    try:
+        held = module.state_dict(keep_vars=True)
+    except TypeError:  # a state_dict of the module's own that takes nothing
+        held = {name: own.get(name, value) for name, value in module.state_dict().items()}
+    return {name: value for name, value in held.items() if isinstance(value, torch.Tensor)}
+
+
+def renamed(module: nn.Module) -> str | None:
+    """What to say of a module that saves its weights under other names than its modules have; None if it does not.
+
+    A wrapper that saves what it wraps (Lightning's Fabric), hooks that change names.
+    """
+    own, held = _named(module), held_tensors(module)
+    if held.keys() <= own.keys():
+        return None
+    kept = {_place(own[name]) for name in held.keys() & own.keys() if _has_place(own[name])}
+    lost = ((_place(tensor), name) for name, tensor in own.items() if _has_place(tensor))
+    places = {place: name for place, name in lost if place not in kept}
+    for name, tensor in held.items():
+        path = None if name in own or not _has_place(tensor) else places.get(_place(tensor))
+        if path is not None:
+            inside = path.removesuffix(name).rstrip(".") if path.endswith(f".{name}") else ""
+            return f"{type(module).__name__}.state_dict() calls {name!r} what its modules call {path!r}; give " + (
+                f"the module that it wraps, its {inside}"
+                if inside
+                else "a module that saves its weights by their own names"
+            )
+    return None
+
+
+def _named(module: nn.Module) -> dict[str, torch.Tensor]:
+    pairs = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    return dict(pairs)
+
+
+def _has_place(tensor: torch.Tensor) -> bool:
+    plain = tensor.layout is torch.strided and not is_traceable_wrapper_subclass(tensor) and not is_lazy(tensor)
+    return plain and not tensor.is_meta and tensor.numel() > 0
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Any], *, assign: bool = False) -> None:

@@ -20,6 +20,7 @@ from automerge._at_once import at_once
 from automerge._difference import changed
 from automerge._double import plainly
 from automerge._errors import TraceError
+from automerge._extra_state import held_tensors
 from automerge._gradients import copy_of
 from automerge._lazy_module import LazyModule
 from automerge._masked import CHOICES, by_entry
@@ -73,7 +74,7 @@ class Recorder(TorchDispatchMode):
 
     # ------------------------------------------------------------ placeholders
     def _add_state(self, model: nn.Module, constants: Collection[str]) -> None:
-        persistent = set(model.state_dict(keep_vars=True))
+        persistent = set(held_tensors(model))
         tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         first: dict[tuple[Any, ...], str] = {}
         fixed = {id(tensor) for name, tensor in tensors if name in constants}  # under all names of a tied one

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from automerge._copies import copied
+from automerge._extra_state import held_tensors
 from automerge._gradients import as_needed
 from automerge._random import forked
 from automerge._tree_io import map_tensors
@@ -26,19 +27,14 @@ def settled(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None, graph
         return None
     positional, keywords = map_tensors(lambda _, t: t.clone(), normalise_args(args, kwargs))
     with contextlib.suppress(Exception), torch.no_grad():
-        own = _state(model)
+        own = held_tensors(model)
         if not any(own[name].is_floating_point() or own[name].is_complex() for name in rewritten if name in own):
             return None
         out = copied(model)
         with prepared(out), forked(), as_needed(out):
             out(*positional, **keywords)
-            left = {name: t.detach().clone() for name, t in _state(out).items()}
-        for name, tensor in _state(out).items():
+            left = {name: t.detach().clone() for name, t in held_tensors(out).items()}
+        for name, tensor in held_tensors(out).items():
             tensor.copy_(left[name])  # a flag may have been replaced, which leaving undid
         return out
     return None
-
-
-def _state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of a state dict, which may hold other things beside them."""
-    return {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}

@@ -16,6 +16,7 @@ from automerge._diagnosis import OtherPathError
 from automerge._double import own_modes
 from automerge._dropped import with_dropped
 from automerge._errors import InvarianceError, TraceError, UnknownOperatorError
+from automerge._extra_state import held_tensors
 from automerge._hidden import hides
 from automerge._machine import physical_memory, readable
 from automerge._notes import of_mixed, of_numbers, of_precision, of_writes
@@ -201,7 +202,7 @@ def _too_large(model: nn.Module) -> str | None:
 def _check_constants(model: nn.Module, constants: Collection[str]) -> None:
     if isinstance(constants, str):
         raise TraceError(f"constants={constants!r}: give a list of names")
-    known = model.state_dict(keep_vars=True) if isinstance(model, nn.Module) and constants else {}
+    known = held_tensors(model) if isinstance(model, nn.Module) and constants else {}
     unknown = next((name for name in constants if name not in known), None)
     if unknown is not None:
         some = ", ".join(list(known)[:5]) or "none"

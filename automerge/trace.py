@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from automerge._caches import forget
 from automerge._double import own_modes
 from automerge._errors import TraceError
+from automerge._extra_state import renamed
 from automerge._gradients import as_needed, passed
 from automerge._machine import releasing
 from automerge._opaque import opaque_modules
@@ -163,6 +164,8 @@ def _check_traceable(model: nn.Module, inputs: Any) -> None:
         raise TraceError(
             "a frozen TorchScript module has no mode and no parameters; infer on the module before freeze()"
         )
+    if text := renamed(model):
+        raise TraceError(text)
     for name, tensor in [
         *model.named_parameters(),
         *model.named_buffers(),

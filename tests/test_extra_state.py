@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from automerge._errors import CheckpointError
+from automerge._errors import CheckpointError, TraceError
 from automerge._extra_state import is_extra
 from automerge.cli import main
 from automerge.evaluate import barrier, evaluate, interpolate, similarity
@@ -193,3 +193,43 @@ def test_cyclic_entries_end() -> None:
     held: list[Any] = [1]
     held.append(held)
     assert is_extra(held)
+
+
+class _Wrapping(nn.Module):
+    """Saves what it wraps, as Lightning's Fabric does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.net.state_dict(*args, **kwargs)
+
+
+def test_a_module_that_saves_other_names_is_refused() -> None:
+    """Nothing would be aligned: its groups are of names that no checkpoint has."""
+    message = r"_Wrapping.state_dict\(\) calls '0.weight' what its modules call 'net.0.weight'; give .* its net"
+    model = _Wrapping()
+    with pytest.raises(TraceError, match=message):
+        infer(model, _X)
+    with pytest.raises(CheckpointError, match=message):
+        merge([_Wrapping(), _Wrapping()], _X)
+    with pytest.raises(CheckpointError, match=message):
+        evaluate((model, model.state_dict()), _DATA)
+    assert evaluate(model, _DATA).samples == 24
+    assert infer(model.net, _X).sets
+
+
+class _Plainly(_Wrapping):
+    def state_dict(self) -> Any:  # type: ignore[override]
+        return nn.Module.state_dict(self)
+
+
+def test_a_state_dict_that_takes_no_arguments() -> None:
+    models = [_Plainly(), _Plainly()]
+    result = merge(models, _X, data=_DATA, repair="repair")
+    assert [g.size for g in result.symmetry.sets] == [6]
+    assert evaluate(result.load_into(_Plainly()), _DATA).loss == evaluate((_Plainly(), result.state_dict), _DATA).loss
